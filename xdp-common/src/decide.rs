@@ -1,0 +1,306 @@
+//! The decision: what becomes of a packet.
+//!
+//! [`ingress`] serves XDP and tc ingress, [`egress`] serves tc egress. A packet of a known flow is found by one lookup;
+//! any other may open one. What cannot be finished here goes up the stack half-translated, and `egress` finishes it.
+
+mod opening;
+mod sending;
+
+use crate::{
+    conntrack::{closing_bits, is_ingress_kind, mirror, opens, opposite, rewrite},
+    frame::{Packet, tcp},
+    gate,
+    net::{Address, Family, FlowKey, UDP},
+    tables::{Entry, Flow, Insertion, Table, Tables, Work, closing, exit, kind},
+    verdict::{Action, Counter, Event, Hop, Reason, Verdict},
+};
+
+use self::{
+    opening::{open, reserve},
+    sending::{by_cache, send},
+};
+
+/// Which hook asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP: rewrites bytes, may send frames on, must not touch a checksum its sender has left to the device.
+    Xdp,
+    /// tc ingress behind XDP: takes the frames XDP has left to it; everything goes on up the stack.
+    Tc,
+}
+
+/// What comes next for a packet whose flow has been looked for.
+///
+/// The parts that the kernel compiles as calls of their own return this and write the flow through a reference: a BPF
+/// function returns one number.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Not ours.
+    Pass,
+    /// Refused.
+    Drop(Reason),
+    /// The flow, which is in this table, says where it goes.
+    Send(Table),
+    /// The same, and with this packet the flow is established.
+    Establish,
+    /// A new flow: it needs a source port, the client's own one if it stays on this node.
+    Reserve(bool),
+}
+
+/// Decides on a packet that has come in.
+#[inline(always)] // one caller per hook
+pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hook: Hook) -> Verdict<F::Addr> {
+    let config = tables.config();
+    if !gate::admits_ingress(tables, &config, &packet.key) {
+        return Verdict::PASS;
+    }
+    let offloaded = packet.looks_offloaded();
+    match hook {
+        Hook::Xdp if offloaded => {
+            tables.count(Counter::Event(Event::Deferred));
+            return Verdict::PASS;
+        }
+        Hook::Tc if !offloaded => return Verdict::PASS,
+        Hook::Xdp | Hook::Tc => {}
+    }
+    let found = tables.flow(Table::Established, &packet.key);
+    if hook == Hook::Xdp
+        && let Some(ref entry) = found
+        && !is_over(tables, packet, entry)
+        && let Some(action) = by_cache(tables, packet, entry)
+    {
+        note(tables, packet, Table::Established, entry);
+        return verdict(tables, action, entry);
+    }
+    let Some(mut work) = tables.work() else { return Verdict::PASS };
+    let table = if found.is_some() { Table::Established } else { Table::Embryonic };
+    let action = match find(tables, packet, table, &mut work) {
+        Next::Pass => return Verdict::PASS,
+        Next::Drop(reason) => Action::Drop(reason),
+        Next::Send(table) => send(tables, packet, hook, table, &mut work.flow),
+        Next::Establish => {
+            let table = establish(tables, &packet.key, &mut work);
+            send(tables, packet, hook, table, &mut work.flow)
+        }
+        Next::Reserve(is_local) => match reserve(tables, &packet.key, &mut work, is_local) {
+            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work.flow),
+            Err(reason) => Action::Drop(reason),
+        },
+    };
+    verdict(tables, action, &work.flow)
+}
+
+/// A verdict from a flow's translation and next hop; counts it.
+#[inline(always)] // moves only
+fn verdict<F: Family, T: Tables<F>>(tables: T, action: Action, flow: &Flow<F::Addr>) -> Verdict<F::Addr> {
+    let counter = match action {
+        Action::Pass => return Verdict::PASS,
+        Action::Drop(reason) => Counter::Drop(reason),
+        Action::Stack => match flow.exit {
+            exit::LOCAL => Counter::Event(Event::Delivered),
+            _ => Counter::Event(Event::SlowPath),
+        },
+        Action::Transmit => Counter::Event(Event::Transmitted),
+        Action::Redirect => Counter::Event(Event::Redirected),
+    };
+    tables.count(counter);
+    Verdict {
+        action,
+        rewrite: rewrite(flow),
+        hop: Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex },
+    }
+}
+
+/// Finds or opens the flow of a packet that the fast path has not sent, and puts it into the work area.
+///
+/// A call of its own, so that the fast path stays short: it costs one call, where a new flow costs five lookups.
+#[inline(never)]
+fn find<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    from: Table,
+    work: &mut Work<F::Addr>,
+) -> Next {
+    for table in [Table::Established, Table::Embryonic] {
+        if from == Table::Embryonic && table == Table::Established {
+            continue;
+        }
+        let Some(entry) = tables.flow(table, &packet.key) else { continue };
+        work.flow = *entry;
+        let flow = &work.flow;
+        if !is_ingress_kind(flow.kind) {
+            return Next::Pass;
+        }
+        if is_over(tables, packet, flow) {
+            forget(tables, &packet.key, flow);
+            continue;
+        }
+        note(tables, packet, table, &entry);
+        if table == Table::Embryonic {
+            if flow.kind != kind::FORWARD {
+                if flow.replied == 0 {
+                    work.flow.closing |= closing_bits(packet.tcp_flags);
+                    if answered(tables, &packet.key, work) {
+                        entry.set_replied();
+                    }
+                }
+            } else if establishes(packet, flow) {
+                return Next::Establish;
+            }
+        }
+        return Next::Send(table);
+    }
+    open(tables, packet, work)
+}
+
+/// Notes a packet on the entry of its flow.
+#[inline(always)] // a few instructions on the established path
+fn note<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, table: Table, entry: &T::Entry) {
+    let clock = tables.config().clock;
+    if entry.seen != clock {
+        entry.set_seen(clock);
+    }
+    if packet.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
+        close(tables, packet, table, entry);
+    }
+}
+
+/// Whether a flow must not carry this packet on: its backend is gone and the packet would start something new, or the
+/// tuple is used again after the old connection closed.
+#[inline(always)] // one comparison for most packets
+fn is_over<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, flow: &Flow<F::Addr>) -> bool {
+    if flow.kind != kind::FORWARD || (packet.key.proto != UDP && !opens(packet)) {
+        return false;
+    }
+    let is_current =
+        tables.backend(flow.backend).is_some_and(|backend| backend.generation == flow.generation);
+    !is_current || flow.closing != 0
+}
+
+/// Forgets both halves of a flow that is over.
+#[inline(always)]
+fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) {
+    tables.count(Counter::Event(Event::FlowRenewed));
+    let other = opposite(key, flow);
+    for table in [Table::Established, Table::Embryonic] {
+        tables.remove(table, key);
+        tables.remove(table, &other);
+    }
+}
+
+/// Notes a FIN or RST; a reset closes both directions.
+#[inline(always)]
+fn close<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, table: Table, entry: &T::Entry) {
+    entry.set_closing(entry.closing | closing_bits(packet.tcp_flags));
+    if packet.tcp_flags & tcp::RST != 0
+        && let Some(other) = tables.flow(table, &opposite(&packet.key, entry))
+    {
+        other.set_closing(other.closing | closing::RST);
+    }
+}
+
+/// Notes that an embryonic flow has been answered, and gives it its forward half: until now it had only the half that
+/// answers are recognised by, and packets of its initiator were placed anew by hash.
+#[inline(never)] // once per flow, from two programs
+fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> bool {
+    let Work { flow: reply, reply: forward } = work;
+    let exit = if reply.kind == kind::REPLY_LOCAL { exit::LOCAL } else { exit::KERNEL };
+    reply.replied = 1;
+    mirror(key, reply, kind::FORWARD, exit, forward);
+    let forward_key = opposite(key, reply);
+    match tables.insert(Table::Embryonic, &forward_key, forward) {
+        Insertion::Exists => {
+            if let Some(entry) = tables.flow(Table::Embryonic, &forward_key) {
+                entry.set_replied();
+            }
+            true
+        }
+        Insertion::Done => true,
+        Insertion::Refused => false,
+    }
+}
+
+/// Whether an embryonic flow is established by this packet: its initiator speaks again after an answer.
+///
+/// A flood of openers, even one that draws answers, so never reaches the established table; netfilter calls this state
+/// "assured".
+#[inline(always)]
+fn establishes<A: Address>(packet: &Packet<A>, flow: &Flow<A>) -> bool {
+    flow.kind == kind::FORWARD
+        && flow.replied != 0
+        && flow.closing & closing::RST == 0
+        && packet.tcp_flags & tcp::SYN == 0
+}
+
+/// Moves both halves to the established table, the reply first: its key is the reservation of the source port. Says
+/// where the flow is now: when the table is full it stays where it was.
+#[inline(never)] // once per flow
+fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Table {
+    let Work { flow, reply } = work;
+    let reply_key = opposite(key, flow);
+    let (reply_kind, reply_exit) = reply_of(flow);
+    mirror(key, flow, reply_kind, reply_exit, reply);
+    if !tables.store(Table::Established, &reply_key, reply) {
+        tables.count(Counter::Event(Event::EstablishedFull));
+        return Table::Embryonic;
+    }
+    if !tables.store(Table::Established, key, flow) {
+        tables.remove(Table::Established, &reply_key);
+        tables.count(Counter::Event(Event::EstablishedFull));
+        return Table::Embryonic;
+    }
+    tables.remove(Table::Embryonic, &reply_key);
+    tables.remove(Table::Embryonic, key);
+    tables.count(Counter::Event(Event::FlowEstablished));
+    Table::Established
+}
+
+/// Kind and exit of the reply's half.
+#[inline(always)]
+fn reply_of<A: Address>(flow: &Flow<A>) -> (u8, u8) {
+    match flow.exit {
+        exit::LOCAL => (kind::REPLY_LOCAL, exit::LOCAL),
+        _ => (kind::REPLY_REMOTE, exit::KERNEL),
+    }
+}
+
+/// Decides on a packet that is about to leave.
+#[inline(always)] // one caller
+pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+    if !gate::admits_egress(tables, &packet.key) {
+        return Verdict::PASS;
+    }
+    let mut table = Table::Established;
+    let mut found = tables.flow(table, &packet.key);
+    if found.is_none() {
+        table = Table::Embryonic;
+        found = tables.flow(table, &packet.key);
+    }
+    let Some(entry) = found else { return Verdict::PASS };
+    let event = match entry.kind {
+        kind::REPLY_LOCAL => Event::Restored,
+        kind::TRANSIT => Event::Finished,
+        _ => return Verdict::PASS,
+    };
+    let clock = tables.config().clock;
+    if entry.seen != clock {
+        entry.set_seen(clock);
+    }
+    if entry.kind == kind::REPLY_LOCAL {
+        if packet.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
+            close(tables, packet, table, &entry);
+        }
+        if table == Table::Embryonic
+            && entry.replied == 0
+            && let Some(mut work) = tables.work()
+        {
+            work.flow = *entry;
+            work.flow.closing |= closing_bits(packet.tcp_flags);
+            if answered(tables, &packet.key, &mut work) {
+                entry.set_replied();
+            }
+        }
+    }
+    tables.count(Counter::Event(event));
+    Verdict { action: Action::Stack, rewrite: rewrite(&entry), ..Verdict::PASS }
+}

@@ -1,0 +1,188 @@
+//! How a flow is opened: frontend, backend, way, source port.
+
+use super::{Next, reply_of, sending::set_hop};
+use crate::{
+    conntrack::{mirror, opposite, translate, translated},
+    frame::Packet,
+    net::{Address, Family, FlowKey},
+    select,
+    tables::{
+        Device, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work, backend, exit, frontend,
+        kind, scope,
+    },
+    verdict::{Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
+};
+
+/// Opens a flow, if the packet is addressed to a frontend.
+#[inline(always)] // one caller
+pub(super) fn open<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    work: &mut Work<F::Addr>,
+) -> Next {
+    let key = &packet.key;
+    let at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, scope: scope::EXTERNAL };
+    let Some(frontend) = tables.frontend(&at) else {
+        tables.count(Counter::Event(Event::Unclaimed));
+        return Next::Pass;
+    };
+    // A frame for another station that a promiscuous interface has picked up is not ours.
+    let Some(entry) = tables.device(packet.ifindex) else { return Next::Pass };
+    if entry.mac != packet.dmac || !key.src.is_unicast() {
+        return Next::Pass;
+    }
+    if frontend.slots == 0 {
+        return without_endpoint(tables, &frontend);
+    }
+    let slot = select::slot(select::flow_hash(key, 0), frontend.slots);
+    let id = tables.ring(frontend.ring.wrapping_add(slot));
+    let Some(backend) = tables.backend(id) else { return Next::Drop(Reason::NoBackend) };
+    let flow = &mut work.flow;
+    *flow = Flow::ZERO;
+    flow.src = key.src;
+    flow.dst = backend.addr;
+    flow.dport = backend.port;
+    flow.seen = tables.config().clock;
+    flow.backend = id;
+    flow.generation = backend.generation;
+    flow.service = frontend.service;
+    flow.kind = kind::FORWARD;
+    flow.exit = exit::LOCAL;
+    let is_local = backend.flags & backend::LOCAL != 0 || !route_new(tables, packet, &entry, &mut work.flow);
+    Next::Reserve(is_local)
+}
+
+#[inline(always)]
+fn without_endpoint<F: Family, T: Tables<F>>(tables: T, frontend: &Frontend) -> Next {
+    if frontend.flags & frontend::LOCAL_ONLY != 0 {
+        return Next::Drop(Reason::NoLocalEndpoint);
+    }
+    if frontend.flags & frontend::NODE_ADDRESS != 0 {
+        tables.count(Counter::Event(Event::NoEndpointPassed));
+        return Next::Pass;
+    }
+    Next::Drop(Reason::NoEndpoint)
+}
+
+/// Finds the way to a new flow's backend, and with it the source address it needs; false when it needs none.
+///
+/// A backend that is reached through an interface without our programs is treated as one of this node: its replies come
+/// back through the stack, never through a hook that could undo a SNAT.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+fn route_new<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    entry: &Device<F::Addr>,
+    flow: &mut Flow<F::Addr>,
+) -> bool {
+    let tag = tables.routing_tag();
+    let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
+    let snat = match route {
+        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } if ifindex == packet.ifindex => {
+            Some(entry.snat)
+        }
+        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => {
+            tables.device(ifindex).map(|device| device.snat)
+        }
+        Route::Local => None,
+        Route::Kernel => Some(entry.snat),
+    };
+    let Some(snat) = snat else { return false };
+    flow.src = snat;
+    set_hop(tables, packet.ifindex, route, tag, flow);
+    true
+}
+
+/// Reserves a source port: the reply's key must not exist in either table. The client's own port comes first, where it
+/// may be used. Writes the translation into the flow and inserts the reply's half, the only one that a new flow has.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+pub(super) fn reserve<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    work: &mut Work<F::Addr>,
+    is_local: bool,
+) -> Result<(), Reason> {
+    let (reply_kind, reply_exit) = reply_of(&work.flow);
+    mirror(key, &work.flow, reply_kind, reply_exit, &mut work.reply);
+    let config = tables.config();
+    let (min, max) = (config.snat_port_min, config.snat_port_max);
+    let own = u16::from_be_bytes(key.sport);
+    let may_keep = is_local || (min..=max).contains(&own);
+    let hash = select::flow_hash(key, PORT_SEED);
+    let mut attempt = 0;
+    while attempt < SNAT_ATTEMPTS_MAX {
+        let port = if attempt == 0 && may_keep { own } else { select::snat_port(hash, attempt, min, max) };
+        work.flow.sport = port.to_be_bytes();
+        match claim(tables, key, work) {
+            Claim::New => {
+                tables.count(Counter::SnatAttempt(attempt));
+                tables.count(Counter::Event(Event::FlowNew));
+                return Ok(());
+            }
+            Claim::Ours => {
+                enter(tables, key, &mut work.flow);
+                return Ok(());
+            }
+            Claim::Taken => attempt += 1,
+            Claim::Refused => return Err(Reason::FlowInsert),
+        }
+    }
+    Err(Reason::SnatExhausted)
+}
+
+/// Sets source ports apart from backends, which are chosen by the same hash.
+const PORT_SEED: u32 = 1;
+
+/// How the reservation of a source port ended.
+enum Claim {
+    /// It is ours from now on.
+    New,
+    /// It was ours already: this is not the first packet of the flow.
+    Ours,
+    /// Another flow has it.
+    Taken,
+    /// The table refused.
+    Refused,
+}
+
+/// Completes both halves for the source port that the flow has, and inserts the reply's. One that is there already is
+/// ours if it leads back to the same client and frontend.
+#[inline(never)] // the verifier follows it once per attempt, with a frame of its own
+fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Claim {
+    let Work { flow, reply } = work;
+    let after = translated(key, flow);
+    let reply_key = &after.reversed();
+    translate(flow, key, &after);
+    translate(reply, reply_key, &key.reversed());
+    let owner = |entry: T::Entry| {
+        if entry.kind == reply.kind && opposite(reply_key, &entry) == *key {
+            Claim::Ours
+        } else {
+            Claim::Taken
+        }
+    };
+    match tables.insert(Table::Embryonic, reply_key, reply) {
+        // Looked up after the insertion, because a flow enters the established table before it leaves this one.
+        Insertion::Done => match tables.flow(Table::Established, reply_key) {
+            None => Claim::New,
+            Some(entry) => {
+                tables.remove(Table::Embryonic, reply_key);
+                owner(entry)
+            }
+        },
+        Insertion::Exists => tables.flow(Table::Embryonic, reply_key).map_or(Claim::Taken, owner),
+        Insertion::Refused => Claim::Refused,
+    }
+}
+
+/// Inserts the forward half of a flow that has spoken again before it was answered, so that it keeps its backend when
+/// the ring changes; where another packet was faster, its entry counts.
+#[inline(always)]
+fn enter<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &mut Flow<F::Addr>) {
+    // Refused, the flow goes on without it for now: its next packet is placed by hash again.
+    if tables.insert(Table::Embryonic, key, flow) == Insertion::Exists
+        && let Some(winner) = tables.flow(Table::Embryonic, key)
+    {
+        *flow = *winner;
+    }
+}

@@ -1,0 +1,150 @@
+//! How a packet of a known flow leaves: by the cached next hop, by a new one, or half-translated through the kernel.
+
+use super::Hook;
+use crate::{
+    conntrack::{rewrite, translate, translated},
+    frame::Packet,
+    net::{Family, FlowKey},
+    tables::{Device, Flow, Route, Table, Tables, device, exit, kind},
+    verdict::{Action, Counter, Event, Reason},
+};
+
+/// What the cached next hop allows: nothing when it may be stale, or when the packet is one for the kernel to answer
+/// with ICMP (over the MTU, or on its last hop).
+#[inline(always)] // the fast path itself
+pub(super) fn by_cache<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    flow: &Flow<F::Addr>,
+) -> Option<Action> {
+    if flow.exit == exit::LOCAL {
+        return Some(Action::Stack);
+    }
+    if flow.routing != tables.routing_tag() || packet.ttl <= 1 || packet.total_len > flow.mtu {
+        return None;
+    }
+    match flow.exit {
+        exit::TRANSMIT => Some(Action::Transmit),
+        exit::REDIRECT => Some(Action::Redirect),
+        _ => None,
+    }
+}
+
+/// Sends a packet on its way off the fast path: asks for the next hop, or takes the slow path; the flow's
+/// translation becomes what is to be done to this packet.
+#[inline(never)] // keeps the established path short
+pub(super) fn send<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    hook: Hook,
+    table: Table,
+    flow: &mut Flow<F::Addr>,
+) -> Action {
+    if flow.exit == exit::LOCAL {
+        return Action::Stack;
+    }
+    if hook == Hook::Xdp {
+        if flow.routing != tables.routing_tag() && refresh(tables, packet, table, flow) {
+            tables.count(Counter::Event(Event::HopRefreshed));
+        }
+        if let Some(action) = by_cache(tables, packet, flow) {
+            return action;
+        }
+    }
+    if !hand_up(tables, &packet.key, flow) {
+        return Action::Drop(Reason::FlowInsert);
+    }
+    flow.exit = exit::KERNEL;
+    Action::Stack
+}
+
+/// Asks for the next hop again; true when an established flow keeps the answer.
+#[inline(never)] // once per flow and routing change
+fn refresh<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    table: Table,
+    flow: &mut Flow<F::Addr>,
+) -> bool {
+    let tag = tables.routing_tag();
+    let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
+    // Kept only where entries are replaced as a whole, so that no other CPU sees half an address.
+    set_hop(tables, packet.ifindex, route, tag, flow)
+        && table == Table::Established
+        && tables.store(table, &packet.key, flow)
+}
+
+/// Writes the answer of the routing table into a flow; false when it is not worth keeping.
+#[inline(always)]
+pub(super) fn set_hop<F: Family, T: Tables<F>>(
+    tables: T,
+    in_ifindex: u32,
+    route: Route,
+    tag: u32,
+    flow: &mut Flow<F::Addr>,
+) -> bool {
+    flow.exit = exit::KERNEL;
+    match route {
+        Route::Hop { ifindex, dmac, smac, mtu } => {
+            let out = tables.device(ifindex);
+            flow.exit = match out {
+                Some(ref out) => way_out(tables, in_ifindex, ifindex, out),
+                None => exit::KERNEL,
+            };
+            flow.mtu = match (mtu, out) {
+                (0, Some(out)) => out.mtu.min(u16::MAX as u32) as u16,
+                (mtu, _) => mtu,
+            };
+            flow.ifindex = ifindex;
+            flow.dmac = dmac;
+            flow.smac = smac;
+            flow.routing = tag;
+            true
+        }
+        Route::NoNeighbour { .. } => {
+            flow.routing = 0;
+            false
+        }
+        Route::Local | Route::Kernel => {
+            flow.routing = tag;
+            true
+        }
+    }
+}
+
+/// How frames from one interface get out of another.
+#[inline(always)]
+fn way_out<F: Family, T: Tables<F>>(tables: T, from: u32, to: u32, out: &Device<F::Addr>) -> u8 {
+    if from == to {
+        return if out.flags & device::TRANSMIT != 0 { exit::TRANSMIT } else { exit::KERNEL };
+    }
+    let is_generic = tables.device(from).is_some_and(|entry| entry.flags & device::GENERIC != 0);
+    let wanted = if is_generic { device::ETHERNET } else { device::REDIRECT };
+    if out.flags & wanted != 0 { exit::REDIRECT } else { exit::KERNEL }
+}
+
+/// The slow path: translates what the kernel must see, and leaves the rest to egress in an entry of its own; false when
+/// that cannot be stored. The flow's translation becomes the first half.
+///
+/// A packet with one of the node's own addresses as its source would be dropped as a martian, so the source address is
+/// left for later. The ports are chosen so that the half-translated packet still names its flow: it bears the reserved
+/// source port on the client's side.
+#[inline(never)] // the stack it goes up costs a hundred times as much
+fn hand_up<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &mut Flow<F::Addr>) -> bool {
+    let whole = translated(key, flow);
+    let half = if flow.kind == kind::FORWARD {
+        FlowKey { src: key.src, ..whole }
+    } else {
+        FlowKey { dst: flow.dst, ..*key }
+    };
+    let kind = flow.kind;
+    translate(flow, &half, &whole);
+    flow.kind = kind::TRANSIT;
+    let is_known = tables
+        .flow(Table::Embryonic, &half)
+        .is_some_and(|entry| entry.kind == kind::TRANSIT && rewrite(&entry) == rewrite(flow));
+    let is_stored = is_known || tables.store(Table::Embryonic, &half, flow);
+    flow.kind = kind;
+    translate(flow, key, &half);
+    is_stored
+}

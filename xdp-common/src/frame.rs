@@ -1,0 +1,192 @@
+//! From bytes to a packet: Ethernet, IP, TCP and UDP headers, with every length checked.
+
+use core::mem::offset_of;
+
+use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+
+use crate::{
+    checksum,
+    net::{Address, Family, FlowKey, Port, TCP, UDP, V4},
+};
+
+/// A frame, as far as a program can see it.
+pub trait Frame {
+    /// Proof that `N` bytes are in sight.
+    type View<const N: usize>: View;
+
+    /// `N` bytes from an offset, if the frame has them where they can be read.
+    fn view<const N: usize>(&self, offset: usize) -> Option<Self::View<N>>;
+    /// Length of the whole frame in bytes, from the Ethernet header on.
+    fn length(&self) -> usize;
+}
+
+/// Bytes in sight; offsets are constants below its length.
+pub trait View {
+    /// The byte at an offset.
+    fn u8(&self, at: usize) -> u8;
+    /// Two bytes, as on the wire.
+    fn pair(&self, at: usize) -> [u8; 2];
+    /// Four bytes, as on the wire.
+    fn quad(&self, at: usize) -> [u8; 4];
+}
+
+impl Frame for [u8] {
+    type View<const N: usize> = [u8; N];
+
+    fn view<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.get(offset..offset.checked_add(N)?)?.try_into().ok()
+    }
+
+    fn length(&self) -> usize {
+        self.len()
+    }
+}
+
+impl<const N: usize> View for [u8; N] {
+    fn u8(&self, at: usize) -> u8 {
+        self[at]
+    }
+
+    fn pair(&self, at: usize) -> [u8; 2] {
+        [self[at], self[at + 1]]
+    }
+
+    fn quad(&self, at: usize) -> [u8; 4] {
+        [self[at], self[at + 1], self[at + 2], self[at + 3]]
+    }
+}
+
+/// What the headers of a frame say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet<A> {
+    /// Addresses, ports and protocol.
+    pub key: FlowKey<A>,
+    /// Destination MAC address.
+    pub dmac: [u8; 6],
+    /// Offset of the TCP or UDP header in the frame.
+    pub l4_offset: usize,
+    /// Length of TCP or UDP header and payload, in bytes.
+    pub l4_len: u16,
+    /// Length of the IP packet, in bytes.
+    pub total_len: u16,
+    /// TCP or UDP checksum as it is in the frame, in native order.
+    pub check: u16,
+    /// Type of service (RFC 2474).
+    pub tos: u8,
+    /// Time to live.
+    pub ttl: u8,
+    /// Bits of [`tcp`], 0 for UDP.
+    pub tcp_flags: u8,
+    /// Interface it came in by.
+    pub ifindex: u32,
+}
+
+/// TCP flags (RFC 9293, section 3.1).
+pub mod tcp {
+    /// No more data from the sender.
+    pub const FIN: u8 = 0x01;
+    /// Synchronise sequence numbers.
+    pub const SYN: u8 = 0x02;
+    /// Reset the connection.
+    pub const RST: u8 = 0x04;
+    /// The acknowledgement field is significant.
+    pub const ACK: u8 = 0x10;
+}
+
+/// What a frame turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parsed<A> {
+    /// TCP or UDP with both headers in sight.
+    Packet(Packet<A>),
+    /// Another protocol, or headers out of sight: the kernel's.
+    Other,
+    /// A fragment of a TCP or UDP packet.
+    Fragment,
+    /// Headers that contradict themselves or the frame's length.
+    Malformed,
+}
+
+impl<A: Address> Packet<A> {
+    /// Whether the checksum field holds what a sender leaves for its device to finish: the sum of the pseudo-header.
+    ///
+    /// One finished checksum in 65,536 looks the same. Only the kernel can tell them apart (`skb->ip_summed`), so such
+    /// frames are left to the tc programs, which use helpers that know.
+    #[inline(always)] // some ten instructions on the hot path
+    pub fn looks_offloaded(&self) -> bool {
+        self.check == checksum::pseudo_header(self.key.addresses_sum(), self.key.proto, self.l4_len)
+    }
+}
+
+/// Parses an IPv4 frame.
+#[inline(always)] // bounds proofs do not survive a call
+pub fn parse_v4<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<<V4 as Family>::Addr> {
+    let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
+    if u16::from_be_bytes(eth.pair(ETHERTYPE)) != V4::ETHERTYPE {
+        return Parsed::Other;
+    }
+    let Some(ip) = frame.view::<{ Ipv4Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
+    let proto = ip.u8(offset_of!(Ipv4Hdr, proto));
+    if proto != TCP && proto != UDP {
+        return Parsed::Other;
+    }
+    let vihl = ip.u8(offset_of!(Ipv4Hdr, vihl));
+    let header_len = ((vihl & 0x0f) as usize) << 2;
+    if vihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
+        return Parsed::Malformed;
+    }
+    // More-fragments or an offset; don't-fragment and the reserved bit do not matter (RFC 791, section 3.1).
+    if u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, frags))) & 0x3fff != 0 {
+        return Parsed::Fragment;
+    }
+    let total_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len)));
+    let l4_min = if proto == TCP { TcpHdr::LEN } else { UdpHdr::LEN };
+    if (total_len as usize) < header_len + l4_min || frame.length() < EthHdr::LEN + total_len as usize {
+        return Parsed::Malformed;
+    }
+    let l4_offset = EthHdr::LEN + header_len;
+    let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, l4_offset, proto) else {
+        return Parsed::Other;
+    };
+    let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
+    Parsed::Packet(Packet {
+        key: FlowKey {
+            src: ip.quad(offset_of!(Ipv4Hdr, src_addr)),
+            dst: ip.quad(offset_of!(Ipv4Hdr, dst_addr)),
+            sport,
+            dport,
+            proto,
+            zero: [0; 3],
+        },
+        dmac: [d0, d1, d2, d3, d4, d5],
+        l4_offset,
+        l4_len: total_len - header_len as u16,
+        total_len,
+        check,
+        tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
+        ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
+        tcp_flags,
+        ifindex,
+    })
+}
+
+/// Offset of the EtherType (IEEE 802.3).
+const ETHERTYPE: usize = 12;
+
+/// Ports, checksum and TCP flags, if the header is in sight.
+#[inline(always)]
+fn parse_l4<R: Frame + ?Sized>(frame: &R, offset: usize, proto: u8) -> Option<(Port, Port, u16, u8)> {
+    if proto == TCP {
+        let tcp = frame.view::<{ TcpHdr::LEN }>(offset)?;
+        Some((tcp.pair(0), tcp.pair(2), u16::from_ne_bytes(tcp.pair(TCP_CHECK)), tcp.u8(TCP_FLAGS)))
+    } else {
+        let udp = frame.view::<{ UdpHdr::LEN }>(offset)?;
+        Some((udp.pair(0), udp.pair(2), u16::from_ne_bytes(udp.pair(UDP_CHECK)), 0))
+    }
+}
+
+/// Offset of the flags in a TCP header (RFC 9293).
+const TCP_FLAGS: usize = 13;
+/// Offset of the checksum in a TCP header (RFC 9293).
+pub const TCP_CHECK: usize = 16;
+/// Offset of the checksum in a UDP header (RFC 768).
+pub const UDP_CHECK: usize = 6;

@@ -1,0 +1,451 @@
+//! The state the decision works on: the values of the BPF maps, and the trait that hands them out.
+//!
+//! Layouts are shared with pinned maps of older agents: a change here raises [`LAYOUT_VERSION`].
+
+use crate::{
+    net::{Address, Family, FlowKey, Port},
+    plain,
+    verdict::Counter,
+};
+
+/// Version of every layout in this file; pinned maps live in a directory of this number.
+pub const LAYOUT_VERSION: u32 = 1;
+
+plain! {
+    /// One direction of a flow: everything needed to send its next packet on.
+    ///
+    /// For IPv4 this is one cache line: behind the 48-byte head of a kernel hash element and a 16-byte key it starts at
+    /// byte 64 (`struct htab_elem`, kernel/bpf/hashtab.c).
+    pub struct Flow<A> {
+        /// New source address.
+        pub src: A,
+        /// New destination address.
+        pub dst: A,
+        /// New source port.
+        pub sport: Port,
+        /// New destination port.
+        pub dport: Port,
+        /// Checksum delta of the addresses.
+        pub addr_delta: u16,
+        /// Checksum delta of addresses and ports.
+        pub l4_delta: u16,
+        /// Next hop: destination MAC.
+        pub dmac: [u8; 6],
+        /// Next hop: source MAC.
+        pub smac: [u8; 6],
+        /// Next hop: interface index, 0 while unknown.
+        pub ifindex: u32,
+        /// Routing tag under which the next hop was resolved (see [`Tables::routing_tag`]); 0 means never.
+        pub routing: u32,
+        /// Clock of the last packet, in seconds of agent time.
+        pub seen: u32,
+        /// Backend id.
+        pub backend: u32,
+        /// Generation of the backend when the flow was made.
+        pub generation: u32,
+        /// Service id, for attribution.
+        pub service: u32,
+        /// MTU of the route, in bytes of IP packet.
+        pub mtu: u16,
+        /// One of [`kind`].
+        pub kind: u8,
+        /// One of [`exit`].
+        pub exit: u8,
+        /// Bits of [`closing`], set by packets of this direction (and by a reset of the other).
+        pub closing: u8,
+        /// 1 once the other direction has been seen.
+        pub replied: u8,
+        /// Zero.
+        pub zero: [u8; 6],
+    }
+
+    /// Where flows are put together: the stack of a program, 512 bytes, is too small for it.
+    pub struct Work<A> {
+        /// The flow of the packet at hand.
+        pub flow: Flow<A>,
+        /// The reply's half, while a flow is opened or established.
+        pub reply: Flow<A>,
+    }
+
+    /// Key of a frontend: where clients connect to.
+    pub struct FrontendKey<A> {
+        /// Address.
+        pub addr: A,
+        /// Port.
+        pub port: Port,
+        /// IP protocol number.
+        pub proto: u8,
+        /// One of [`scope`].
+        pub scope: u8,
+    }
+
+    /// A frontend: which ring answers for it.
+    pub struct Frontend {
+        /// Service id, for attribution.
+        pub service: u32,
+        /// First slot of its ring in the ring array.
+        pub ring: u32,
+        /// Number of slots: a prime, 1 for a single backend, 0 without endpoints.
+        pub slots: u32,
+        /// Bits of [`frontend`].
+        pub flags: u32,
+        /// Client-IP affinity in seconds, 0 for none.
+        pub affinity_seconds: u32,
+    }
+
+    /// A backend: an endpoint's address and port.
+    pub struct Backend<A> {
+        /// Address.
+        pub addr: A,
+        /// Port.
+        pub port: Port,
+        /// IP protocol number; 0 marks a free slot.
+        pub proto: u8,
+        /// Bits of [`backend`].
+        pub flags: u8,
+        /// Raised whenever the id is given to another endpoint, or the endpoint is gone.
+        pub generation: u32,
+    }
+
+    /// A managed interface, by its index.
+    pub struct Device<A> {
+        /// Source address of translated packets that leave here.
+        pub snat: A,
+        /// Bits of [`device`].
+        pub flags: u32,
+        /// MTU in bytes of IP packet.
+        pub mtu: u32,
+        /// Its own MAC address.
+        pub mac: [u8; 6],
+        /// Zero.
+        pub zero: [u8; 2],
+    }
+
+    /// A next hop that this CPU has been told before.
+    pub struct KnownHop<A> {
+        /// Destination it leads to.
+        pub dst: A,
+        /// Interface the packet came in by.
+        pub from: u32,
+        /// Routing tag of the answer; 0 marks a free slot.
+        pub routing: u32,
+        /// Interface to leave by.
+        pub ifindex: u32,
+        /// Destination MAC.
+        pub dmac: [u8; 6],
+        /// Source MAC.
+        pub smac: [u8; 6],
+        /// MTU of the route, 0 when the kernel did not say.
+        pub mtu: u16,
+        /// Zero.
+        pub zero: [u8; 2],
+    }
+
+    /// A slot of the embryonic table.
+    pub struct Embryo<A> {
+        /// Its key.
+        pub key: FlowKey<A>,
+        /// Its flow.
+        pub flow: Flow<A>,
+    }
+
+    /// What the agent tells the datapath, in one array slot.
+    pub struct Config {
+        /// Routing epoch: raised on every change of routes, neighbours or links.
+        pub epoch: u32,
+        /// Seconds that an agent has been running over these maps; stands still while none does, so nothing ages then.
+        pub clock: u32,
+        /// First source port of the SNAT range, in host order.
+        pub snat_port_min: u16,
+        /// Last source port of the SNAT range, in host order.
+        pub snat_port_max: u16,
+        /// Buckets of the embryonic table.
+        pub embryonic_buckets: u32,
+        /// 1 when rules of the routing policy look at more than the destination: next hops are then not shared between
+        /// flows.
+        pub policy_routing: u32,
+    }
+}
+
+impl<A: Address> Flow<A> {
+    /// All zeros: the start of every flow.
+    pub const ZERO: Self = Self {
+        src: A::UNSPECIFIED,
+        dst: A::UNSPECIFIED,
+        sport: [0; 2],
+        dport: [0; 2],
+        addr_delta: 0,
+        l4_delta: 0,
+        dmac: [0; 6],
+        smac: [0; 6],
+        ifindex: 0,
+        routing: 0,
+        seen: 0,
+        backend: 0,
+        generation: 0,
+        service: 0,
+        mtu: 0,
+        kind: 0,
+        exit: 0,
+        closing: 0,
+        replied: 0,
+        zero: [0; 6],
+    };
+}
+
+/// What an entry of a flow table is for.
+pub mod kind {
+    /// From the client to a backend; met at ingress.
+    pub const FORWARD: u8 = 1;
+    /// From a backend elsewhere to our SNAT address; met at ingress.
+    pub const REPLY_REMOTE: u8 = 2;
+    /// From a backend on this node to the client; met at egress.
+    pub const REPLY_LOCAL: u8 = 3;
+    /// Half-translated by ingress, routed by the kernel, to be finished at egress; either direction.
+    pub const TRANSIT: u8 = 4;
+}
+
+/// How packets of a flow leave.
+pub mod exit {
+    /// Up the stack, to a backend on this node.
+    pub const LOCAL: u8 = 0;
+    /// Out of the interface they came in by.
+    pub const TRANSMIT: u8 = 1;
+    /// Out of another interface.
+    pub const REDIRECT: u8 = 2;
+    /// Up the stack for the kernel to route: the slow path.
+    pub const KERNEL: u8 = 3;
+}
+
+/// How far a TCP flow has closed.
+pub mod closing {
+    /// This direction has sent FIN.
+    pub const FIN: u8 = 1;
+    /// Either direction has sent RST.
+    pub const RST: u8 = 2;
+}
+
+/// Whom a frontend serves.
+pub mod scope {
+    /// Clients outside the cluster: externalTrafficPolicy applies.
+    pub const EXTERNAL: u8 = 0;
+    /// Clients inside the cluster: internalTrafficPolicy applies.
+    pub const INTERNAL: u8 = 1;
+}
+
+/// Flags of a frontend.
+pub mod frontend {
+    /// Its address is one of the node's own: nothing addressed to it is ever dropped.
+    pub const NODE_ADDRESS: u32 = 1;
+    /// It has endpoints, but none on this node and the policy is Local: drop silently, as Kubernetes specifies.
+    pub const LOCAL_ONLY: u32 = 2;
+}
+
+/// Flags of a backend.
+pub mod backend {
+    /// On this node: DNAT only, the client's address survives.
+    pub const LOCAL: u8 = 1;
+}
+
+/// Flags of a device.
+pub mod device {
+    /// XDP here may send out of the same interface.
+    pub const TRANSMIT: u32 = 1;
+    /// Takes frames redirected by native XDP (`NETDEV_XDP_ACT_NDO_XMIT`).
+    pub const REDIRECT: u32 = 2;
+    /// Its own XDP program runs in generic mode, whose frames every Ethernet device takes.
+    pub const GENERIC: u32 = 4;
+    /// Has an Ethernet header, so that generic redirects make sense.
+    pub const ETHERNET: u32 = 8;
+}
+
+/// A map of the datapath: its name in the object and in bpffs, and its size when no flag says otherwise.
+pub struct MapSpec {
+    /// Name of the static in the eBPF crate.
+    pub name: &'static str,
+    /// Default number of entries.
+    pub entries: u32,
+}
+
+/// Words of 64 bits in each gate.
+pub const GATE_WORDS: u32 = 1 << 14;
+
+/// Established flows; two entries a flow, 128 bytes each for IPv4.
+pub const ESTABLISHED_V4: MapSpec = MapSpec { name: "ESTABLISHED_V4", entries: 1 << 18 };
+/// Embryonic flows, [`WAYS`] to a bucket: an array, because new flows come at the rate of a flood and a kernel LRU costs
+/// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones, older before newer.
+pub const EMBRYONIC_V4: MapSpec = MapSpec { name: "EMBRYONIC_V4", entries: 7 << 14 };
+/// What the slots of each bucket hold: a lock, then a tag per way.
+pub const TAGS_V4: MapSpec = MapSpec { name: "TAGS_V4", entries: 1 << 14 };
+/// Slots in a bucket of the embryonic table: with the lock, their tags fill a cache line.
+pub const WAYS: u32 = 7;
+const _: () = assert!(EMBRYONIC_V4.entries == TAGS_V4.entries * WAYS);
+/// Frontends.
+pub const FRONTENDS_V4: MapSpec = MapSpec { name: "FRONTENDS_V4", entries: 1 << 16 };
+/// Backends, by id; id 0 is never used.
+pub const BACKENDS_V4: MapSpec = MapSpec { name: "BACKENDS_V4", entries: 1 << 17 };
+/// Maglev rings: backend ids, 4 bytes a slot.
+pub const RINGS: MapSpec = MapSpec { name: "RINGS", entries: 1 << 24 };
+/// Managed interfaces.
+pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
+/// Filter in front of ingress.
+pub const GATE_INGRESS: MapSpec = MapSpec { name: "GATE_INGRESS", entries: GATE_WORDS };
+/// Filter in front of egress.
+pub const GATE_EGRESS: MapSpec = MapSpec { name: "GATE_EGRESS", entries: GATE_WORDS };
+/// One slot of [`Config`].
+pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
+/// Per-CPU work area.
+pub const WORK_V4: MapSpec = MapSpec { name: "WORK_V4", entries: 1 };
+/// Per-CPU next hops, found by a hash of their destination.
+pub const HOPS_V4: MapSpec = MapSpec { name: "HOPS_V4", entries: 1 << 10 };
+/// Per-CPU counters.
+pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: crate::verdict::COUNTERS };
+
+/// Every map, in the order the agent opens them.
+pub const MAPS: [&MapSpec; 13] = [
+    &ESTABLISHED_V4,
+    &EMBRYONIC_V4,
+    &TAGS_V4,
+    &FRONTENDS_V4,
+    &BACKENDS_V4,
+    &RINGS,
+    &DEVICES_V4,
+    &GATE_INGRESS,
+    &GATE_EGRESS,
+    &CONFIG,
+    &WORK_V4,
+    &HOPS_V4,
+    &COUNTERS,
+];
+
+/// Which flow table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// Never evicts.
+    Established,
+    /// Evicts the least recently used.
+    Embryonic,
+}
+
+/// How an insertion that must not replace anything ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Insertion {
+    /// The entry is in.
+    Done,
+    /// The key is taken.
+    Exists,
+    /// The table refused: full, out of memory, or a bucket lock was contended.
+    Refused,
+}
+
+/// The answer of the routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// A next hop with a neighbour.
+    Hop {
+        /// Egress interface index.
+        ifindex: u32,
+        /// Destination MAC.
+        dmac: [u8; 6],
+        /// Source MAC.
+        smac: [u8; 6],
+        /// MTU of the route, 0 when the kernel does not say.
+        mtu: u16,
+    },
+    /// A next hop whose neighbour is not resolved yet.
+    NoNeighbour {
+        /// Egress interface index.
+        ifindex: u32,
+    },
+    /// The address is one of this node's.
+    Local,
+    /// Anything else (unreachable, encapsulating route, forwarding off): the kernel knows what to do with it.
+    Kernel,
+}
+
+/// A live entry of a flow table, read in place: the fast path needs half of it, and the stack has no room for the rest.
+pub trait Entry<A: Address>: core::ops::Deref<Target = Flow<A>> {
+    /// Sets [`Flow::seen`].
+    fn set_seen(&self, clock: u32);
+    /// Sets [`Flow::replied`].
+    fn set_replied(&self);
+    /// Sets [`Flow::closing`] to `bits`.
+    fn set_closing(&self, bits: u8);
+}
+
+/// The maps, as the decision sees them.
+/// Handed around by value: in the kernel it has no size, on the host it is a reference.
+pub trait Tables<F: Family>: Copy {
+    /// A reference to an entry of a flow table.
+    type Entry: Entry<F::Addr>;
+    /// A reference to the work area.
+    type Work: core::ops::DerefMut<Target = Work<F::Addr>>;
+
+    /// The agent's settings.
+    fn config(self) -> Config;
+    /// A number that changes whenever a cached next hop may be stale: the routing epoch plus a coarse kernel clock, so
+    /// that next hops are asked for again now and then even while no agent runs. Both only grow, so their sum never
+    /// repeats; 0 is never returned.
+    fn routing_tag(self) -> u32;
+    /// A word of the ingress gate; all ones beyond its end.
+    fn ingress_gate(self, word: u32) -> u64;
+    /// A word of the egress gate; all ones beyond its end.
+    fn egress_gate(self, word: u32) -> u64;
+    /// The work area of this CPU; programs of one CPU do not interrupt each other (they run with bottom halves off).
+    fn work(self) -> Option<Self::Work>;
+    /// Looks a flow up.
+    fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Self::Entry>;
+    /// Inserts a flow that must not exist.
+    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion;
+    /// Inserts or replaces a flow as a whole; false when the table refused.
+    fn store(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> bool;
+    /// Removes a flow if it is there.
+    fn remove(self, table: Table, key: &FlowKey<F::Addr>);
+    /// Looks a frontend up.
+    fn frontend(self, key: &FrontendKey<F::Addr>) -> Option<Frontend>;
+    /// The backend id in a ring slot, 0 when there is none.
+    fn ring(self, slot: u32) -> u32;
+    /// A backend by its id.
+    fn backend(self, id: u32) -> Option<Backend<F::Addr>>;
+    /// A managed interface by its index.
+    fn device(self, ifindex: u32) -> Option<Device<F::Addr>>;
+    /// Asks the routing table for the way of a packet that came in by `ifindex`.
+    fn route(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route;
+    /// Counts.
+    fn count(self, counter: Counter);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::Plain;
+
+    #[test]
+    fn an_ipv4_flow_is_one_cache_line() {
+        assert_eq!(size_of::<Flow<[u8; 4]>>(), 64);
+    }
+
+    #[test]
+    fn no_map_value_has_padding() {
+        // Reading the constant is the test: it fails to compile.
+        fn prove<T: Plain>() {
+            const { T::PROOF };
+        }
+        prove::<Flow<[u8; 4]>>();
+        prove::<Flow<[u8; 16]>>();
+        prove::<FlowKey<[u8; 4]>>();
+        prove::<FlowKey<[u8; 16]>>();
+        prove::<FrontendKey<[u8; 4]>>();
+        prove::<FrontendKey<[u8; 16]>>();
+        prove::<Frontend>();
+        prove::<Backend<[u8; 4]>>();
+        prove::<Backend<[u8; 16]>>();
+        prove::<Device<[u8; 4]>>();
+        prove::<Device<[u8; 16]>>();
+        prove::<KnownHop<[u8; 4]>>();
+        prove::<KnownHop<[u8; 16]>>();
+        prove::<Embryo<[u8; 4]>>();
+        prove::<Embryo<[u8; 16]>>();
+        prove::<Config>();
+    }
+}

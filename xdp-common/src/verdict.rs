@@ -1,0 +1,198 @@
+//! What is to be done with a frame, and what is counted.
+
+use crate::net::{Address, Port};
+
+/// What to do with a frame.
+///
+/// A structure whose fields always hold something, rather than an enum with payloads: the verifier refuses programs that
+/// move a payload which one branch has left undefined. Without an action that sends, the other fields are zero.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict<A> {
+    /// What becomes of it.
+    pub action: Action,
+    /// The new addresses and ports.
+    pub rewrite: Rewrite<A>,
+    /// The next hop, for [`Action::Transmit`] and [`Action::Redirect`].
+    pub hop: Hop,
+}
+
+/// What becomes of a frame.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Nothing is touched; the kernel goes on with it.
+    Pass,
+    /// Dropped, for one counted reason.
+    Drop(Reason),
+    /// Rewritten and passed up the stack of this node: to a backend here, or on the slow path.
+    Stack,
+    /// Rewritten and sent out of the interface it came in by.
+    Transmit,
+    /// Rewritten and sent out of another interface.
+    Redirect,
+}
+
+/// The new addresses and ports of a frame, with what they do to its checksums.
+#[repr(C, align(4))] // copied by words
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rewrite<A> {
+    /// New source address.
+    pub src: A,
+    /// New destination address.
+    pub dst: A,
+    /// New source port.
+    pub sport: Port,
+    /// New destination port.
+    pub dport: Port,
+    /// Checksum delta of the addresses: what the IPv4 header changes by.
+    pub addr_delta: u16,
+    /// Checksum delta of addresses and ports: what TCP and UDP change by.
+    pub l4_delta: u16,
+}
+
+/// The next hop of a frame.
+#[repr(C, align(4))] // copied by words
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// Destination MAC address.
+    pub dmac: [u8; 6],
+    /// Source MAC address: our interface's.
+    pub smac: [u8; 6],
+    /// Index of the interface to leave by.
+    pub ifindex: u32,
+}
+
+/// Declares a closed list once: the counter index, the metric label, the text for people and the documentation.
+macro_rules! counted {
+    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])* $variant:ident = $label:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum $name { $($(#[doc = $doc])* $variant,)* }
+
+        impl $name {
+            /// Every one of them, in counter order.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The metric label.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$variant => $label,)* }
+            }
+
+            /// What it means, for people.
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),*),)* }
+            }
+        }
+    };
+}
+
+counted! {
+    /// Why a frame was dropped. Every drop counts exactly one.
+    Reason {
+        /// The service has no usable endpoint anywhere, and its address is not one of the node's own.
+        NoEndpoint = "no_endpoint",
+        /// The traffic policy is Local and no endpoint of the service is on this node.
+        NoLocalEndpoint = "no_local_endpoint",
+        /// No free source port was found toward the backend within the limit of attempts.
+        SnatExhausted = "snat_exhausted",
+        /// The table of new flows refused the entry: other CPUs held its bucket, however often it was tried.
+        FlowInsert = "flow_insert",
+        /// The ring named a backend that does not exist: the agent's image and the maps disagree.
+        NoBackend = "no_backend",
+    }
+}
+
+counted! {
+    /// What happened to frames of ours, and to the flow tables.
+    Event {
+        /// Rewritten and sent out of the interface it came in by.
+        Transmitted = "transmitted",
+        /// Rewritten and sent out of another interface.
+        Redirected = "redirected",
+        /// Rewritten and passed up to a backend on this node.
+        Delivered = "delivered",
+        /// Rewritten in half and passed up for the kernel to route (no neighbour yet, no redirect, over the MTU, TTL).
+        SlowPath = "slow_path",
+        /// A reply of a backend on this node, restored at egress.
+        Restored = "restored",
+        /// The second half of a slow-path translation, done at egress.
+        Finished = "finished",
+        /// Left to the tc program, because its checksum looks like a pseudo-header sum.
+        Deferred = "deferred",
+        /// Left alone though addressed to a frontend without endpoints, because the address is the node's own.
+        NoEndpointPassed = "no_endpoint_passed",
+        /// Addressed to our SNAT address and range, but of no known flow: left alone.
+        Unclaimed = "unclaimed",
+        /// A header that contradicts itself or its frame: left alone.
+        Malformed = "malformed",
+        /// A fragment addressed to a frontend: left alone.
+        Fragment = "fragment",
+        /// A new flow was made.
+        FlowNew = "flow_new",
+        /// A flow was answered, spoke again and moved to the established table.
+        FlowEstablished = "flow_established",
+        /// A flow could not move to the established table, because it is full; it stays embryonic.
+        EstablishedFull = "established_full",
+        /// A flow left a backend that is gone, or a closed tuple was used again.
+        FlowRenewed = "flow_renewed",
+        /// The next hop of a flow was asked for again, because routes or neighbours had changed.
+        HopRefreshed = "hop_refreshed",
+        /// Another CPU held the bucket of a new entry, and the insert was repeated.
+        InsertRetried = "insert_retried",
+    }
+}
+
+/// Slots of the per-CPU counter array: drops first, then events, then the SNAT port attempts.
+pub const COUNTERS: u32 = (Reason::ALL.len() + Event::ALL.len()) as u32 + SNAT_ATTEMPTS_MAX;
+
+/// How many source ports are tried before a new flow is dropped.
+pub const SNAT_ATTEMPTS_MAX: u32 = 16;
+
+/// A slot of the counter array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// A dropped frame.
+    Drop(Reason),
+    /// Something that happened.
+    Event(Event),
+    /// A source port found at this attempt, counted from zero.
+    SnatAttempt(u32),
+}
+
+impl Counter {
+    /// Its index in the counter array.
+    #[inline(always)] // a constant at nearly every call
+    pub const fn index(self) -> u32 {
+        match self {
+            Self::Drop(reason) => reason as u32,
+            Self::Event(event) => Reason::ALL.len() as u32 + event as u32,
+            Self::SnatAttempt(attempt) => (Reason::ALL.len() + Event::ALL.len()) as u32 + attempt,
+        }
+    }
+}
+
+impl<A: Address> Verdict<A> {
+    /// Leaves the frame alone.
+    pub const PASS: Self = Self {
+        action: Action::Pass,
+        rewrite: Rewrite {
+            src: A::UNSPECIFIED,
+            dst: A::UNSPECIFIED,
+            sport: [0; 2],
+            dport: [0; 2],
+            addr_delta: 0,
+            l4_delta: 0,
+        },
+        hop: Hop { dmac: [0; 6], smac: [0; 6], ifindex: 0 },
+    };
+}
+
+impl<A: Address> Rewrite<A> {
+    /// What the ports alone change the TCP or UDP checksum by.
+    #[inline(always)]
+    pub fn port_delta(&self) -> u16 {
+        crate::checksum::add(self.l4_delta, !self.addr_delta)
+    }
+}

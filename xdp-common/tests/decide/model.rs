@@ -1,0 +1,361 @@
+//! The tables as ordinary maps, and a wire on which packets are sent and translated.
+
+use std::{
+    cell::{Cell, RefCell, RefMut},
+    collections::HashMap,
+    ops::Deref,
+    rc::Rc,
+};
+
+use xdp_common::{
+    checksum,
+    decide::{self, Hook},
+    frame::{Packet, tcp},
+    gate,
+    net::{FlowKey, TCP, UDP, V4},
+    tables::{
+        Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work,
+        backend, device, scope,
+    },
+    verdict::{Action, Counter, Event, Reason, Verdict},
+};
+
+pub(crate) type Addr = [u8; 4];
+pub(crate) type Key = FlowKey<Addr>;
+/// Address, port and protocol of a frontend.
+pub(crate) type Place = (Addr, [u8; 2], u8);
+type Flows = RefCell<HashMap<Key, Rc<Cell<Flow<Addr>>>>>;
+
+pub(crate) const CLIENT: Addr = [198, 51, 100, 2];
+pub(crate) const VIP: Addr = [203, 0, 113, 10];
+pub(crate) const VIP_TOO: Addr = [203, 0, 113, 20];
+pub(crate) const NODE: Addr = [192, 168, 50, 10];
+pub(crate) const LOCAL: Addr = [10, 244, 1, 2];
+pub(crate) const REMOTE: Addr = [10, 244, 2, 2];
+pub(crate) const REMOTE_TOO: Addr = [10, 244, 2, 3];
+pub(crate) const HTTP: [u8; 2] = [0, 80];
+pub(crate) const TARGET: [u8; 2] = [0x1f, 0x90]; // 8080
+pub(crate) const UPLINK: u32 = 2;
+pub(crate) const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(crate) const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// The maps of a node.
+pub(crate) struct Model {
+    pub(crate) config: Cell<Config>,
+    pub(crate) established: Flows,
+    pub(crate) embryonic: Flows,
+    pub(crate) established_max: Cell<usize>,
+    pub(crate) frontends: RefCell<HashMap<Place, Frontend>>,
+    pub(crate) rings: RefCell<Vec<u32>>,
+    pub(crate) backends: RefCell<Vec<Backend<Addr>>>,
+    pub(crate) devices: RefCell<HashMap<u32, Device<Addr>>>,
+    pub(crate) route: Cell<Route>,
+    pub(crate) refuse: Cell<u32>,
+    pub(crate) counters: RefCell<HashMap<u32, u64>>,
+    ingress_gate: RefCell<HashMap<u32, u64>>,
+    egress_gate: RefCell<HashMap<u32, u64>>,
+    work: RefCell<Work<Addr>>,
+}
+
+/// An entry that shares its place with the table; it is read as it was when it was found.
+pub(crate) struct Live(Rc<Cell<Flow<Addr>>>, Flow<Addr>);
+
+impl Deref for Live {
+    type Target = Flow<Addr>;
+    fn deref(&self) -> &Flow<Addr> {
+        &self.1
+    }
+}
+
+impl Entry<Addr> for Live {
+    fn set_seen(&self, clock: u32) {
+        self.0.set(Flow { seen: clock, ..self.0.get() });
+    }
+    fn set_replied(&self) {
+        self.0.set(Flow { replied: 1, ..self.0.get() });
+    }
+    fn set_closing(&self, bits: u8) {
+        self.0.set(Flow { closing: bits, ..self.0.get() });
+    }
+}
+
+impl Model {
+    /// A node with one uplink and a gateway; no services.
+    pub(crate) fn new() -> Self {
+        let uplink = Device {
+            snat: NODE,
+            flags: device::TRANSMIT | device::REDIRECT | device::ETHERNET,
+            mtu: 1500,
+            mac: OUR_MAC,
+            zero: [0; 2],
+        };
+        let model = Self {
+            config: Cell::new(Config {
+                epoch: 1,
+                clock: 100,
+                snat_port_min: 1024,
+                snat_port_max: 29_999,
+                embryonic_buckets: 1,
+                policy_routing: 0,
+            }),
+            established: Flows::default(),
+            embryonic: Flows::default(),
+            established_max: Cell::new(usize::MAX),
+            frontends: RefCell::default(),
+            rings: RefCell::default(),
+            backends: RefCell::new(vec![Backend {
+                addr: [0; 4],
+                port: [0; 2],
+                proto: 0,
+                flags: 0,
+                generation: 0,
+            }]),
+            devices: RefCell::new(HashMap::from([(UPLINK, uplink)])),
+            route: Cell::new(gateway()),
+            refuse: Cell::new(0),
+            counters: RefCell::default(),
+            ingress_gate: RefCell::default(),
+            egress_gate: RefCell::default(),
+            work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO }),
+        };
+        open(&model.ingress_gate, gate::snat_bit(NODE));
+        model
+    }
+
+    /// Adds a backend and returns its id.
+    pub(crate) fn backend(&self, addr: Addr, proto: u8, is_local: bool) -> u32 {
+        let flags = if is_local { backend::LOCAL } else { 0 };
+        let mut backends = self.backends.borrow_mut();
+        backends.push(Backend { addr, port: TARGET, proto, flags, generation: 1 });
+        open(&self.egress_gate, gate::backend_source_bit(addr, TARGET, proto));
+        if !is_local {
+            open(&self.egress_gate, gate::backend_destination_bit(addr, TARGET, proto));
+        }
+        backends.len() as u32 - 1
+    }
+
+    /// Makes an address a frontend whose ring holds these backends in turn.
+    pub(crate) fn frontend(&self, addr: Addr, proto: u8, backends: &[u32], flags: u32) {
+        let mut rings = self.rings.borrow_mut();
+        let ring = rings.len() as u32;
+        rings.extend(backends);
+        let frontend =
+            Frontend { service: 1, ring, slots: backends.len() as u32, flags, affinity_seconds: 0 };
+        self.frontends.borrow_mut().insert((addr, HTTP, proto), frontend);
+        open(&self.ingress_gate, gate::frontend_bit(addr, HTTP, proto));
+    }
+
+    /// What XDP does with a packet.
+    pub(crate) fn xdp(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
+        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Xdp))
+    }
+
+    /// What tc ingress does with a packet.
+    pub(crate) fn tc(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
+        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Tc))
+    }
+
+    /// What tc egress does with a packet.
+    pub(crate) fn egress(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
+        sound(packet, decide::egress::<V4, _>(self, packet))
+    }
+
+    /// A packet through XDP and, where it goes up and is routed, through tc egress; a reply of the backend on this node
+    /// through tc egress alone. Returns the packet that leaves.
+    pub(crate) fn through(&self, packet: &Packet<Addr>) -> Packet<Addr> {
+        if packet.key.src == LOCAL {
+            return rewritten(packet, &self.egress(packet));
+        }
+        let first = self.xdp(packet);
+        let half = rewritten(packet, &first);
+        match first.action {
+            Action::Transmit | Action::Redirect => half,
+            Action::Stack => rewritten(&half, &self.egress(&half)),
+            Action::Pass | Action::Drop(_) => panic!("not forwarded: {:?}", first.action),
+        }
+    }
+
+    /// How often something was counted.
+    pub(crate) fn count_of(&self, counter: Counter) -> u64 {
+        self.counters.borrow().get(&counter.index()).copied().unwrap_or(0)
+    }
+
+    pub(crate) fn drops(&self, reason: Reason) -> u64 {
+        self.count_of(Counter::Drop(reason))
+    }
+
+    pub(crate) fn events(&self, event: Event) -> u64 {
+        self.count_of(Counter::Event(event))
+    }
+
+    pub(crate) fn all_drops(&self) -> u64 {
+        Reason::ALL.iter().map(|&reason| self.drops(reason)).sum()
+    }
+
+    fn table(&self, table: Table) -> &Flows {
+        match table {
+            Table::Established => &self.established,
+            Table::Embryonic => &self.embryonic,
+        }
+    }
+
+    fn has_room(&self, table: Table, key: &Key) -> bool {
+        let flows = self.table(table).borrow();
+        table == Table::Embryonic || flows.contains_key(key) || flows.len() < self.established_max.get()
+    }
+
+    fn refuses(&self) -> bool {
+        let left = self.refuse.get();
+        self.refuse.set(left.saturating_sub(1));
+        left > 0
+    }
+}
+
+impl<'a> Tables<V4> for &'a Model {
+    type Entry = Live;
+    type Work = RefMut<'a, Work<Addr>>;
+
+    fn config(self) -> Config {
+        self.config.get()
+    }
+    fn routing_tag(self) -> u32 {
+        self.config.get().epoch
+    }
+    fn ingress_gate(self, word: u32) -> u64 {
+        self.ingress_gate.borrow().get(&word).copied().unwrap_or(0)
+    }
+    fn egress_gate(self, word: u32) -> u64 {
+        self.egress_gate.borrow().get(&word).copied().unwrap_or(0)
+    }
+    fn work(self) -> Option<RefMut<'a, Work<Addr>>> {
+        Some(self.work.borrow_mut())
+    }
+    fn flow(self, table: Table, key: &Key) -> Option<Live> {
+        self.table(table).borrow().get(key).map(|place| Live(place.clone(), place.get()))
+    }
+    fn insert(self, table: Table, key: &Key, flow: &Flow<Addr>) -> Insertion {
+        if self.refuses() || !self.has_room(table, key) {
+            return Insertion::Refused;
+        }
+        let mut flows = self.table(table).borrow_mut();
+        if flows.contains_key(key) {
+            return Insertion::Exists;
+        }
+        flows.insert(*key, Rc::new(Cell::new(*flow)));
+        Insertion::Done
+    }
+    fn store(self, table: Table, key: &Key, flow: &Flow<Addr>) -> bool {
+        if self.refuses() || !self.has_room(table, key) {
+            return false;
+        }
+        self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(*flow)));
+        true
+    }
+    fn remove(self, table: Table, key: &Key) {
+        self.table(table).borrow_mut().remove(key);
+    }
+    fn frontend(self, key: &FrontendKey<Addr>) -> Option<Frontend> {
+        assert_eq!(key.scope, scope::EXTERNAL);
+        self.frontends.borrow().get(&(key.addr, key.port, key.proto)).copied()
+    }
+    fn ring(self, slot: u32) -> u32 {
+        self.rings.borrow().get(slot as usize).copied().unwrap_or(0)
+    }
+    fn backend(self, id: u32) -> Option<Backend<Addr>> {
+        self.backends.borrow().get(id as usize).copied().filter(|backend| backend.proto != 0)
+    }
+    fn device(self, ifindex: u32) -> Option<Device<Addr>> {
+        self.devices.borrow().get(&ifindex).copied()
+    }
+    fn route(self, _ifindex: u32, _src: Addr, _dst: Addr, _tos: u8, _proto: u8) -> Route {
+        self.route.get()
+    }
+    fn count(self, counter: Counter) {
+        *self.counters.borrow_mut().entry(counter.index()).or_default() += 1;
+    }
+}
+
+/// The usual answer of the routing table: out of the uplink, to the gateway.
+pub(crate) fn gateway() -> Route {
+    Route::Hop { ifindex: UPLINK, dmac: GATEWAY_MAC, smac: OUR_MAC, mtu: 1500 }
+}
+
+/// A TCP packet with these flags.
+pub(crate) fn segment(src: Addr, sport: u16, dst: Addr, dport: [u8; 2], flags: u8) -> Packet<Addr> {
+    packet(src, sport.to_be_bytes(), dst, dport, TCP, flags)
+}
+
+/// A UDP packet.
+pub(crate) fn datagram(src: Addr, sport: u16, dst: Addr, dport: [u8; 2]) -> Packet<Addr> {
+    packet(src, sport.to_be_bytes(), dst, dport, UDP, 0)
+}
+
+/// The opener of a connection to a frontend.
+pub(crate) fn syn(sport: u16, vip: Addr) -> Packet<Addr> {
+    segment(CLIENT, sport, vip, HTTP, tcp::SYN)
+}
+
+/// A packet of a connection to a frontend.
+pub(crate) fn ack(sport: u16, vip: Addr) -> Packet<Addr> {
+    segment(CLIENT, sport, vip, HTTP, tcp::ACK)
+}
+
+/// What a backend answers to a packet that has reached it.
+pub(crate) fn answer(packet: &Packet<Addr>, flags: u8) -> Packet<Addr> {
+    let key = packet.key.reversed();
+    self::packet(key.src, key.sport, key.dst, key.dport, key.proto, flags)
+}
+
+fn packet(src: Addr, sport: [u8; 2], dst: Addr, dport: [u8; 2], proto: u8, tcp_flags: u8) -> Packet<Addr> {
+    let key = FlowKey { src, dst, sport, dport, proto, zero: [0; 3] };
+    let mut packet = Packet {
+        key,
+        dmac: OUR_MAC,
+        l4_offset: 34,
+        l4_len: 60,
+        total_len: 80,
+        check: 0,
+        tos: 0,
+        ttl: 64,
+        tcp_flags,
+        ifindex: UPLINK,
+    };
+    packet.check = finished(&packet);
+    packet
+}
+
+/// The finished checksum of a packet whose payload sums up to a constant.
+fn finished(packet: &Packet<Addr>) -> u16 {
+    const PAYLOAD: u32 = 0x1234;
+    let pseudo = checksum::pseudo_header(packet.key.addresses_sum(), packet.key.proto, packet.l4_len);
+    !checksum::fold(checksum::fold(pseudo as u32 + packet.key.ports_sum()) as u32 + PAYLOAD)
+}
+
+/// The packet after a verdict, its checksum updated by the verdict's deltas.
+pub(crate) fn rewritten(packet: &Packet<Addr>, verdict: &Verdict<Addr>) -> Packet<Addr> {
+    if matches!(verdict.action, Action::Pass | Action::Drop(_)) {
+        return *packet;
+    }
+    let rewrite = verdict.rewrite;
+    let key = FlowKey {
+        src: rewrite.src,
+        dst: rewrite.dst,
+        sport: rewrite.sport,
+        dport: rewrite.dport,
+        ..packet.key
+    };
+    Packet { key, check: checksum::update(packet.check, rewrite.l4_delta), ..*packet }
+}
+
+/// Checks what must hold of every verdict: its deltas are those of its translation.
+fn sound(packet: &Packet<Addr>, verdict: Verdict<Addr>) -> Verdict<Addr> {
+    let after = rewritten(packet, &verdict);
+    if packet.check == finished(packet) {
+        assert_eq!(after.check, finished(&after), "checksum after {verdict:?} of {packet:?}");
+    }
+    verdict
+}
+
+fn open(gate: &RefCell<HashMap<u32, u64>>, bit: u32) {
+    *gate.borrow_mut().entry(bit / 64).or_default() |= 1 << (bit % 64);
+}
