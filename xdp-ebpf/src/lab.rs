@@ -1,0 +1,116 @@
+//! Programs of the lab and the benches; none of them is part of the product.
+#![no_std]
+#![no_main]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+#[allow(dead_code, reason = "the tc half of the frame access is the product's")]
+mod packet;
+
+use aya_ebpf::{
+    bindings::xdp_action,
+    macros::{map, xdp},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray},
+    programs::XdpContext,
+};
+use xdp_common::{
+    frame::{self, Frame as _, Parsed},
+    net::FlowKey,
+    tables::{self, Flow},
+    verdict::Hop,
+};
+
+use crate::packet::XdpFrame;
+
+/// Bytes of the template that are restored before each run: Ethernet, IPv4 and TCP headers.
+const TEMPLATE_LEN: usize = 56;
+/// Offset of the source address, the field that varies.
+const SOURCE: usize = 26;
+
+/// What [`replay`] sends.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Replay {
+    /// Frames sent so far.
+    count: u32,
+    /// Distinct source addresses minus one: a power of two minus one.
+    mask: u32,
+    /// First source address, in host order.
+    source: u32,
+    /// The headers.
+    template: [[u8; 4]; TEMPLATE_LEN / 4],
+}
+
+#[map]
+static REPLAY: Array<Replay> = Array::with_max_entries(1, 0);
+#[map]
+static TARGET: ProgramArray = ProgramArray::with_max_entries(1, 0);
+/// A table of the kind and size of the established one.
+#[map]
+static LIMIT: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> =
+    HashMap::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
+#[map]
+static LIMIT_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// Passes everything: what the receiving end of a veth needs to take frames sent by XDP.
+#[xdp]
+pub(crate) fn xdp_pass(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+/// Drops everything: the cheapest thing a program can do with a frame.
+#[xdp]
+pub(crate) fn xdp_drop(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_DROP
+}
+
+/// Restores the template with the next source address, in a scattered order, and calls the program under test.
+#[xdp]
+pub(crate) fn replay(ctx: XdpContext) -> u32 {
+    let Some(replay) = REPLAY.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
+    let frame = XdpFrame::new(&ctx);
+    let Some(bytes) = frame.view::<TEMPLATE_LEN>(0) else { return xdp_action::XDP_ABORTED };
+    // SAFETY: the one slot of an array; the bench runs on one CPU at a time.
+    let replay = unsafe { &mut *replay };
+    for (word, value) in replay.template.iter().enumerate() {
+        bytes.set_quad(word * 4, *value);
+    }
+    replay.count = replay.count.wrapping_add(1);
+    // An odd factor visits every value below a power of two once.
+    let index = replay.count.wrapping_mul(0x9e37_79b1) & replay.mask;
+    bytes.set_quad(SOURCE, (replay.source + index).to_be_bytes());
+    // SAFETY: a tail call; what follows runs only when the slot is empty.
+    unsafe { TARGET.tail_call(&ctx, 0) };
+    xdp_action::XDP_ABORTED
+}
+
+/// The least that a translated packet can cost with a hash table: parse, one lookup, rewrite, count, transmit.
+#[xdp]
+pub(crate) fn limit(ctx: XdpContext) -> u32 {
+    let frame = XdpFrame::new(&ctx);
+    let Parsed::Packet(packet) = frame::parse_v4(&frame, 0) else { return xdp_action::XDP_PASS };
+    // SAFETY: nothing is removed from the table while the bench runs.
+    let Some(flow) = (unsafe { LIMIT.get(packet.key) }) else { return xdp_action::XDP_DROP };
+    frame.address(&packet, &Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex });
+    frame.rewrite(&packet, &xdp_common::conntrack::rewrite(flow));
+    if let Some(count) = LIMIT_COUNT.get_ptr_mut(0) {
+        // SAFETY: the slot belongs to this CPU.
+        unsafe { *count += 1 }
+    }
+    xdp_action::XDP_TX
+}
+
+// Checked on the host, by clippy and editors, the crate takes its panic handler from std.
+#[cfg(not(target_arch = "bpf"))]
+extern crate std;
+
+/// The verifier proves that nothing panics; the language still wants a handler.
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}
+
+/// The kernel checks that programs calling some helpers are under a compatible licence.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

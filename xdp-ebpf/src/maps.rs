@@ -1,0 +1,281 @@
+//! The maps as [`Tables`]: the only place in the kernel that reads and writes them.
+
+use core::{
+    ffi::c_void,
+    ops::{Deref, DerefMut},
+};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS,
+        BPF_NOEXIST, bpf_fib_lookup as FibParams,
+    },
+    helpers,
+};
+use xdp_common::{
+    gate,
+    net::{FlowKey, V4},
+    tables::{
+        self, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, KnownHop, Route, Table,
+        Tables, Work,
+    },
+    verdict::Counter,
+};
+
+use crate::{
+    BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4, GATE_EGRESS, GATE_INGRESS,
+    HOPS_V4, RINGS, WORK_V4, embryonic,
+};
+
+type Addr = [u8; 4];
+
+/// The maps, and the context of the program that asks.
+#[derive(Clone, Copy)]
+pub(crate) struct Kernel {
+    pub(crate) ctx: *mut c_void,
+}
+
+/// A live entry of a flow table.
+pub(crate) struct Live {
+    flow: *mut Flow<Addr>,
+    /// Its key, in the embryonic table, which orders its entries by worth.
+    embryo: Option<*const FlowKey<Addr>>,
+}
+
+/// The work area of this CPU.
+pub(crate) struct Area(*mut Work<Addr>);
+
+impl Deref for Area {
+    type Target = Work<Addr>;
+
+    #[inline(always)]
+    fn deref(&self) -> &Work<Addr> {
+        // SAFETY: a slot of a per-CPU array, all bytes of which are valid, and which nobody else uses while this program
+        // runs: programs run with bottom halves off, and the decision takes the area once.
+        unsafe { &*self.0 }
+    }
+}
+
+impl DerefMut for Area {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut Work<Addr> {
+        // SAFETY: as in `deref`.
+        unsafe { &mut *self.0 }
+    }
+}
+
+/// Kernel clock ticks in one bucket of the routing tag, as a shift: 4,096 ticks are 4 to 41 seconds (HZ 1000 to 100).
+const ROUTING_BUCKET_SHIFT: u32 = 12;
+
+const EEXIST: i32 = -17;
+
+impl Deref for Live {
+    type Target = Flow<Addr>;
+
+    #[inline(always)]
+    fn deref(&self) -> &Flow<Addr> {
+        // SAFETY: the pointer comes from a lookup and lives until the program ends (RCU). An element that is removed may
+        // be given to another flow meanwhile; what is read then is still an entry of the same type.
+        unsafe { &*self.flow }
+    }
+}
+
+impl Entry<Addr> for Live {
+    #[inline(always)]
+    fn set_seen(&self, clock: u32) {
+        // SAFETY: as in `deref`; an aligned word.
+        unsafe { (&raw mut (*self.flow).seen).write_volatile(clock) }
+        if let Some(key) = self.embryo {
+            // SAFETY: the key that the entry was looked up by, which its caller holds longer than the entry.
+            embryonic::renew(unsafe { &*key }, false);
+        }
+    }
+
+    #[inline(always)]
+    fn set_replied(&self) {
+        // SAFETY: as in `deref`; one byte, which every CPU sets to the same value.
+        unsafe { (&raw mut (*self.flow).replied).write_volatile(1) }
+        if let Some(key) = self.embryo {
+            // SAFETY: as in `set_seen`.
+            embryonic::renew(unsafe { &*key }, true);
+        }
+    }
+
+    #[inline(always)]
+    fn set_closing(&self, bits: u8) {
+        // SAFETY: as in `deref`; one byte.
+        unsafe { (&raw mut (*self.flow).closing).write_volatile(bits) }
+    }
+}
+
+impl Tables<V4> for Kernel {
+    type Entry = Live;
+    type Work = Area;
+
+    #[inline(always)]
+    fn config(self) -> Config {
+        // The one slot is always there; the fallback lets the gate admit no SNAT port.
+        CONFIG.get(0).copied().unwrap_or(Config {
+            epoch: 0,
+            clock: 0,
+            snat_port_min: 1,
+            snat_port_max: 0,
+            embryonic_buckets: 0,
+            policy_routing: 1,
+        })
+    }
+
+    #[inline(always)]
+    fn routing_tag(self) -> u32 {
+        // SAFETY: the helper takes nothing; the JIT inlines it.
+        let bucket = unsafe { helpers::bpf_jiffies64() } >> ROUTING_BUCKET_SHIFT;
+        (bucket as u32).wrapping_add(self.config().epoch).max(1)
+    }
+
+    #[inline(always)]
+    fn ingress_gate(self, word: u32) -> u64 {
+        GATE_INGRESS.get(word).copied().unwrap_or(u64::MAX)
+    }
+
+    #[inline(always)]
+    fn egress_gate(self, word: u32) -> u64 {
+        GATE_EGRESS.get(word).copied().unwrap_or(u64::MAX)
+    }
+
+    #[inline(always)]
+    fn work(self) -> Option<Area> {
+        WORK_V4.get_ptr_mut(0).map(Area)
+    }
+
+    #[inline(always)]
+    fn flow(self, table: Table, key: &FlowKey<Addr>) -> Option<Live> {
+        match table {
+            Table::Established => ESTABLISHED_V4.get_ptr_mut(key).map(|flow| Live { flow, embryo: None }),
+            Table::Embryonic => {
+                let flow = embryonic::find(key);
+                if flow.is_null() { None } else { Some(Live { flow, embryo: Some(key) }) }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn insert(self, table: Table, key: &FlowKey<Addr>, flow: &Flow<Addr>) -> Insertion {
+        match table {
+            Table::Established => match ESTABLISHED_V4.insert(key, flow, BPF_NOEXIST as u64) {
+                Ok(()) => Insertion::Done,
+                Err(EEXIST) => Insertion::Exists,
+                Err(_) => Insertion::Refused,
+            },
+            Table::Embryonic => embryonic::put(key, flow, false),
+        }
+    }
+
+    #[inline(always)]
+    fn store(self, table: Table, key: &FlowKey<Addr>, flow: &Flow<Addr>) -> bool {
+        match table {
+            Table::Established => ESTABLISHED_V4.insert(key, flow, BPF_ANY as u64).is_ok(),
+            Table::Embryonic => embryonic::put(key, flow, true) == Insertion::Done,
+        }
+    }
+
+    #[inline(always)]
+    fn remove(self, table: Table, key: &FlowKey<Addr>) {
+        match table {
+            // It may be gone already, which is as good.
+            Table::Established => _ = ESTABLISHED_V4.remove(key),
+            Table::Embryonic => _ = embryonic::remove(key),
+        }
+    }
+
+    #[inline(always)]
+    fn frontend(self, key: &FrontendKey<Addr>) -> Option<Frontend> {
+        // SAFETY: copied at once; the agent replaces frontends as whole elements.
+        unsafe { FRONTENDS_V4.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn ring(self, slot: u32) -> u32 {
+        RINGS.get(slot).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn backend(self, id: u32) -> Option<Backend<Addr>> {
+        BACKENDS_V4.get(id).copied().filter(|backend| backend.proto != 0)
+    }
+
+    #[inline(always)]
+    fn device(self, ifindex: u32) -> Option<Device<Addr>> {
+        // SAFETY: copied at once; the agent replaces devices as whole elements.
+        unsafe { DEVICES_V4.get(ifindex) }.copied()
+    }
+
+    #[inline(always)]
+    fn route(self, ifindex: u32, src: Addr, dst: Addr, tos: u8, proto: u8) -> Route {
+        let slot = gate::snat_bit(dst) % tables::HOPS_V4.entries;
+        let known = if self.config().policy_routing == 0 { HOPS_V4.get_ptr_mut(slot) } else { None };
+        let tag = self.routing_tag();
+        if let Some(known) = known {
+            // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
+            let hop = unsafe { *known };
+            if hop.routing == tag && hop.dst == dst && hop.from == ifindex {
+                return Route::Hop { ifindex: hop.ifindex, dmac: hop.dmac, smac: hop.smac, mtu: hop.mtu };
+            }
+        }
+        let answer = self.ask(ifindex, src, dst, tos, proto);
+        if let (Some(known), Route::Hop { ifindex: out, dmac, smac, mtu }) = (known, answer) {
+            let hop =
+                KnownHop { dst, from: ifindex, routing: tag, ifindex: out, dmac, smac, mtu, zero: [0; 2] };
+            // SAFETY: as above.
+            unsafe { *known = hop }
+        }
+        answer
+    }
+
+    #[inline(always)]
+    fn count(self, counter: Counter) {
+        count(counter);
+    }
+}
+
+impl Kernel {
+    /// Asks the kernel's routing table.
+    #[inline(always)]
+    fn ask(self, ifindex: u32, src: Addr, dst: Addr, tos: u8, proto: u8) -> Route {
+        // SAFETY: the structure is plain numbers.
+        let mut params: FibParams = unsafe { core::mem::zeroed() };
+        params.family = AF_INET;
+        params.l4_protocol = proto;
+        params.ifindex = ifindex;
+        // A length of 0 asks for no MTU check; the answer carries the MTU in its place (5.13).
+        params.__bindgen_anon_1.tot_len = 0;
+        params.__bindgen_anon_2.tos = tos;
+        params.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(src);
+        params.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(dst);
+        // SAFETY: context and parameters are valid; the size is that of the structure.
+        let answer =
+            unsafe { helpers::bpf_fib_lookup(self.ctx, &raw mut params, size_of::<FibParams>() as i32, 0) };
+        match answer as u32 {
+            BPF_FIB_LKUP_RET_SUCCESS => Route::Hop {
+                ifindex: params.ifindex,
+                dmac: params.dmac,
+                smac: params.smac,
+                // SAFETY: on success the kernel has written the MTU into this union.
+                mtu: unsafe { params.__bindgen_anon_1.mtu_result },
+            },
+            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { ifindex: params.ifindex },
+            BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
+            _ => Route::Kernel,
+        }
+    }
+}
+
+const AF_INET: u8 = 2;
+
+/// Counts on this CPU.
+#[inline(always)] // an array increment
+pub(crate) fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter.index()) {
+        // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
+        unsafe { *slot += 1 }
+    }
+}
