@@ -1,0 +1,239 @@
+//! The wiring: what is made, in which order, and who speaks to whom.
+//!
+//! Nothing is touched before everything that can be checked is checked; nothing is removed from an earlier agent's maps
+//! before the objects have been read; and whatever a failed start has attached or pinned is taken away again.
+
+use std::{
+    sync::{Arc, atomic::AtomicU32},
+    time::Instant,
+};
+
+use anyhow::{Context, bail, ensure};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot, watch},
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    attach::Attacher,
+    config::Config,
+    gc::{Collector, Outlets},
+    host::Host,
+    interfaces::Interfaces,
+    manifests::{self, ProblemKind, Snapshot, watcher::Watcher},
+    maps::{self, Loaded, NewPins},
+    metrics,
+    neighbours::{Feed, Follower, UsedMacs},
+    preflight::{self, KernelVersion, PinDir},
+    reconcile::{Inlets, Parts, Reconciler},
+    serve,
+    status::{Heartbeat, NotReady, Shared, Status},
+};
+
+/// Everything that runs once the programs are attached.
+struct Running {
+    reconciler: Reconciler,
+    interfaces: Interfaces,
+    collector: Collector,
+    outlets: Outlets,
+    inlets: Inlets,
+    heartbeat: Heartbeat,
+    follower: Follower,
+    objects: watch::Sender<Arc<Snapshot>>,
+    listener: TcpListener,
+    sources: serve::Sources,
+    stop: oneshot::Sender<()>,
+    not_ready: Vec<NotReady>,
+}
+
+/// Runs until SIGINT or SIGTERM.
+///
+/// # Errors
+/// When something is missing that the agent cannot do without; the host is left as it was then.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    ensure!(
+        !maps::OBJECT.is_empty(),
+        "built without the BPF object: run `cargo xtask build` and build the agent again"
+    );
+    let kernel = KernelVersion::current()?;
+    preflight::check_privileges()?;
+    preflight::raise_memlock(kernel);
+    // Signals from here on end the agent by its own way out.
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let running = start(&config, kernel).await?;
+    let Running { reconciler, interfaces, collector, outlets, inlets, heartbeat, follower, .. } = running;
+    let (watcher, changes) = Watcher::start(config.services.clone());
+    let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
+    tokio::spawn(collector.run(outlets));
+    tokio::spawn(follow(follower));
+    tokio::spawn(read_again(config.clone(), changes, running.objects));
+    tokio::spawn(serve::serve(running.listener, running.sources));
+    drop(running.not_ready);
+    info!("ready");
+    tokio::select! {
+        _ = interrupt.recv() => info!(signal = "SIGINT", "stopping"),
+        _ = terminate.recv() => info!(signal = "SIGTERM", "stopping"),
+    }
+    drop(watcher);
+    // Sending fails when the writer is gone, which the join below reports.
+    let _ = running.stop.send(());
+    let interfaces = writer.await.context("the writer of the maps ended early")?;
+    if config.keep {
+        interfaces.leave();
+        info!("programs stay attached; the next start adopts them");
+    } else {
+        interfaces.detach_all().context("cannot take everything off")?;
+        info!("programs are off");
+    }
+    Ok(())
+}
+
+async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running> {
+    let origin = Instant::now();
+    let listener = serve::bind(config.metrics_address).await?;
+    let (macs, used_macs) = watch::channel(UsedMacs::default());
+    let (follower, feed) = Follower::open(used_macs).context("cannot follow the network by netlink")?;
+    let host = Arc::clone(&feed.host.borrow());
+    preflight::check_interfaces(&config.interfaces, &host)?;
+    preflight::warn_of_settings(&config.interfaces);
+    let snapshot = Arc::new(first_read(config).await?);
+    let (pins, loaded) = load(config)?;
+    let (mut registry, metrics) = metrics::registry();
+    let metrics = Arc::new(metrics);
+    metrics.capacities(&loaded.sizes);
+    metrics::Datapath::register(&mut registry, loaded.counters);
+    let shared = Shared::new(Status {
+        version: env!("CARGO_PKG_VERSION"),
+        node: config.node.clone(),
+        sources: config.services.clone(),
+        adopted: loaded.is_adopted,
+        ..Status::default()
+    });
+    let not_ready =
+        vec![shared.wait_for("the first image in the maps"), shared.wait_for("programs on the interfaces")];
+    let clock = Arc::new(AtomicU32::new(0));
+    let parts = Parts {
+        maps: loaded.image,
+        limits: loaded.sizes.limits(),
+        embryonic_buckets: loaded.embryonic.buckets(),
+        is_adopted: loaded.is_adopted,
+        node: config.node.clone(),
+        names: config.interfaces.clone(),
+        snat_ports: config.snat_ports,
+        clock: Arc::clone(&clock),
+        origin,
+        shared: Arc::clone(&shared),
+        metrics: Arc::clone(&metrics),
+    };
+    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel);
+    let (reconciler, interfaces) = fill_and_attach(config, parts, attacher, &snapshot, &host, loaded.pins)?;
+    let (to_in_use, in_use) = mpsc::channel(1);
+    let (objects, snapshots) = watch::channel(snapshot);
+    let (stop, stopped) = oneshot::channel();
+    let heartbeat = Heartbeat::new(origin);
+    Ok(Running {
+        reconciler,
+        interfaces,
+        collector: Collector::new(loaded.established, loaded.embryonic, config.timeouts, clock, origin),
+        outlets: Outlets { in_use: to_in_use, macs, shared: Arc::clone(&shared), metrics },
+        inlets: Inlets { snapshots, feed: fresh(feed), in_use, stop: stopped },
+        heartbeat: heartbeat.clone(),
+        follower,
+        objects,
+        listener,
+        sources: serve::Sources { registry: Arc::new(registry), shared, heartbeat },
+        stop,
+        not_ready,
+    })
+}
+
+/// The maps, at their pins; a refusal leaves no empty directories behind.
+fn load(config: &Config) -> anyhow::Result<(PinDir, Loaded)> {
+    let pins = PinDir::open(&config.pin_dir)?;
+    if config.fresh {
+        pins.clear().context("cannot remove what an earlier agent has pinned")?;
+    }
+    match maps::load(maps::OBJECT, &pins.maps(), &config.sizes) {
+        Ok(loaded) => Ok((pins, loaded)),
+        Err(error) => {
+            pins.remove();
+            Err(error)
+        }
+    }
+}
+
+/// The image first, then the programs: a packet that meets a program meets a filled map. What fails is undone.
+fn fill_and_attach(
+    config: &Config,
+    parts: Parts,
+    mut attacher: Attacher,
+    snapshot: &Arc<Snapshot>,
+    host: &Host,
+    pins: NewPins,
+) -> anyhow::Result<(Reconciler, Interfaces)> {
+    let result = attacher.load_programs().and_then(|()| {
+        let mut reconciler = Reconciler::new(parts).context("cannot read the maps")?;
+        reconciler.start(Arc::clone(snapshot), host)?;
+        Ok(reconciler)
+    });
+    let mut reconciler = match result {
+        Ok(reconciler) => reconciler,
+        Err(error) => {
+            drop(pins);
+            attacher.give_up();
+            return Err(error);
+        }
+    };
+    let mut interfaces = Interfaces::new(attacher, config.interfaces.clone());
+    if let Err(error) = interfaces.attach_all(host) {
+        drop(pins);
+        interfaces.give_up();
+        return Err(error);
+    }
+    // The links carry the mode each interface took, which the device map has to say.
+    reconciler.devices(&mut interfaces, host);
+    pins.keep();
+    Ok((reconciler, interfaces))
+}
+
+async fn first_read(config: &Config) -> anyhow::Result<Snapshot> {
+    let paths = config.services.clone();
+    let snapshot = tokio::task::spawn_blocking(move || manifests::read(&paths, None))
+        .await
+        .context("reading the objects ended early")?;
+    // A path that is not there is a slip of the pen, and taking it for "no services" would empty adopted maps.
+    if let Some(problem) = snapshot.problems.iter().find(|problem| problem.kind == ProblemKind::Unreadable) {
+        bail!("{problem}; check --services");
+    }
+    Ok(snapshot)
+}
+
+async fn read_again(config: Config, mut changes: mpsc::Receiver<()>, objects: watch::Sender<Arc<Snapshot>>) {
+    while changes.recv().await.is_some() {
+        let previous = Arc::clone(&objects.borrow());
+        let paths = config.services.clone();
+        let read = tokio::task::spawn_blocking(move || manifests::read(&paths, Some(&previous)));
+        match read.await {
+            Ok(snapshot) => drop(objects.send_replace(Arc::new(snapshot))),
+            Err(error) => error!(%error, "reading the objects ended early; the maps stay as they are"),
+        }
+    }
+}
+
+async fn follow(follower: Follower) {
+    if let Err(error) = follower.run().await {
+        error!(%error, "the network is not followed any more: changes of routes and interfaces go unnoticed; restart the agent");
+    } else {
+        warn!("the network is not followed any more");
+    }
+}
+
+/// The feed with nothing marked as seen, so that what changed during the start is not lost.
+fn fresh(mut feed: Feed) -> Feed {
+    feed.host.mark_changed();
+    feed.routing.mark_changed();
+    feed
+}

@@ -1,0 +1,294 @@
+//! Attaches the programs, interface by interface, in the best mode each takes; and takes them off again.
+//!
+//! Links are pinned: the datapath outlives the agent, and the next one adopts the links and replaces their programs in
+//! one step. What an agent cannot finish attaching it takes off again, but never what it found running.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use tracing::{debug, info, warn};
+
+pub use programs::Programs;
+pub use refusal::{Refusal, RefusalKind};
+
+use crate::{
+    bpf::{self, AttachType},
+    config::ModeChoice,
+    devices::Mode,
+    host::{Host, Link},
+    neighbours,
+    preflight::{KernelVersion, PinDir},
+};
+
+pub mod legacy;
+pub mod programs;
+pub mod refusal;
+pub mod xdp;
+
+/// From this version on tc programs are attached by links (TCX).
+const TCX_SINCE: KernelVersion = KernelVersion(6, 6);
+
+/// An interface with programs on it.
+#[derive(Debug)]
+pub struct Attached {
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// How XDP runs.
+    pub mode: Mode,
+    /// Why it runs so.
+    pub reason: String,
+    links: Vec<PinnedLink>,
+}
+
+/// A link with the file that keeps it alive.
+#[derive(Debug)]
+pub(crate) struct PinnedLink {
+    link: bpf::Link,
+    path: PathBuf,
+    /// Found pinned by an earlier agent.
+    is_adopted: bool,
+}
+
+/// The engine.
+#[derive(Debug)]
+pub struct Attacher {
+    programs: Programs,
+    pins: PinDir,
+    mode: ModeChoice,
+    kernel: KernelVersion,
+    attached: BTreeMap<String, Attached>,
+}
+
+impl Attacher {
+    /// An engine with nothing attached.
+    pub fn new(programs: Programs, pins: PinDir, mode: ModeChoice, kernel: KernelVersion) -> Self {
+        Self { programs, pins, mode, kernel, attached: BTreeMap::new() }
+    }
+
+    /// Gives the programs that every interface needs to the kernel, before anything is attached.
+    ///
+    /// # Errors
+    /// When the kernel lacks something.
+    pub fn load_programs(&mut self) -> anyhow::Result<()> {
+        self.programs.load()?;
+        #[cfg(feature = "trace")]
+        self.programs.follow_log()?;
+        Ok(())
+    }
+
+    /// What is attached, by interface name.
+    pub fn attached(&self) -> &BTreeMap<String, Attached> {
+        &self.attached
+    }
+
+    /// Attaches to every interface, or to none that was not attached before.
+    ///
+    /// # Errors
+    /// When an interface refuses for good.
+    pub fn attach_all(&mut self, names: &[String], host: &Host) -> anyhow::Result<()> {
+        for name in names {
+            let result = host.link(name).context("the interface is gone").and_then(|link| self.attach(link));
+            if let Err(error) = result {
+                self.undo();
+                return Err(error.context(format!("cannot attach to {name}")));
+            }
+        }
+        if let Err(error) = self.check() {
+            self.undo();
+            return Err(error);
+        }
+        self.remove_orphans();
+        Ok(())
+    }
+
+    /// Attaches to one interface: tc first, so that no packet is translated whose reply could not be.
+    ///
+    /// # Errors
+    /// When no allowed mode works; nothing is left attached then that was not before.
+    pub fn attach(&mut self, link: &Link) -> anyhow::Result<()> {
+        let mut links = Vec::new();
+        let result = self.attach_tc(link, &mut links).and_then(|()| {
+            let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
+            let path = self.pin("xdp", link);
+            xdp::attach(&mut self.programs, link, self.mode, found, &path)
+        });
+        let (xdp, mode, reason) = match result {
+            Ok(attached) => attached,
+            Err(error) => {
+                take_off(links.into_iter().filter(|link: &PinnedLink| !link.is_adopted));
+                return Err(error);
+            }
+        };
+        // XDP is the first to go when they are taken off in order.
+        links.insert(0, xdp);
+        info!(interface = %link.name, mode = mode.label(), reason = %reason, "attached");
+        self.attached.insert(link.name.clone(), Attached { ifindex: link.index, mode, reason, links });
+        Ok(())
+    }
+
+    /// Forgets an interface that is gone; the kernel has taken the programs off with it.
+    pub fn forget(&mut self, name: &str) {
+        let Some(attached) = self.attached.remove(name) else { return };
+        for link in attached.links {
+            remove_pin(&link.path);
+        }
+    }
+
+    /// Takes every program off and removes what is pinned.
+    ///
+    /// # Errors
+    /// When a pin cannot be removed.
+    pub fn detach_all(mut self) -> anyhow::Result<()> {
+        for (_, attached) in std::mem::take(&mut self.attached) {
+            take_off(attached.links.into_iter());
+        }
+        self.programs.detach_legacy();
+        self.pins.clear()?;
+        self.pins.remove();
+        Ok(())
+    }
+
+    /// Ends a start that failed: the directories of pins go, as far as nobody else has anything in them.
+    pub fn give_up(mut self) {
+        self.undo();
+        self.pins.remove();
+    }
+
+    /// Leaves every program attached and pinned.
+    pub fn leave(self) {
+        self.programs.keep_legacy();
+    }
+
+    fn attach_tc(&mut self, link: &Link, links: &mut Vec<PinnedLink>) -> anyhow::Result<()> {
+        for (program, at) in [("tc_egress", AttachType::TcxEgress), ("tc_ingress", AttachType::TcxIngress)] {
+            if self.kernel < TCX_SINCE {
+                legacy::attach(&mut self.programs, &link.name, program, at)?;
+                continue;
+            }
+            let name = program.replace('_', "-");
+            let found = self.adopted_pin(link, &format!("{name}-{}", link.index))?;
+            let path = self.pin(&name, link);
+            let program_fd = self.programs.classifier(program)?;
+            let pinned = match found {
+                Some(found) => {
+                    found.update(program_fd).with_context(|| format!("cannot replace {program}"))?;
+                    PinnedLink { link: found, path, is_adopted: true }
+                }
+                None => {
+                    let made = bpf::Link::create(program_fd, link.index, at, 0).with_context(|| {
+                        format!("cannot attach {program}; it needs a kernel with CONFIG_NET_XGRESS")
+                    })?;
+                    made.pin(&path).with_context(|| format!("cannot pin {}", path.display()))?;
+                    PinnedLink { link: made, path, is_adopted: false }
+                }
+            };
+            links.push(pinned);
+        }
+        Ok(())
+    }
+
+    /// A link that an earlier agent has pinned for this very interface; a pin whose interface is gone is removed.
+    fn adopted_pin(&self, link: &Link, name: &str) -> anyhow::Result<Option<bpf::Link>> {
+        let path = self.pins.links().join(name);
+        let found = match bpf::Link::open(&path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
+        };
+        let info = found.info().with_context(|| format!("cannot look at {}", path.display()))?;
+        if info.ifindex != link.index {
+            debug!(pin = %path.display(), "the interface of a pinned link is gone");
+            remove_pin(&path);
+            return Ok(None);
+        }
+        // Indices repeat in other network namespaces; a program is on this interface only if the interface says so.
+        let is_here = if name.starts_with("xdp") {
+            link.xdp.program == info.program
+        } else {
+            programs::is_on_interface(&link.name, info.program)?
+        };
+        ensure!(
+            is_here,
+            "{} belongs to an interface of another network namespace; give each agent its own --pin-dir",
+            path.display()
+        );
+        Ok(Some(found))
+    }
+
+    fn pin(&self, program: &str, link: &Link) -> PathBuf {
+        self.pins.links().join(format!("{program}-{}", link.index))
+    }
+
+    /// Asks the kernel whether what was attached is there.
+    fn check(&self) -> anyhow::Result<()> {
+        let host = neighbours::read_host().context("cannot read the interfaces")?;
+        for (name, attached) in &self.attached {
+            let xdp = attached
+                .links
+                .first()
+                .context("no XDP link")?
+                .link
+                .info()
+                .context("cannot read the XDP link")?;
+            let found = host.link(name).map(|link| link.xdp.program);
+            ensure!(
+                found == Some(xdp.program),
+                "{name} should carry XDP program {} and carries {found:?}: something else has replaced it; stop that first",
+                xdp.program
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes off what this agent has attached, and leaves what it found running.
+    fn undo(&mut self) {
+        for (_, attached) in std::mem::take(&mut self.attached) {
+            take_off(attached.links.into_iter().filter(|link| !link.is_adopted));
+        }
+        self.programs.undo_legacy();
+    }
+
+    /// Takes off the programs of interfaces that are no longer managed.
+    fn remove_orphans(&self) {
+        let Ok(entries) = fs::read_dir(self.pins.links()) else { return };
+        let kept: Vec<&PathBuf> =
+            self.attached.values().flat_map(|attached| &attached.links).map(|link| &link.path).collect();
+        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+            if !kept.contains(&&path) {
+                info!(pin = %path.display(), "taking off a program of an interface that is no longer managed");
+                remove_pin(&path);
+            }
+        }
+    }
+}
+
+fn take_off(links: impl Iterator<Item = PinnedLink>) {
+    for link in links {
+        remove_pin(&link.path);
+        // Whoever else holds the link open must not keep the program on the interface.
+        if let Err(error) = link.link.detach() {
+            debug!(pin = %link.path.display(), %error, "the link was gone already");
+        }
+    }
+}
+
+fn remove_pin(path: &PathBuf) {
+    if let Err(error) = fs::remove_file(path) {
+        warn!(pin = %path.display(), %error, "cannot remove a pin");
+    }
+}
+
+/// Refuses an interface whose XDP program is somebody else's.
+pub(crate) fn ensure_free(link: &Link) -> anyhow::Result<()> {
+    if link.xdp.program == 0 {
+        return Ok(());
+    }
+    let name = programs::name(link.xdp.program).map(|name| format!(" ({name})")).unwrap_or_default();
+    bail!(
+        "{} already carries XDP program id {}{name}, which is never replaced; stop its owner or take it off with `ip link set \
+         dev {} xdp off` (and `xdpgeneric off`), or leave the interface out of --iface",
+        link.name,
+        link.xdp.program,
+        link.name
+    )
+}

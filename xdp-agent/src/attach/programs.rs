@@ -1,0 +1,192 @@
+//! The loaded programs: each is given to the kernel when it is first needed.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use anyhow::{Context, bail};
+use aya::{
+    Ebpf,
+    programs::{ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs, tc::SchedClassifierLink},
+};
+use tracing::debug;
+
+/// The programs of the object.
+#[derive(Debug)]
+pub struct Programs {
+    ebpf: Ebpf,
+    /// Filters of kernels without TCX, which end with their handle.
+    pub(super) legacy: Vec<LegacyFilter>,
+}
+
+/// A tc filter without a link.
+#[derive(Debug)]
+pub(super) struct LegacyFilter {
+    // Held, because the filter goes with it.
+    pub(super) _link: SchedClassifierLink,
+    /// Left behind by an earlier agent.
+    pub(super) is_adopted: bool,
+}
+
+impl Programs {
+    /// The programs of an object whose maps are in place.
+    pub fn new(ebpf: Ebpf) -> Self {
+        Self { ebpf, legacy: Vec::new() }
+    }
+
+    /// Loads the programs that every interface needs, so that a kernel which refuses them does so before anything is
+    /// attached.
+    ///
+    /// # Errors
+    /// When the kernel lacks something.
+    pub fn load(&mut self) -> anyhow::Result<()> {
+        self.xdp("xdp_ingress")?;
+        self.classifier("tc_egress")?;
+        self.classifier("tc_ingress")?;
+        Ok(())
+    }
+
+    /// Starts reading the log of the programs.
+    ///
+    /// # Errors
+    /// When the object was built without tracing.
+    #[cfg(feature = "trace")]
+    pub fn follow_log(&mut self) -> anyhow::Result<()> {
+        let logger = aya_log::EbpfLogger::init(&mut self.ebpf)
+            .context("cannot read the programs' log; build the BPF object with its `trace` feature too")?;
+        let interest = tokio::io::Interest::READABLE;
+        // SAFETY: the descriptor belongs to the ring buffer inside, which is not replaced before it is dropped.
+        let mut logger = unsafe { tokio::io::unix::AsyncFd::register_with_interest(logger, interest) }
+            .context("cannot wait for the programs' log")?;
+        tokio::spawn(async move {
+            while let Ok(mut ready) = logger.readable_mut().await {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+        });
+        Ok(())
+    }
+
+    /// An XDP program.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn xdp(&mut self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
+        let program: &mut Xdp = self.ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
+        if program.fd().is_err() {
+            program.load().map_err(|error| refused(name, error))?;
+        }
+        Ok(program.fd()?.as_fd())
+    }
+
+    /// A tc program.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn classifier(&mut self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
+        Ok(self.sched_classifier(name)?.fd()?.as_fd())
+    }
+
+    pub(super) fn sched_classifier(&mut self, name: &str) -> anyhow::Result<&mut SchedClassifier> {
+        let program: &mut SchedClassifier =
+            self.ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
+        if program.fd().is_err() {
+            program.load().map_err(|error| refused(name, error))?;
+        }
+        Ok(program)
+    }
+
+    /// Takes the filters of kernels without TCX off.
+    pub(super) fn detach_legacy(&mut self) {
+        // A filter goes with its handle.
+        self.legacy.clear();
+    }
+
+    /// Takes those off that this agent has attached, and leaves what it found running.
+    pub(super) fn undo_legacy(&mut self) {
+        self.legacy.drain(..).filter(|filter| filter.is_adopted).for_each(std::mem::forget);
+    }
+
+    /// Leaves them on.
+    pub(super) fn keep_legacy(mut self) {
+        self.legacy.drain(..).for_each(std::mem::forget);
+    }
+}
+
+/// Whether a program is among the tc programs of an interface.
+pub(super) fn is_on_interface(interface: &str, program: u32) -> anyhow::Result<bool> {
+    for at in [TcAttachType::Ingress, TcAttachType::Egress] {
+        let (_, programs) = SchedClassifier::query_tcx(interface, at)
+            .with_context(|| format!("cannot ask for the tc programs of {interface}"))?;
+        if programs.iter().any(|info| info.id() == program) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The name of a loaded program.
+pub(super) fn name(id: u32) -> Option<String> {
+    let info = loaded_programs().filter_map(Result::ok).find(|info| info.id() == id)?;
+    info.name_as_str().map(str::to_owned)
+}
+
+fn missing(name: &str) -> String {
+    format!("the BPF object has no program {name}; build it again with `cargo xtask build`")
+}
+
+/// One line of what the kernel said; all of it at debug level.
+fn refused(name: &str, error: ProgramError) -> anyhow::Error {
+    let ProgramError::LoadError { io_error, verifier_log } = &error else {
+        return anyhow::Error::new(error).context(format!("cannot load program {name}"));
+    };
+    let log = verifier_log.to_string();
+    debug!(program = name, verifier = %log, "the kernel refused a program");
+    match last_words(&log) {
+        Some(words) => anyhow::anyhow!(
+            "the kernel refuses program {name} ({io_error}): {words}; it needs kernel 5.10 or later with \
+             CONFIG_BPF_SYSCALL and CONFIG_BPF_JIT (all of the verifier's log: --log xdp_agent=debug)"
+        ),
+        None => anyhow::anyhow!(
+            "the kernel refuses program {name} ({io_error}); it needs kernel 5.10 or later with CONFIG_BPF_SYSCALL and \
+             CONFIG_BPF_JIT, and CAP_BPF and CAP_NET_ADMIN in the first user namespace"
+        ),
+    }
+}
+
+/// The line of a verifier log that says why: the last that is no statistics.
+fn last_words(log: &str) -> Option<&str> {
+    const STATISTICS: [&str; 4] = ["processed ", "verification time ", "stack depth ", "max_states"];
+    log.lines()
+        .map(str::trim)
+        .rfind(|line| !line.is_empty() && !STATISTICS.iter().any(|statistics| line.starts_with(statistics)))
+}
+
+impl Drop for Programs {
+    fn drop(&mut self) {
+        self.detach_legacy();
+    }
+}
+
+/// The attach type of the netlink way.
+///
+/// # Errors
+/// For XDP, which has another way.
+pub(super) fn legacy_type(at: crate::bpf::AttachType) -> anyhow::Result<TcAttachType> {
+    match at {
+        crate::bpf::AttachType::TcxIngress => Ok(TcAttachType::Ingress),
+        crate::bpf::AttachType::TcxEgress => Ok(TcAttachType::Egress),
+        crate::bpf::AttachType::Xdp => bail!("XDP is no tc filter"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_reason_is_found_among_its_statistics() {
+        let log = "0: (85) call unknown#118\nunknown func bpf_jiffies64#118\n\
+                   processed 1 insns (limit 1000000) max_states_per_insn 0\nstack depth 0\n\n";
+        assert_eq!(last_words(log), Some("unknown func bpf_jiffies64#118"));
+        assert_eq!(last_words(""), None);
+    }
+}

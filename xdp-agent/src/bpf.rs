@@ -1,0 +1,223 @@
+//! The few bpf(2) calls that the loader does not offer: links by index with their pins, and map batches.
+//!
+//! Layouts are those of `union bpf_attr` and `struct bpf_link_info` in include/uapi/linux/bpf.h.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+const BPF_OBJ_PIN: libc::c_long = 6;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// Where a link attaches a program (`enum bpf_attach_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum AttachType {
+    /// XDP on an interface.
+    Xdp = 37,
+    /// tc ingress, from kernel 6.6.
+    TcxIngress = 46,
+    /// tc egress, from kernel 6.6.
+    TcxEgress = 47,
+}
+
+/// What the kernel says about a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Link id.
+    pub id: u32,
+    /// Id of its program.
+    pub program: u32,
+    /// Interface index, 0 once the interface is gone.
+    pub ifindex: u32,
+}
+
+/// A BPF link that this process holds open; whether it survives the process depends on its pin.
+#[derive(Debug)]
+pub struct Link(OwnedFd);
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreate {
+    prog_fd: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    relative_fd: u32,
+    pad: u32,
+    expected_revision: u64,
+}
+
+#[repr(C)]
+struct LinkUpdate {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+#[repr(C)]
+struct Object {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+#[repr(C)]
+struct InfoByFd {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    prog_id: u32,
+    pad: u32,
+    ifindex: u32,
+    attach_type: u32,
+    rest: [u64; 8],
+}
+
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is a live, fully initialised prefix of `union bpf_attr` of the size given; every pointer inside it
+    // comes from a borrow that the caller holds across the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attr as *mut T, size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd() as u32
+}
+
+fn owned(fd: libc::c_long) -> OwnedFd {
+    // SAFETY: the kernel has just returned this descriptor to us, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+fn path_string(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
+}
+
+impl Link {
+    /// Attaches a program to an interface; `flags` are those of the attach type (XDP modes).
+    pub fn create(program: BorrowedFd<'_>, ifindex: u32, at: AttachType, flags: u32) -> io::Result<Self> {
+        let mut attr = LinkCreate {
+            prog_fd: raw(program),
+            target: ifindex,
+            attach_type: at as u32,
+            flags,
+            ..Default::default()
+        };
+        bpf(BPF_LINK_CREATE, &mut attr).map(|fd| Self(owned(fd)))
+    }
+
+    /// Opens a pinned link.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let path = path_string(path)?;
+        let mut attr = Object { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+        bpf(BPF_OBJ_GET, &mut attr).map(|fd| Self(owned(fd)))
+    }
+
+    /// Pins the link, so that it survives this process.
+    pub fn pin(&self, path: &Path) -> io::Result<()> {
+        let path = path_string(path)?;
+        let mut attr = Object { pathname: path.as_ptr() as u64, bpf_fd: raw(self.0.as_fd()), file_flags: 0 };
+        bpf(BPF_OBJ_PIN, &mut attr).map(drop)
+    }
+
+    /// Replaces the program of the link in one step; no packet meets neither.
+    pub fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let mut attr =
+            LinkUpdate { link_fd: raw(self.0.as_fd()), new_prog_fd: raw(program), flags: 0, old_prog_fd: 0 };
+        bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+    }
+
+    /// Takes the program off the interface, whoever else holds the link open.
+    pub fn detach(&self) -> io::Result<()> {
+        // The attribute is one descriptor; the padding keeps it a whole word.
+        let mut attr = [raw(self.0.as_fd()), 0];
+        bpf(BPF_LINK_DETACH, &mut attr).map(drop)
+    }
+
+    /// What the kernel says about the link.
+    pub fn info(&self) -> io::Result<LinkInfo> {
+        let mut info = RawLinkInfo::default();
+        let mut attr = InfoByFd {
+            bpf_fd: raw(self.0.as_fd()),
+            info_len: size_of::<RawLinkInfo>() as u32,
+            info: &raw mut info as u64,
+        };
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+        Ok(LinkInfo { id: info.id, program: info.prog_id, ifindex: info.ifindex })
+    }
+}
+
+/// Reads or writes entries of a map in one call; returns how many.
+///
+/// # Safety
+/// `keys` and `values` must have room for `count` keys and values of the map's sizes, `next` for a token of 8 bytes and at
+/// least a key, and what the kernel writes there must be valid values of the caller's types.
+///
+/// # Errors
+/// `EINVAL` on kernels without batches (before 5.6); `ENOSPC` when a bucket of a hash holds more than `count`. Reads end
+/// with `ENOENT`, beside what they found.
+pub(crate) unsafe fn map_batch(call: BatchCall<'_>) -> (u32, io::Result<()>) {
+    let mut attr = Batch {
+        in_batch: call.from.map_or(0, |token| std::ptr::from_ref(token) as u64),
+        out_batch: call.next as u64,
+        keys: call.keys as u64,
+        values: call.values as u64,
+        count: call.count,
+        map_fd: raw(call.map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    let result = bpf(if call.writes { BPF_MAP_UPDATE_BATCH } else { BPF_MAP_LOOKUP_BATCH }, &mut attr);
+    (attr.count, result.map(drop))
+}
+
+/// The parameters of [`map_batch`].
+pub(crate) struct BatchCall<'a> {
+    /// The map.
+    pub(crate) map: BorrowedFd<'a>,
+    /// Whether to write.
+    pub(crate) writes: bool,
+    /// Where the last read ended; `None` for the beginning, and for writes.
+    pub(crate) from: Option<&'a [u8; 8]>,
+    /// Where this read ends.
+    pub(crate) next: *mut [u8; 8],
+    /// Keys.
+    pub(crate) keys: *mut u8,
+    /// Values.
+    pub(crate) values: *mut u8,
+    /// How many.
+    pub(crate) count: u32,
+}

@@ -1,0 +1,389 @@
+//! Ends flows that are over, and says what the others still need.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, warn};
+use xdp_common::{
+    conntrack::{Timeouts, expired, opposite},
+    gate,
+    net::{FlowKey, TCP},
+    tables::{Flow, exit, kind},
+};
+
+use crate::{
+    maps::{EmbryonicTable, EstablishedTable},
+    metrics::Metrics,
+    neighbours::UsedMacs,
+    plan::InUse,
+    status::{FlowCounts, Shared},
+};
+
+/// Time between two looks at the flow tables.
+pub const PERIOD: Duration = Duration::from_secs(10);
+/// Entries removed after one look; the others wait for the next.
+pub const REMOVALS_MAX: usize = 1 << 16;
+/// How long a new flow that nobody has answered keeps its source port (netfilter's SYN_SENT).
+const EMBRYONIC_SECONDS: u32 = 120;
+/// Neighbours of flows that were idle for longer are not kept fresh.
+const NEIGHBOUR_SECONDS: u32 = 60;
+
+type Key = FlowKey<[u8; 4]>;
+type Entry = Flow<[u8; 4]>;
+
+/// Which table an entry is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Established,
+    Embryonic,
+}
+
+/// What one look at the tables has found.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// What live flows need.
+    pub in_use: InUse,
+    /// Destination MAC addresses that they send to.
+    pub macs: HashSet<[u8; 6]>,
+    /// How many there are.
+    pub counts: FlowCounts,
+    /// Established entries that may be over.
+    suspects: Vec<(Key, Entry)>,
+}
+
+/// The task that collects.
+#[derive(Debug)]
+pub struct Collector {
+    established: EstablishedTable,
+    embryonic: EmbryonicTable,
+    timeouts: Timeouts,
+    clock: Arc<AtomicU32>,
+    origin: Instant,
+}
+
+/// Where the results go.
+#[derive(Clone, Debug)]
+pub struct Outlets {
+    /// To the writer of the image.
+    pub in_use: mpsc::Sender<InUse>,
+    /// To the follower of neighbours.
+    pub macs: watch::Sender<UsedMacs>,
+    /// To people.
+    pub shared: Arc<Shared>,
+    /// To Prometheus.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Collector {
+    /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock.
+    pub fn new(
+        established: EstablishedTable,
+        embryonic: EmbryonicTable,
+        timeouts: Timeouts,
+        clock: Arc<AtomicU32>,
+        origin: Instant,
+    ) -> Self {
+        Self { established, embryonic, timeouts, clock, origin }
+    }
+
+    /// Looks and removes, period after period.
+    pub async fn run(self, outlets: Outlets) {
+        let mut ticks = tokio::time::interval(PERIOD);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut collector = self;
+        loop {
+            ticks.tick().await;
+            let task = tokio::task::spawn_blocking(move || {
+                let result = collector.collect();
+                (collector, result)
+            });
+            let Ok((back, result)) = task.await else {
+                warn!("the look at the flow tables ended early; flows are not collected any more");
+                return;
+            };
+            collector = back;
+            match result {
+                Ok(look) => tell(look, &outlets).await,
+                Err(error) => {
+                    outlets.metrics.gc_failures.inc();
+                    warn!(%error, "cannot read the flow tables; trying again");
+                }
+            }
+        }
+    }
+
+    /// One look, and the removal of what is over.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read or a removal.
+    pub fn collect(&mut self) -> io::Result<Look> {
+        let clock = self.clock.load(Ordering::Relaxed);
+        let mut look = Look::default();
+        look.in_use.started_ms = self.origin.elapsed().as_millis() as u64;
+        self.established
+            .walk(|key, flow| look.visit(Place::Established, key, flow, clock, &self.timeouts))?;
+        self.collect_embryonic(&mut look, clock);
+        for (key, seen) in std::mem::take(&mut look.suspects) {
+            if look.counts.removed as usize >= REMOVALS_MAX {
+                debug!("more flows are over than are removed at a time");
+                break;
+            }
+            let removed = self.judge(&key, &seen, clock)?;
+            if removed > 0 {
+                look.counts.forget(&key, &seen, removed);
+            }
+        }
+        Ok(look)
+    }
+
+    /// Removes an established pair if it is over, and says how many entries went.
+    fn judge(&mut self, key: &Key, seen: &Entry, clock: u32) -> io::Result<u32> {
+        let other_key = opposite(key, seen);
+        let other = self.established.get(&other_key)?;
+        // A pair is judged once, with its forward half.
+        if seen.kind != kind::FORWARD && other.is_some_and(|other| other.kind == kind::FORWARD) {
+            return Ok(0);
+        }
+        // Read again: a packet may have come since the walk.
+        let Some(flow) = self.established.get(key)? else { return Ok(0) };
+        if !expired(&flow, other.as_ref(), key.proto, clock, &self.timeouts) {
+            return Ok(0);
+        }
+        // The forward half first: the reply's key is the reservation of the source port.
+        self.established.remove(key)?;
+        if other.is_none_or(|other| opposite(&other_key, &other) != *key) {
+            return Ok(1);
+        }
+        self.established.remove(&other_key)?;
+        Ok(2)
+    }
+
+    /// Frees new flows that nobody has answered in time; the others are looked at like established ones.
+    fn collect_embryonic(&mut self, look: &mut Look, clock: u32) {
+        let found = self.embryonic.read();
+        let flows: HashMap<Key, Entry> = found.iter().map(|entry| (entry.key, entry.flow)).collect();
+        let timeouts = limits(Place::Embryonic, &self.timeouts);
+        for entry in &found {
+            let other = flows.get(&opposite(&entry.key, &entry.flow));
+            if expired(&entry.flow, other, entry.key.proto, clock, &timeouts) && self.embryonic.remove(entry)
+            {
+                look.counts.removed += 1;
+            } else {
+                look.visit(Place::Embryonic, &entry.key, &entry.flow, clock, &self.timeouts);
+            }
+        }
+    }
+}
+
+/// What counts as idle in a table. A new flow waits for its answer as long as the kernel's would.
+fn limits(place: Place, timeouts: &Timeouts) -> Timeouts {
+    match place {
+        Place::Established => *timeouts,
+        Place::Embryonic => Timeouts {
+            tcp_established: EMBRYONIC_SECONDS,
+            tcp_half_closed: EMBRYONIC_SECONDS,
+            tcp_closed: timeouts.tcp_closed.min(EMBRYONIC_SECONDS),
+            udp: timeouts.udp.min(EMBRYONIC_SECONDS),
+        },
+    }
+}
+
+impl Look {
+    fn visit(&mut self, place: Place, key: &Key, flow: &Entry, clock: u32, timeouts: &Timeouts) {
+        let idle = clock.saturating_sub(flow.seen);
+        self.count(place, key, flow);
+        // Anything idle for longer than the shortest limit is looked at together with its other half; the limits of a
+        // closed connection apply when only the other half knows of it.
+        let shortest = if key.proto == TCP { timeouts.tcp_closed } else { timeouts.udp };
+        if place == Place::Established && idle > shortest {
+            self.suspects.push((*key, *flow));
+        }
+        self.need(key, flow);
+        let sends = matches!(flow.exit, exit::TRANSMIT | exit::REDIRECT);
+        if sends && flow.dmac != [0; 6] && idle <= NEIGHBOUR_SECONDS {
+            self.macs.insert(flow.dmac);
+        }
+    }
+
+    fn count(&mut self, place: Place, key: &Key, flow: &Entry) {
+        match place {
+            Place::Established => {
+                self.counts.established_entries += 1;
+                if let Some(flows) = self.counts.of_state(key, flow) {
+                    *flows += 1;
+                }
+            }
+            Place::Embryonic => {
+                self.counts.embryonic_entries += 1;
+                self.counts.embryonic += u32::from(flow.kind == kind::FORWARD);
+            }
+        }
+    }
+
+    /// Notes the bits and the backend that the flow needs, from either half.
+    fn need(&mut self, key: &Key, flow: &Entry) {
+        self.in_use.backends.insert(flow.backend);
+        let (frontend, backend, snat) = match flow.kind {
+            kind::FORWARD => {
+                ((key.dst, key.dport), (flow.dst, flow.dport), (flow.exit != exit::LOCAL).then_some(flow.src))
+            }
+            kind::REPLY_REMOTE => ((flow.src, flow.sport), (key.src, key.sport), Some(key.dst)),
+            kind::REPLY_LOCAL => ((flow.src, flow.sport), (key.src, key.sport), None),
+            // Half of a flow whose other entries say the same, whichever direction it is.
+            _ => return,
+        };
+        self.in_use.ingress_bits.insert(gate::frontend_bit(frontend.0, frontend.1, key.proto));
+        if let Some(snat) = snat {
+            self.in_use.ingress_bits.insert(gate::snat_bit(snat));
+        }
+        self.in_use.egress_bits.insert(gate::backend_source_bit(backend.0, backend.1, key.proto));
+        self.in_use.egress_bits.insert(gate::backend_destination_bit(backend.0, backend.1, key.proto));
+    }
+}
+
+impl FlowCounts {
+    /// Takes an established flow and its entries out of the count again.
+    fn forget(&mut self, key: &Key, flow: &Entry, entries: u32) {
+        self.removed += entries;
+        self.established_entries = self.established_entries.saturating_sub(entries);
+        if let Some(flows) = self.of_state(key, flow) {
+            *flows = flows.saturating_sub(1);
+        }
+    }
+
+    /// The count that an established entry belongs to; a flow is counted with its forward half.
+    fn of_state(&mut self, key: &Key, flow: &Entry) -> Option<&mut u32> {
+        if flow.kind != kind::FORWARD {
+            return None;
+        }
+        Some(match (key.proto, flow.closing) {
+            (TCP, 0) => &mut self.tcp,
+            (TCP, _) => &mut self.tcp_closing,
+            _ => &mut self.udp,
+        })
+    }
+}
+
+async fn tell(look: Look, outlets: &Outlets) {
+    outlets.metrics.flows(&look.counts);
+    outlets.shared.update(|status| status.flows = look.counts);
+    outlets.macs.send_replace(Arc::new(look.macs));
+    // Full only while the writer is still busy with the last one, and gone only when the agent ends.
+    let _ = outlets.in_use.send(look.in_use).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xdp_common::conntrack::{mirror, translate};
+
+    const CLIENT: [u8; 4] = [198, 51, 100, 7];
+    const FRONTEND: [u8; 4] = [10, 96, 0, 1];
+    const BACKEND: [u8; 4] = [10, 244, 1, 5];
+    const SNAT: [u8; 4] = [192, 0, 2, 1];
+
+    fn key(src: [u8; 4], dst: [u8; 4], sport: u16, dport: u16) -> Key {
+        FlowKey { src, dst, sport: sport.to_be_bytes(), dport: dport.to_be_bytes(), proto: TCP, zero: [0; 3] }
+    }
+
+    fn flow(before: &Key, after: &Key, exit: u8, seen: u32) -> Entry {
+        let mut flow = Flow {
+            src: [0; 4],
+            dst: [0; 4],
+            sport: [0; 2],
+            dport: [0; 2],
+            addr_delta: 0,
+            l4_delta: 0,
+            dmac: [2, 0, 0, 0, 0, 9],
+            smac: [0; 6],
+            ifindex: 0,
+            routing: 0,
+            seen,
+            backend: 5,
+            generation: 1,
+            service: 1,
+            mtu: 1500,
+            kind: kind::FORWARD,
+            exit,
+            closing: 0,
+            replied: 1,
+            zero: [0; 6],
+        };
+        translate(&mut flow, before, after);
+        flow
+    }
+
+    #[test]
+    fn either_half_of_a_flow_names_the_same_needs() {
+        let before = key(CLIENT, FRONTEND, 40_000, 80);
+        for (exit, after, reply_kind) in [
+            (exit::TRANSMIT, key(SNAT, BACKEND, 2000, 8080), kind::REPLY_REMOTE),
+            (exit::LOCAL, key(CLIENT, BACKEND, 40_000, 8080), kind::REPLY_LOCAL),
+        ] {
+            let forward = flow(&before, &after, exit, 0);
+            let reply_key = opposite(&before, &forward);
+            let mut reply = forward;
+            mirror(&before, &forward, reply_kind, exit::LOCAL, &mut reply);
+            let (mut of_forward, mut of_reply) = (Look::default(), Look::default());
+            of_forward.need(&before, &forward);
+            of_reply.need(&reply_key, &reply);
+            assert_eq!(of_forward.in_use.ingress_bits, of_reply.in_use.ingress_bits);
+            assert_eq!(of_forward.in_use.egress_bits, of_reply.in_use.egress_bits);
+            assert_eq!(of_forward.in_use.backends, HashSet::from([5]));
+            assert!(of_forward.in_use.ingress_bits.contains(&gate::frontend_bit(FRONTEND, [0, 80], TCP)));
+        }
+    }
+
+    #[test]
+    fn only_idle_entries_are_suspects_and_only_busy_neighbours_are_kept() {
+        let timeouts = Timeouts::default();
+        let before = key(CLIENT, FRONTEND, 40_000, 80);
+        let after = key(SNAT, BACKEND, 2000, 8080);
+        let mut look = Look::default();
+        look.visit(
+            Place::Established,
+            &before,
+            &flow(&before, &after, exit::TRANSMIT, 1000),
+            1005,
+            &timeouts,
+        );
+        assert!(look.suspects.is_empty());
+        assert_eq!(look.macs.len(), 1);
+        assert_eq!((look.counts.tcp, look.counts.established_entries), (1, 1));
+        let mut look = Look::default();
+        look.visit(
+            Place::Established,
+            &before,
+            &flow(&before, &after, exit::TRANSMIT, 1000),
+            2000,
+            &timeouts,
+        );
+        assert_eq!(look.suspects.len(), 1);
+        assert!(look.macs.is_empty());
+        let mut look = Look::default();
+        // Newer than the look at the clock.
+        look.visit(
+            Place::Established,
+            &before,
+            &flow(&before, &after, exit::TRANSMIT, 1001),
+            1000,
+            &timeouts,
+        );
+        assert!(look.suspects.is_empty());
+    }
+
+    #[test]
+    fn new_flows_are_given_up_sooner_than_established_ones() {
+        let timeouts = Timeouts::default();
+        assert_eq!(limits(Place::Established, &timeouts), timeouts);
+        assert_eq!(limits(Place::Embryonic, &timeouts).tcp_established, EMBRYONIC_SECONDS);
+    }
+}

@@ -1,0 +1,27 @@
+//! The agent of a node: from Kubernetes objects to BPF maps.
+//!
+//! [`app`] wires everything. [`manifests`] reads objects, [`cluster`] says what should be, [`plan`] how to get there, and
+//! [`reconcile`] writes it into [`maps`]. [`attach`] puts the programs on the interfaces, [`neighbours`] follows the
+//! kernel's network, [`gc`] ends flows that are over. [`serve`] tells people and Prometheus about all of it.
+
+pub mod app;
+pub mod attach;
+pub mod bpf;
+pub mod cluster;
+pub mod config;
+pub mod devices;
+pub mod gc;
+pub mod host;
+pub mod interfaces;
+pub mod manifests;
+pub mod maps;
+pub mod metrics;
+pub mod neighbours;
+pub mod netdev;
+pub mod netlink;
+pub mod plan;
+pub mod preflight;
+pub mod problem;
+pub mod reconcile;
+pub mod serve;
+pub mod status;

@@ -1,0 +1,333 @@
+//! Services, EndpointSlices and Nodes from files, as `kubectl get -o yaml|json` prints them.
+//!
+//! Bad input loses nothing: a document, file or directory that cannot be read keeps the objects that it had before, and
+//! everything else is read as usual.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use serde_json::Value;
+
+pub use self::objects::{ObjectName, Objects};
+use self::{
+    document::{Document, documents, label},
+    objects::Kind,
+};
+pub use crate::problem::{Place, Problem, ProblemKind};
+
+mod document;
+mod objects;
+#[cfg(test)]
+mod tests;
+pub mod watcher;
+
+/// Largest file that is read, in bytes; a larger one is a problem and changes nothing.
+pub const FILE_BYTES_MAX: u64 = 64 << 20;
+
+/// The objects of a set of files, and what was wrong with them.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Every object, also those kept from the previous read because their document is broken now.
+    pub objects: Objects,
+    /// What could not be read.
+    pub problems: Vec<Problem>,
+    /// Objects of kinds that do not matter here.
+    pub ignored: usize,
+    /// Which objects came from which file.
+    files: BTreeMap<PathBuf, BTreeSet<(Kind, ObjectName)>>,
+}
+
+/// Reads files, and the `*.yaml`, `*.yml` and `*.json` of directories (not recursive, hidden files left out); what
+/// cannot be read keeps the objects that it had in `previous`.
+pub fn read(paths: &[PathBuf], previous: Option<&Snapshot>) -> Snapshot {
+    let mut reader = Reader { now: Snapshot::default(), previous, kept: Vec::new() };
+    for path in paths {
+        match fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => reader.directory(path),
+            Ok(_) => reader.file(path),
+            Err(error) => {
+                let known = previous.is_some_and(|previous| previous.files.contains_key(path));
+                reader.unreadable(path, &error);
+                if known { reader.keep_file(path) } else { reader.keep_directory(path) }
+            }
+        }
+    }
+    reader.finish()
+}
+
+/// The files that [`read`] would open: every file named, and the files of every directory named.
+pub(crate) fn files(paths: &[PathBuf]) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for path in paths {
+        match fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => files.extend(listing(path).unwrap_or_default()),
+            Ok(_) | Err(_) => files.push(path.clone()),
+        }
+    }
+    files
+}
+
+fn listing(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        let wanted = matches!(path.extension().and_then(|ext| ext.to_str()), Some("yaml" | "yml" | "json"));
+        if wanted && !hidden && !path.is_dir() {
+            files.push(path);
+        }
+    }
+    files.sort_unstable();
+    Ok(files)
+}
+
+/// One read in progress.
+struct Reader<'a> {
+    now: Snapshot,
+    previous: Option<&'a Snapshot>,
+    /// Objects of the previous read to keep, unless they are found elsewhere.
+    kept: Vec<(PathBuf, Kind, ObjectName)>,
+}
+
+/// A value on its way to be an object, with where it is.
+struct Item<'a> {
+    value: Value,
+    /// The kind that the list around it implies.
+    kind: Option<&'a str>,
+    api_version: Option<String>,
+}
+
+impl Reader<'_> {
+    fn directory(&mut self, path: &Path) {
+        match listing(path) {
+            Ok(files) => files.iter().for_each(|file| self.file(file)),
+            Err(error) => {
+                self.unreadable(path, &error);
+                self.keep_directory(path);
+            }
+        }
+    }
+
+    fn file(&mut self, path: &Path) {
+        if self.now.files.contains_key(path) {
+            return; // named twice
+        }
+        self.now.files.insert(path.to_owned(), BTreeSet::new());
+        let text = match content(path) {
+            Ok(text) => text,
+            Err(error) => {
+                self.unreadable(path, &error);
+                self.keep_file(path);
+                return;
+            }
+        };
+        let is_json = path.extension().is_some_and(|ext| ext == "json");
+        for (at, document) in documents(&text, is_json).into_iter().enumerate() {
+            self.document(path, at + 1, document);
+        }
+    }
+
+    fn document(&mut self, path: &Path, number: usize, document: Document<'_>) {
+        let mut place = Place { file: path.to_owned(), document: number, line: Some(document.line) };
+        match document.content {
+            Ok(value) => self.value(path, &place, Item { value, kind: None, api_version: None }),
+            Err(broken) => {
+                place.line = Some(broken.line);
+                let found = label(document.text);
+                let kind = found.as_ref().and_then(|label| Kind::parse(&label.kind));
+                let object = found.as_ref().map(|label| match &label.namespace {
+                    Some(namespace) => format!("{} {namespace}/{}", label.kind, label.name),
+                    None => format!("{} {}", label.kind, label.name),
+                });
+                self.report(Problem::at(ProblemKind::Syntax, place, broken.message).with_object(object));
+                match (found, kind) {
+                    (Some(label), Some(kind)) => {
+                        let name = kind.object_name(label.namespace.as_deref(), &label.name);
+                        self.kept.push((path.to_owned(), kind, name));
+                    }
+                    // An object of another kind is no loss; a list or something unknown may have held anything.
+                    (Some(label), None) if !label.kind.ends_with("List") => {}
+                    (Some(_) | None, _) => self.keep_file(path),
+                }
+            }
+        }
+    }
+
+    fn value(&mut self, path: &Path, place: &Place, mut item: Item<'_>) {
+        let text = |field: &str| item.value.get(field).and_then(Value::as_str).map(str::to_owned);
+        let kind = text("kind").or(item.kind.map(str::to_owned));
+        let api_version = text("apiVersion").or(item.api_version);
+        let (Some(kind), Some(api_version)) = (kind, api_version) else {
+            let message = "not a Kubernetes object: it has no apiVersion and kind";
+            self.report(Problem::at(ProblemKind::Invalid, place.clone(), message));
+            self.keep_file(path);
+            return;
+        };
+        if let Some(inner) = kind.strip_suffix("List") {
+            let items = item.value.get_mut("items").map(Value::take);
+            self.list(path, place, items, inner, &api_version);
+            return;
+        }
+        match Kind::parse(&kind) {
+            Some(kind) => self.object(path, place, kind, &api_version, item.value),
+            None => self.now.ignored += 1,
+        }
+    }
+
+    fn list(&mut self, path: &Path, place: &Place, items: Option<Value>, inner: &str, api_version: &str) {
+        let items = match items {
+            Some(Value::Array(items)) => items,
+            None | Some(Value::Null) => Vec::new(),
+            Some(_) => {
+                let message = format!("items of the {inner}List is not a list");
+                self.report(Problem::at(ProblemKind::Invalid, place.clone(), message));
+                self.keep_file(path);
+                return;
+            }
+        };
+        if !inner.is_empty() && Kind::parse(inner).is_none() {
+            self.now.ignored += items.len();
+            return;
+        }
+        for value in items {
+            let (kind, version) =
+                if inner.is_empty() { (None, None) } else { (Some(inner), Some(api_version)) };
+            self.value(path, place, Item { value, kind, api_version: version.map(str::to_owned) });
+        }
+    }
+
+    fn object(&mut self, path: &Path, place: &Place, kind: Kind, api_version: &str, value: Value) {
+        let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+        let named = kind.object_name(Some(text("/metadata/namespace")), text("/metadata/name"));
+        let object = format!("{} {named}", kind.name());
+        let result = if named.name.is_empty() {
+            Err("metadata.name is missing".to_owned())
+        } else if api_version != kind.api_version() {
+            Err(format!("apiVersion {api_version} is not known; write it as {}", kind.api_version()))
+        } else if self.now.objects.contains(kind, &named) {
+            let message =
+                "the object was already read from another place, which counts; remove one of the two";
+            let problem = Problem::at(ProblemKind::DuplicateObject, place.clone(), message);
+            self.report(problem.with_object(Some(object)));
+            return;
+        } else {
+            self.insert(kind, &named, value)
+        };
+        match result {
+            Ok(()) => {
+                self.now.files.entry(path.to_owned()).or_default().insert((kind, named));
+            }
+            Err(message) => {
+                let problem = Problem::at(ProblemKind::Invalid, place.clone(), message);
+                if named.name.is_empty() {
+                    self.report(problem.with_object(Some(kind.name().to_owned())));
+                    self.keep_file(path);
+                } else {
+                    self.report(problem.with_object(Some(object)));
+                    self.kept.push((path.to_owned(), kind, named));
+                }
+            }
+        }
+    }
+
+    fn insert(&mut self, kind: Kind, name: &ObjectName, value: Value) -> Result<(), String> {
+        let objects = &mut self.now.objects;
+        match kind {
+            Kind::Service => {
+                let mut service: Service = document::object(value)?;
+                set_name(&mut service.metadata, name);
+                objects.services.insert(name.clone(), Arc::new(service));
+            }
+            Kind::EndpointSlice => {
+                let mut slice: EndpointSlice = document::object(value)?;
+                set_name(&mut slice.metadata, name);
+                for port in slice.ports.iter_mut().flatten() {
+                    // What the API server fills in before anybody sees the object.
+                    port.name.get_or_insert_default();
+                    port.protocol.get_or_insert_with(|| "TCP".to_owned());
+                }
+                objects.slices.insert(name.clone(), Arc::new(slice));
+            }
+            Kind::Node => {
+                let node: Node = document::object(value)?;
+                objects.nodes.insert(name.clone(), Arc::new(node));
+            }
+        }
+        Ok(())
+    }
+
+    fn unreadable(&mut self, path: &Path, error: &io::Error) {
+        let place = Place { file: path.to_owned(), document: 0, line: None };
+        self.report(Problem::at(ProblemKind::Unreadable, place, format!("cannot be read: {error}")));
+    }
+
+    fn report(&mut self, problem: Problem) {
+        self.now.problems.push(problem);
+    }
+
+    fn keep_file(&mut self, path: &Path) {
+        let objects = self.previous.and_then(|previous| previous.files.get(path));
+        for (kind, name) in objects.into_iter().flatten() {
+            self.kept.push((path.to_owned(), *kind, name.clone()));
+        }
+    }
+
+    fn keep_directory(&mut self, path: &Path) {
+        let Some(previous) = self.previous else { return };
+        previous
+            .files
+            .keys()
+            .filter(|file| file.parent() == Some(path))
+            .for_each(|file| self.keep_file(file));
+    }
+
+    fn finish(mut self) -> Snapshot {
+        let Some(previous) = self.previous else { return self.now };
+        for (path, kind, name) in self.kept {
+            let was_there =
+                previous.files.get(&path).is_some_and(|file| file.contains(&(kind, name.clone())));
+            if was_there && !self.now.objects.contains(kind, &name) {
+                self.now.objects.copy(&previous.objects, kind, &name);
+                self.now.files.entry(path).or_default().insert((kind, name));
+            }
+        }
+        self.now
+    }
+}
+
+/// Reads a regular file of bounded size.
+fn content(path: &Path) -> io::Result<String> {
+    // Before it is opened: opening a pipe waits for its writer.
+    let meta = fs::metadata(path)?;
+    if !meta.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let file = fs::File::open(path)?;
+    let too_large = || io::Error::other(format!("larger than {} MiB; split it", FILE_BYTES_MAX >> 20));
+    if meta.len() > FILE_BYTES_MAX {
+        return Err(too_large());
+    }
+    let mut text = String::new();
+    // It may grow while it is read.
+    if file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)? as u64 > FILE_BYTES_MAX {
+        return Err(too_large());
+    }
+    Ok(text)
+}
+
+fn set_name(meta: &mut ObjectMeta, name: &ObjectName) {
+    meta.namespace = Some(name.namespace.clone());
+    meta.name = Some(name.name.clone());
+}

@@ -1,0 +1,127 @@
+//! What goes into a plan and what comes out of it.
+
+use std::collections::HashSet;
+
+use xdp_common::tables::{Backend, Frontend, FrontendKey};
+
+use crate::problem::Problem;
+
+/// An IPv4 address as it is in the maps.
+pub type Addr = [u8; 4];
+
+/// Entries of the maps, as the flags set them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Frontends.
+    pub frontends: u32,
+    /// Backend ids, of which 0 is never used.
+    pub backends: u32,
+    /// Ring slots.
+    pub ring_slots: u32,
+}
+
+/// One write to a map; changes are applied in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Writes a backend slot; protocol 0 empties it.
+    Backend {
+        /// Backend id.
+        id: u32,
+        /// New value.
+        value: Backend<Addr>,
+    },
+    /// Writes a ring.
+    Ring {
+        /// First slot.
+        offset: u32,
+        /// Backend ids.
+        slots: Vec<u32>,
+    },
+    /// Writes a word of the ingress gate.
+    IngressGate {
+        /// Index of the word.
+        word: u32,
+        /// New value.
+        bits: u64,
+    },
+    /// Writes a word of the egress gate.
+    EgressGate {
+        /// Index of the word.
+        word: u32,
+        /// New value.
+        bits: u64,
+    },
+    /// Inserts or replaces a frontend.
+    Frontend {
+        /// Key.
+        key: FrontendKey<Addr>,
+        /// New value.
+        value: Frontend,
+    },
+    /// Removes a frontend.
+    RemoveFrontend {
+        /// Key.
+        key: FrontendKey<Addr>,
+    },
+}
+
+/// What is to be written now, and what does not fit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Update {
+    /// Writes, in the order in which they must be applied.
+    pub changes: Vec<Change>,
+    /// Services that could not be planned; they stay as they were and are tried again at the next update.
+    pub problems: Vec<Problem>,
+    /// Set when a service that did not fit may fit soon: call [`Plan::update`](super::Plan::update) again after this time.
+    pub retry_in_ms: Option<u64>,
+}
+
+/// What the maps of a previous agent hold.
+#[derive(Clone, Debug, Default)]
+pub struct Adopted {
+    /// Frontends.
+    pub frontends: Vec<(FrontendKey<Addr>, Frontend)>,
+    /// Backend slots, also the empty ones with a generation above zero (so that generations never repeat).
+    pub backends: Vec<(u32, Backend<Addr>)>,
+    /// Every word of the ingress gate; bits of flows that outlive their frontend are known from nowhere else.
+    pub ingress_gate: Vec<u64>,
+    /// Every word of the egress gate.
+    pub egress_gate: Vec<u64>,
+}
+
+/// What the flow tables still need, as a walk over them found it.
+#[derive(Clone, Debug, Default)]
+pub struct InUse {
+    /// When the walk began, on the clock of `now_ms`: what was given up later than that is not judged by it.
+    pub started_ms: u64,
+    /// Bits of the ingress gate: `frontend_bit` of every client-side destination, `snat_bit` of every SNAT address.
+    pub ingress_bits: HashSet<u32>,
+    /// Bits of the egress gate: `backend_source_bit` and `backend_destination_bit` of every flow's backend.
+    pub egress_bits: HashSet<u32>,
+    /// Backend ids.
+    pub backends: HashSet<u32>,
+}
+
+/// How full the maps are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fill {
+    /// Frontends.
+    pub frontends: u32,
+    /// Backend ids given out, also those whose endpoint is gone while flows still use it.
+    pub backends: u32,
+    /// Ring slots in use or waiting to be used again.
+    pub ring_slots: u32,
+}
+
+/// The complete intended contents of the maps, for a comparison with what they hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Image {
+    /// Every frontend; there must be no other.
+    pub frontends: Vec<(FrontendKey<Addr>, Frontend)>,
+    /// Every backend slot that was ever used; all others are zero.
+    pub backends: Vec<(u32, Backend<Addr>)>,
+    /// Every word of the ingress gate.
+    pub ingress_gate: Vec<u64>,
+    /// Every word of the egress gate.
+    pub egress_gate: Vec<u64>,
+}

@@ -1,0 +1,296 @@
+//! What has to be true before anything is loaded, each with one message that says what to do.
+
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io,
+    net::Ipv4Addr,
+    os::{fd::AsRawFd, unix::ffi::OsStrExt},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail, ensure};
+use tracing::warn;
+
+use crate::host::Host;
+
+/// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+/// Capability numbers (include/uapi/linux/capability.h).
+const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF"), (38, "CAP_PERFMON")];
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// Version of a kernel, as far as it decides what there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KernelVersion(pub u32, pub u32);
+
+impl KernelVersion {
+    /// The running kernel's.
+    ///
+    /// # Errors
+    /// When the release cannot be read or understood.
+    pub fn current() -> anyhow::Result<Self> {
+        let path = "/proc/sys/kernel/osrelease";
+        let release = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
+        Self::parse(&release)
+            .with_context(|| format!("cannot understand the kernel release {:?}", release.trim()))
+    }
+
+    fn parse(release: &str) -> Option<Self> {
+        let mut numbers = release.trim().split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        Some(Self(numbers.next()?.ok()?, numbers.next()?.ok()?))
+    }
+}
+
+/// Checks that this process may load and attach programs.
+///
+/// # Errors
+/// Naming the capabilities that are missing.
+pub fn check_privileges() -> anyhow::Result<()> {
+    let status = fs::read_to_string("/proc/self/status").context("cannot read /proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok())
+        .context("cannot find CapEff in /proc/self/status")?;
+    let missing = missing_capabilities(effective);
+    ensure!(
+        missing.is_empty(),
+        "no privileges to load and attach BPF programs: {} missing; run as root, or grant CAP_BPF, CAP_NET_ADMIN and \
+         CAP_PERFMON (before kernel 5.8 CAP_SYS_ADMIN and CAP_NET_ADMIN)",
+        missing.join(", ")
+    );
+    Ok(())
+}
+
+fn missing_capabilities(effective: u64) -> Vec<&'static str> {
+    let has = |capability: u32| effective >> capability & 1 == 1;
+    let mut missing = Vec::new();
+    for (capability, name) in CAPABILITIES {
+        // CAP_SYS_ADMIN stands for the newer two.
+        let is_replaced = name != "CAP_NET_ADMIN" && has(CAP_SYS_ADMIN);
+        if !has(capability) && !is_replaced {
+            missing.push(name);
+        }
+    }
+    missing
+}
+
+/// Lifts the limit on locked memory, which BPF maps counted against before kernel 5.11.
+pub fn raise_memlock(kernel: KernelVersion) {
+    if kernel >= KernelVersion(5, 11) {
+        return;
+    }
+    let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the pointer is to a live `rlimit`.
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) } != 0 {
+        warn!(
+            error = %io::Error::last_os_error(),
+            "cannot raise RLIMIT_MEMLOCK; maps may not fit, start with `ulimit -l unlimited`"
+        );
+    }
+}
+
+/// The directory of pins, held by one agent at a time.
+#[derive(Debug)]
+pub struct PinDir {
+    path: PathBuf,
+    // Held for its lock.
+    _lock: File,
+}
+
+impl PinDir {
+    /// Makes the directory, if it is on a BPF file system, and takes hold of it.
+    ///
+    /// # Errors
+    /// When it is on another file system, or another agent holds it.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        ensure!(path.is_absolute(), "--pin-dir {} is not an absolute path", path.display());
+        let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+        let magic =
+            file_system(existing).with_context(|| format!("cannot look at {}", existing.display()))?;
+        ensure!(
+            magic == BPF_FS_MAGIC,
+            "{} is not on a BPF file system; mount one with `mount -t bpf bpf {}`, or choose another --pin-dir",
+            path.display(),
+            mount_point(path).display()
+        );
+        let version = format!("v{}", xdp_common::tables::LAYOUT_VERSION);
+        let path_of_version = path.join(version);
+        for dir in [path_of_version.join("maps"), path_of_version.join("links")] {
+            fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        let lock = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        // SAFETY: the descriptor is open for as long as the call lasts.
+        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let error = io::Error::last_os_error();
+            ensure!(
+                error.raw_os_error() != Some(libc::EWOULDBLOCK),
+                "another xdp-agent uses {}; stop it, or give this one another --pin-dir",
+                path.display()
+            );
+            bail!("cannot lock {}: {error}", path.display());
+        }
+        Ok(Self { path: path.to_path_buf(), _lock: lock })
+    }
+
+    /// Where maps of the current layout are pinned.
+    pub fn maps(&self) -> PathBuf {
+        self.path.join(format!("v{}/maps", xdp_common::tables::LAYOUT_VERSION))
+    }
+
+    /// Where links are pinned.
+    pub fn links(&self) -> PathBuf {
+        self.path.join(format!("v{}/links", xdp_common::tables::LAYOUT_VERSION))
+    }
+
+    /// Removes every pin; programs and maps that nobody holds any more go with them.
+    ///
+    /// # Errors
+    /// When a pin cannot be removed.
+    pub fn clear(&self) -> anyhow::Result<()> {
+        // Programs go before the maps they use.
+        for dir in [self.links(), self.maps()] {
+            let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+            for entry in entries {
+                let path = entry.with_context(|| format!("cannot read {}", dir.display()))?.path();
+                fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the directories, as far as they are empty.
+    pub fn remove(&self) {
+        let version = self.maps();
+        let version = version.parent().map(Path::to_path_buf);
+        for dir in
+            [Some(self.maps()), Some(self.links()), version, Some(self.path.clone())].into_iter().flatten()
+        {
+            // What somebody else has put there stays, and its directory with it.
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
+fn file_system(path: &Path) -> io::Result<i64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the path ends in a zero and the structure is writable; both live across the call.
+    if unsafe { libc::statfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all-zero bytes are a valid `statfs`, and the call has filled it.
+    let stat = unsafe { stat.assume_init() };
+    #[allow(clippy::unnecessary_cast, reason = "the type differs by architecture")]
+    Ok(stat.f_type as i64)
+}
+
+/// Where a BPF file system would have to be mounted for a path: the usual place if it is on the way.
+fn mount_point(path: &Path) -> &Path {
+    let usual = Path::new("/sys/fs/bpf");
+    if path.starts_with(usual) { usual } else { path.parent().unwrap_or(path) }
+}
+
+/// What of the flags' interfaces is wrong for good.
+///
+/// # Errors
+/// For an unknown interface, the loopback, and one without a usable address.
+pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
+    for name in names {
+        let Some(link) = host.link(name) else {
+            let there: Vec<&str> = host.links.values().map(|link| link.name.as_str()).collect();
+            bail!("there is no interface {name}; there are: {}", there.join(", "));
+        };
+        ensure!(
+            !link.is_loopback,
+            "{name} is the loopback, which needs no load balancing; leave it out of --iface"
+        );
+        ensure!(
+            host.source_address(link.index).is_some(),
+            "{name} has no IPv4 address of global scope, so nothing can be addressed to it and translated flows would \
+             have no source; give it one with `ip address add ADDRESS/PREFIX dev {name}`"
+        );
+    }
+    Ok(())
+}
+
+/// Says what in the kernel's settings will keep traffic from passing.
+pub fn warn_of_settings(names: &[String]) {
+    let read = |path: String| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    if read("/proc/sys/net/ipv4/ip_forward".to_owned()) == Some(0) {
+        warn!(
+            "net.ipv4.ip_forward is 0: the kernel will not route to backends on other nodes or in pods; run \
+             `sysctl net.ipv4.ip_forward=1`"
+        );
+    }
+    let all = read("/proc/sys/net/ipv4/conf/all/rp_filter".to_owned()).unwrap_or(0);
+    for name in names {
+        let own = read(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or(0);
+        // The kernel takes the greater of the two; 1 is strict.
+        if all.max(own) == 1 {
+            warn!(
+                interface = %name,
+                "rp_filter is strict: packets whose way back is another interface are dropped on the slow path; run \
+                 `sysctl net.ipv4.conf.{name}.rp_filter=2` where clients come in by more than one"
+            );
+        }
+    }
+}
+
+/// The addresses NodePorts are served on when no Node object says so: those of the managed interfaces.
+pub fn node_addresses(names: &[String], host: &Host) -> Vec<Ipv4Addr> {
+    let links = names.iter().filter_map(|name| host.link(name));
+    links.filter_map(|link| host.source_address(link.index)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{Address, Link};
+
+    #[test]
+    fn releases_are_understood() {
+        for (release, version) in [
+            ("6.18.44-fc-v657\n", (6, 18)),
+            ("5.10.0-30-amd64", (5, 10)),
+            ("6.6-rc1", (6, 6)),
+            ("7.2+", (7, 2)),
+        ] {
+            assert_eq!(KernelVersion::parse(release), Some(KernelVersion(version.0, version.1)), "{release}");
+        }
+        assert_eq!(KernelVersion::parse("unknown"), None);
+    }
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        assert_eq!(missing_capabilities(0), ["CAP_NET_ADMIN", "CAP_BPF", "CAP_PERFMON"]);
+        assert_eq!(missing_capabilities(1 << 12 | 1 << 21), [""; 0]);
+        assert_eq!(missing_capabilities(1 << 12 | 1 << 39), ["CAP_PERFMON"]);
+        assert_eq!(missing_capabilities(u64::MAX), [""; 0]);
+    }
+
+    #[test]
+    fn a_pin_directory_elsewhere_is_refused_with_the_mount_command() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let error = PinDir::open(&dir.path().join("pins")).expect_err("not a bpffs").to_string();
+        assert!(error.contains("mount -t bpf bpf"), "{error}");
+        assert_eq!(mount_point(Path::new("/sys/fs/bpf/xdp-agent")), Path::new("/sys/fs/bpf"));
+        assert_eq!(mount_point(Path::new("/run/bpf/xdp-agent")), Path::new("/run/bpf"));
+    }
+
+    #[test]
+    fn interfaces_that_cannot_work_are_refused() {
+        let mut host = Host::default();
+        for (index, name, is_loopback) in [(1, "lo", true), (2, "eth0", false), (3, "eth1", false)] {
+            host.links.insert(index, Link { index, name: name.to_owned(), is_loopback, ..Link::default() });
+        }
+        let address = Address { addr: Ipv4Addr::new(192, 0, 2, 1), scope: 0, is_secondary: false };
+        host.addresses.insert(2, vec![address]);
+        let check =
+            |name: &str| check_interfaces(&[name.to_owned()], &host).map_err(|error| error.to_string());
+        assert_eq!(check("eth0"), Ok(()));
+        assert!(check("eth7").expect_err("unknown").contains("there are: lo, eth0, eth1"));
+        assert!(check("lo").expect_err("loopback").contains("loopback"));
+        assert!(check("eth1").expect_err("no address").contains("ip address add"));
+    }
+}

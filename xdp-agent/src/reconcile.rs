@@ -1,0 +1,361 @@
+//! The only writer of the maps that say what is served: applies planned changes in order, and keeps the settings.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant as TokioInstant, MissedTickBehavior, interval, sleep_until},
+};
+use tracing::{debug, info, warn};
+use xdp_common::tables::Config;
+
+use crate::{
+    cluster::{self, Desired, NodeFacts},
+    config::PortRange,
+    host::Host,
+    interfaces::{Interfaces, Picture},
+    manifests::Snapshot,
+    maps::ImageMaps,
+    metrics::Metrics,
+    neighbours::Feed,
+    plan::{Change, InUse, Limits, Plan, Update},
+    preflight,
+    problem::Problem,
+    status::{Heartbeat, Shared, SnatStatus},
+};
+
+mod compare;
+mod report;
+
+/// Time between two comparisons of the maps with the plan.
+const COMPARE_PERIOD: Duration = Duration::from_secs(60);
+/// Changes of routes come in bursts; next hops are asked for again at most this often.
+const EPOCH_PAUSE: Duration = Duration::from_millis(5);
+/// Time before refused writes are repeated.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// A write that is refused more often is left to the next comparison, so that those behind it go on.
+const ATTEMPTS_MAX: u32 = 5;
+
+/// What the writer hears.
+#[derive(Debug)]
+pub struct Inlets {
+    /// Objects.
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// The kernel's network.
+    pub feed: Feed,
+    /// What flows still need.
+    pub in_use: mpsc::Receiver<InUse>,
+    /// The order to stop.
+    pub stop: oneshot::Receiver<()>,
+}
+
+/// What the writer is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The maps.
+    pub maps: ImageMaps,
+    /// Map sizes.
+    pub limits: Limits,
+    /// Buckets of the table of new flows.
+    pub embryonic_buckets: u32,
+    /// Whether they hold an earlier agent's contents.
+    pub is_adopted: bool,
+    /// Name of this node.
+    pub node: String,
+    /// Managed interfaces by name.
+    pub names: Vec<String>,
+    /// Source ports of translated flows.
+    pub snat_ports: PortRange,
+    /// Seconds of agent time, for the garbage collection.
+    pub clock: Arc<AtomicU32>,
+    /// Zero of the plan's clock.
+    pub origin: Instant,
+    /// For people.
+    pub shared: Arc<Shared>,
+    /// For Prometheus.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The writer.
+#[derive(Debug)]
+pub struct Reconciler {
+    parts: Parts,
+    plan: Plan,
+    settings: Config,
+    /// Agent time when this agent began.
+    clock_base: u32,
+    facts: NodeFacts,
+    desired: Desired,
+    snapshot: Arc<Snapshot>,
+    picture: Picture,
+    plan_problems: Vec<Problem>,
+    /// Problems that were logged and are still there.
+    said: BTreeSet<Problem>,
+    /// Changes that wait for one that was refused.
+    pending: VecDeque<Change>,
+    attempts: u32,
+    retry_at: Option<TokioInstant>,
+    update_at: Option<TokioInstant>,
+    epoch_at: Option<TokioInstant>,
+    last_epoch: Option<Instant>,
+    comparisons: u32,
+}
+
+impl Reconciler {
+    /// A writer for maps that are empty or an earlier agent's; nothing is written yet but the settings.
+    ///
+    /// # Errors
+    /// When the maps cannot be read or written.
+    pub fn new(mut parts: Parts) -> io::Result<Self> {
+        let plan = if parts.is_adopted {
+            Plan::adopt(parts.limits, parts.maps.read()?)
+        } else {
+            Plan::new(parts.limits)
+        };
+        let found = parts.maps.config()?;
+        let settings = Config {
+            epoch: found.epoch.wrapping_add(1),
+            clock: found.clock.max(1),
+            snat_port_min: parts.snat_ports.min,
+            snat_port_max: parts.snat_ports.max,
+            embryonic_buckets: parts.embryonic_buckets,
+            // Until the rules are known.
+            policy_routing: 1,
+        };
+        parts.maps.set_config(settings)?;
+        parts.clock.store(settings.clock, Ordering::Relaxed);
+        Ok(Self {
+            parts,
+            plan,
+            settings,
+            clock_base: settings.clock,
+            facts: NodeFacts::default(),
+            desired: Desired::default(),
+            snapshot: Arc::default(),
+            picture: Picture::default(),
+            plan_problems: Vec::new(),
+            said: BTreeSet::new(),
+            pending: VecDeque::new(),
+            attempts: 0,
+            retry_at: None,
+            update_at: None,
+            epoch_at: None,
+            last_epoch: None,
+            comparisons: 0,
+        })
+    }
+
+    /// Brings the maps to what the objects and the node ask for, before any program is attached.
+    ///
+    /// # Errors
+    /// When the kernel refuses a write.
+    pub fn start(&mut self, snapshot: Arc<Snapshot>, host: &Host) -> anyhow::Result<()> {
+        self.snapshot = snapshot;
+        self.picture.snat =
+            preflight::node_addresses(&self.parts.names, host).iter().map(|addr| addr.octets()).collect();
+        self.note_policy(host);
+        self.sync(host);
+        anyhow::ensure!(
+            self.pending.is_empty(),
+            "the kernel refuses to fill the maps; raise their sizes (--max-frontends, --max-backends, --max-ring-slots)"
+        );
+        Ok(())
+    }
+
+    /// Writes what the interfaces are like.
+    pub fn devices(&mut self, interfaces: &mut Interfaces, host: &Host) {
+        let picture = interfaces.picture(host);
+        if picture == self.picture {
+            return;
+        }
+        if let Err(error) = self.write_devices(&picture.devices) {
+            self.parts.metrics.map_write_failures.inc();
+            warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
+        }
+        self.parts.metrics.interfaces(&picture.status);
+        let status = picture.status.clone();
+        let range = self.parts.snat_ports.to_string();
+        let addresses = picture.snat.iter().map(|addr| std::net::Ipv4Addr::from(*addr).to_string()).collect();
+        self.parts.shared.update(|all| {
+            all.interfaces = status;
+            all.snat = SnatStatus { addresses, range };
+        });
+        self.picture = picture;
+    }
+
+    /// Follows changes until it is told to stop, and gives the interfaces back.
+    pub async fn run(
+        mut self,
+        mut inlets: Inlets,
+        mut interfaces: Interfaces,
+        heartbeat: Heartbeat,
+    ) -> Interfaces {
+        let mut seconds = interval(Duration::from_secs(1));
+        seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut compare = interval(COMPARE_PERIOD);
+        compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        compare.reset();
+        loop {
+            tokio::select! {
+                biased;
+                _ = &mut inlets.stop => return interfaces,
+                Ok(()) = inlets.feed.routing.changed() => self.routing_changed(),
+                () = at(self.epoch_at) => self.raise_epoch(),
+                Ok(()) = inlets.feed.host.changed() => {
+                    let host = Arc::clone(&inlets.feed.host.borrow_and_update());
+                    self.host_changed(&host, &mut interfaces);
+                }
+                Ok(()) = inlets.snapshots.changed() => {
+                    self.snapshot = Arc::clone(&inlets.snapshots.borrow_and_update());
+                    let host = Arc::clone(&inlets.feed.host.borrow());
+                    self.sync(&host);
+                }
+                Some(in_use) = inlets.in_use.recv() => self.collect(&in_use),
+                () = at(self.retry_at) => self.drain(),
+                () = at(self.update_at) => {
+                    let host = Arc::clone(&inlets.feed.host.borrow());
+                    self.sync(&host);
+                }
+                _ = seconds.tick() => self.tick(),
+                _ = compare.tick() => self.compare(),
+            }
+            heartbeat.beat();
+        }
+    }
+
+    fn host_changed(&mut self, host: &Host, interfaces: &mut Interfaces) {
+        let before = self.picture.snat.clone();
+        self.parts.metrics.attach_failures.inc_by(interfaces.follow(host));
+        self.note_policy(host);
+        self.devices(interfaces, host);
+        // Addresses decide which NodePorts there are and which of the frontends are the node's own.
+        if before != self.picture.snat || self.facts != self.facts_of(host) {
+            self.sync(host);
+        }
+    }
+
+    /// Tells the datapath whether next hops depend on more than the destination.
+    fn note_policy(&mut self, host: &Host) {
+        let policy_routing = u32::from(host.has_policy_routing);
+        if policy_routing != self.settings.policy_routing {
+            self.settings.policy_routing = policy_routing;
+            self.write_settings();
+        }
+    }
+
+    fn facts_of(&self, host: &Host) -> NodeFacts {
+        NodeFacts {
+            name: self.parts.node.clone(),
+            addresses: preflight::node_addresses(&self.parts.names, host),
+            own: host.own_addresses(),
+        }
+    }
+
+    /// Plans and writes the way to what should be.
+    fn sync(&mut self, host: &Host) {
+        let began = Instant::now();
+        self.facts = self.facts_of(host);
+        self.desired = cluster::desired(&self.snapshot.objects, &self.facts);
+        let update = self.plan.update(&self.desired, &self.picture.snat, self.now_ms());
+        let changes = update.changes.len();
+        self.plan_problems.clone_from(&update.problems);
+        self.take(update);
+        self.parts.metrics.sync_duration.observe(began.elapsed().as_secs_f64());
+        self.report();
+        if changes > 0 {
+            info!(services = self.desired.services.len(), changes, took = ?began.elapsed(), "synced");
+        }
+    }
+
+    fn collect(&mut self, in_use: &InUse) {
+        let update = self.plan.collect(in_use, self.now_ms());
+        self.take(update);
+        self.parts.metrics.fill(self.plan.fill());
+    }
+
+    fn take(&mut self, update: Update) {
+        self.pending.extend(update.changes);
+        self.update_at = update.retry_in_ms.map(|ms| TokioInstant::now() + Duration::from_millis(ms.max(1)));
+        if self.retry_at.is_none() {
+            self.drain();
+        }
+    }
+
+    /// Writes what is pending, in order; stops at a refusal, because later writes may count on the refused one.
+    fn drain(&mut self) {
+        self.retry_at = None;
+        while let Some(change) = self.pending.front() {
+            self.parts.metrics.map_writes.inc();
+            let Err(error) = self.parts.maps.apply(change) else {
+                self.pending.pop_front();
+                self.attempts = 0;
+                continue;
+            };
+            self.parts.metrics.map_write_failures.inc();
+            self.attempts += 1;
+            if self.attempts < ATTEMPTS_MAX {
+                debug!(%error, ?change, "a write to a map was refused");
+                self.retry_at = Some(TokioInstant::now() + RETRY_PAUSE);
+                return;
+            }
+            warn!(%error, ?change, "a write to a map is refused again and again; leaving it to the next comparison");
+            self.pending.pop_front();
+            self.attempts = 0;
+        }
+    }
+
+    fn routing_changed(&mut self) {
+        match self.last_epoch.map(|last| last.elapsed()) {
+            Some(elapsed) if elapsed < EPOCH_PAUSE => {
+                self.epoch_at.get_or_insert(TokioInstant::now() + (EPOCH_PAUSE - elapsed));
+            }
+            Some(_) | None => self.raise_epoch(),
+        }
+    }
+
+    fn raise_epoch(&mut self) {
+        self.epoch_at = None;
+        self.last_epoch = Some(Instant::now());
+        self.settings.epoch = self.settings.epoch.wrapping_add(1);
+        self.write_settings();
+        let epoch = self.settings.epoch;
+        self.parts.metrics.epoch.set(epoch.into());
+        self.parts.shared.update(|status| status.epoch = epoch);
+    }
+
+    fn tick(&mut self) {
+        let clock = self.clock_base.wrapping_add(self.parts.origin.elapsed().as_secs() as u32);
+        if clock != self.settings.clock {
+            self.settings.clock = clock;
+            self.write_settings();
+            self.parts.clock.store(clock, Ordering::Relaxed);
+        }
+    }
+
+    fn write_settings(&mut self) {
+        if let Err(error) = self.parts.maps.set_config(self.settings) {
+            self.parts.metrics.map_write_failures.inc();
+            warn!(%error, "cannot write the settings; trying again within a second");
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.parts.origin.elapsed().as_millis() as u64
+    }
+}
+
+/// Ends at an instant, or never without one.
+async fn at(instant: Option<TokioInstant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,234 @@
+//! What the agent says about itself: the picture behind `/status`, and readiness as a value.
+
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+
+use crate::devices::{Mode, Transmit};
+
+/// Everything `/status` shows.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Status {
+    /// Version of the agent.
+    pub version: &'static str,
+    /// Name of this node.
+    pub node: String,
+    /// Whether everything is in place.
+    pub ready: bool,
+    /// What is still waited for.
+    pub waiting_for: Vec<&'static str>,
+    /// Managed interfaces.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// Service ports that are served.
+    pub services: usize,
+    /// Addresses and ports that clients connect to.
+    pub frontends: u32,
+    /// Endpoints in the maps.
+    pub backends: u32,
+    /// Flows.
+    pub flows: FlowCounts,
+    /// What could not be done as asked.
+    pub problems: Vec<ProblemStatus>,
+    /// Source addresses and ports of translated flows.
+    pub snat: SnatStatus,
+    /// Where objects are read from.
+    pub sources: Vec<PathBuf>,
+    /// Routing epoch.
+    pub epoch: u32,
+    /// Whether this agent took over from an earlier one.
+    pub adopted: bool,
+}
+
+/// A managed interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InterfaceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its index, 0 while it is not there.
+    pub ifindex: u32,
+    /// How XDP runs.
+    pub mode: Mode,
+    /// Why it runs so.
+    pub reason: String,
+    /// Whether translated frames may leave here at XDP.
+    pub xmit: Transmit,
+    /// Source address of translated flows that leave here.
+    pub address: Option<String>,
+}
+
+/// How many flows there are; a flow has two entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FlowCounts {
+    /// Open TCP connections.
+    pub tcp: u32,
+    /// TCP connections that are closing.
+    pub tcp_closing: u32,
+    /// UDP flows.
+    pub udp: u32,
+    /// Flows that are not established yet.
+    pub embryonic: u32,
+    /// Entries of the table of established flows.
+    pub established_entries: u32,
+    /// Entries of the table of new flows.
+    pub embryonic_entries: u32,
+    /// Entries removed by the last look.
+    pub removed: u32,
+}
+
+/// A problem.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ProblemStatus {
+    /// Its kind, as in the metric.
+    pub kind: &'static str,
+    /// What is wrong, where, and what to do.
+    pub message: String,
+}
+
+/// Source addresses and ports of translated flows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SnatStatus {
+    /// Addresses, one a managed interface.
+    pub addresses: Vec<String>,
+    /// Ports as MIN-MAX.
+    pub range: String,
+}
+
+/// The status, and what is still waited for.
+#[derive(Debug, Default)]
+pub struct Shared {
+    status: Mutex<Status>,
+    pending: Mutex<BTreeSet<&'static str>>,
+}
+
+/// Something that the agent is not ready without; dropping it says that it is there.
+#[derive(Debug)]
+pub struct NotReady {
+    shared: Arc<Shared>,
+    what: &'static str,
+}
+
+impl Shared {
+    /// A status of nothing yet.
+    pub fn new(status: Status) -> Arc<Self> {
+        Arc::new(Self { status: Mutex::new(status), pending: Mutex::default() })
+    }
+
+    /// Something that has to be there before the agent is ready.
+    pub fn wait_for(self: &Arc<Self>, what: &'static str) -> NotReady {
+        lock(&self.pending).insert(what);
+        NotReady { shared: Arc::clone(self), what }
+    }
+
+    /// What is still waited for; nothing when the agent is ready.
+    pub fn pending(&self) -> Vec<&'static str> {
+        lock(&self.pending).iter().copied().collect()
+    }
+
+    /// Changes the status.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut lock(&self.status));
+    }
+
+    /// The status as it is now.
+    pub fn status(&self) -> Status {
+        let mut status = lock(&self.status).clone();
+        status.waiting_for = self.pending();
+        status.ready = status.waiting_for.is_empty();
+        status
+    }
+}
+
+impl Drop for NotReady {
+    fn drop(&mut self) {
+        lock(&self.shared.pending).remove(self.what);
+    }
+}
+
+/// When the writer last moved.
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    origin: Instant,
+    last_ms: Arc<AtomicU64>,
+}
+
+impl Heartbeat {
+    /// A heart that has just beaten; `origin` is the zero of its clock.
+    pub fn new(origin: Instant) -> Self {
+        let heartbeat = Self { origin, last_ms: Arc::default() };
+        heartbeat.beat();
+        heartbeat
+    }
+
+    /// The writer has moved.
+    pub fn beat(&self) {
+        self.last_ms.store(self.origin.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Time since the last beat.
+    pub fn age(&self, now: Instant) -> Duration {
+        let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
+        now.saturating_duration_since(self.origin).saturating_sub(last)
+    }
+}
+
+/// A panic elsewhere does not make plain data unreadable.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_means_that_nothing_is_waited_for() {
+        let shared = Shared::new(Status::default());
+        let programs = shared.wait_for("programs");
+        let image = shared.wait_for("image");
+        assert_eq!(shared.pending(), ["image", "programs"]);
+        assert!(!shared.status().ready);
+        drop(programs);
+        assert_eq!(shared.status().waiting_for, ["image"]);
+        drop(image);
+        assert!(shared.status().ready);
+    }
+
+    #[test]
+    fn a_heart_that_stops_is_noticed() {
+        let origin = Instant::now();
+        let heartbeat = Heartbeat::new(origin);
+        assert!(heartbeat.age(Instant::now()) < Duration::from_secs(1));
+        assert!(heartbeat.age(origin + Duration::from_secs(90)) > Duration::from_secs(89));
+    }
+
+    #[test]
+    fn the_status_is_json_as_documented() {
+        let shared = Shared::new(Status { version: "1.2.3", node: "node-a".to_owned(), ..Status::default() });
+        shared.update(|status| {
+            status.interfaces.push(InterfaceStatus {
+                name: "eth0".to_owned(),
+                ifindex: 2,
+                mode: Mode::NativeFrags,
+                reason: "because".to_owned(),
+                xmit: Transmit { transmit: true, redirect: false },
+                address: Some("192.0.2.1".to_owned()),
+            });
+        });
+        let json = serde_json::to_value(shared.status()).expect("plain data");
+        assert_eq!(json["node"], "node-a");
+        assert_eq!(json["interfaces"][0]["mode"], "native-frags");
+        assert_eq!(json["interfaces"][0]["xmit"]["transmit"], true);
+        assert_eq!(json["flows"]["tcp"], 0);
+        assert!(
+            json["snat"]["range"].is_string() && json["problems"].is_array() && json["sources"].is_array()
+        );
+    }
+}
