@@ -1,0 +1,35 @@
+//! Real traffic through the agent, in network namespaces: native and generic mode, checksum offload on and off.
+//!
+//! Needs root, the agent's binary and its BPF object, and fails with what to do when one is missing. It is built and run
+//! only when asked for: `cargo test -p xdp-agent-tests --features netns --test netns`.
+
+#[macro_use]
+#[path = "netns/setup.rs"]
+mod setup;
+
+#[path = "netns/bad_input.rs"]
+mod bad_input;
+#[path = "netns/clean_host.rs"]
+mod clean_host;
+#[path = "netns/full_maps.rs"]
+mod full_maps;
+#[path = "netns/neighbours.rs"]
+mod neighbours;
+#[path = "netns/not_ours.rs"]
+mod not_ours;
+#[path = "netns/policies.rs"]
+mod policies;
+#[path = "netns/restart.rs"]
+mod restart;
+#[path = "netns/rings.rs"]
+mod rings;
+#[path = "netns/same_port.rs"]
+mod same_port;
+#[path = "netns/shares.rs"]
+mod shares;
+#[path = "netns/slow_path.rs"]
+mod slow_path;
+#[path = "netns/the_lab.rs"]
+mod the_lab;
+#[path = "netns/traffic.rs"]
+mod traffic;

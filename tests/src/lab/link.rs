@@ -1,0 +1,200 @@
+//! Devices, addresses, routes and neighbours of a namespace, by netlink.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result};
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
+use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use super::block_on;
+use super::netns::Namespace;
+
+/// From `linux/ethtool.h`.
+const ETHTOOL_STXCSUM: u32 = 0x17;
+
+/// Makes a veth pair with one end in each namespace, both up.
+pub fn veth(left: &Namespace, left_name: &str, right: &Namespace, right_name: &str) -> Result<()> {
+    use std::os::fd::AsFd;
+    let peer = LinkMessageBuilder::<LinkUnspec>::new()
+        .name(right_name)
+        .setns_by_fd(right.as_fd().as_raw_fd())
+        .build();
+    let message = LinkMessageBuilder::<LinkVeth>::new(left_name, right_name)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .build();
+    block_on(left.netlink().link().add(message).execute())
+        .with_context(|| format!("veth {left_name} in {left:?} to {right_name} in {right:?}"))?;
+    left.up(left_name)?;
+    right.up(right_name)
+}
+
+impl Namespace {
+    /// Returns the index of a device.
+    pub fn index(&self, device: &str) -> Result<u32> {
+        Ok(self.link(device)?.header.index)
+    }
+
+    /// Returns the hardware address of a device.
+    pub fn mac(&self, device: &str) -> Result<[u8; 6]> {
+        let attributes = self.link(device)?.attributes;
+        let address = attributes.iter().find_map(|attribute| {
+            let LinkAttribute::Address(bytes) = attribute else { return None };
+            <[u8; 6]>::try_from(bytes.as_slice()).ok()
+        });
+        address.with_context(|| format!("{device} in {self:?} has no Ethernet address"))
+    }
+
+    /// Returns the netlink message that describes a device.
+    pub fn link(&self, device: &str) -> Result<LinkMessage> {
+        let mut links = self.netlink().link().get().match_name(device.to_string()).execute();
+        let found = block_on(links.try_next()).with_context(|| format!("device {device} in {self:?}"))?;
+        found.with_context(|| format!("no device {device} in {self:?}"))
+    }
+
+    /// Brings a device up.
+    pub fn up(&self, device: &str) -> Result<()> {
+        self.change(device, |link| link.up())
+    }
+
+    /// Takes a device down.
+    pub fn down(&self, device: &str) -> Result<()> {
+        self.change(device, |link| link.down())
+    }
+
+    /// Sets the MTU of a device.
+    pub fn mtu(&self, device: &str, mtu: u32) -> Result<()> {
+        self.change(device, |link| link.mtu(mtu))
+    }
+
+    /// Adds a bridge that is up.
+    pub fn bridge(&self, name: &str) -> Result<()> {
+        block_on(self.netlink().link().add(LinkBridge::new(name).build()).execute())
+            .with_context(|| format!("bridge {name} in {self:?}"))
+    }
+
+    /// Makes a device a port of a bridge.
+    pub fn enslave(&self, device: &str, bridge: &str) -> Result<()> {
+        let controller = self.index(bridge)?;
+        self.change(device, |link| link.controller(controller))
+    }
+
+    /// Removes a device.
+    pub fn delete(&self, device: &str) -> Result<()> {
+        let index = self.index(device)?;
+        block_on(self.netlink().link().del(index).execute())
+            .with_context(|| format!("deleting {device} in {self:?}"))
+    }
+
+    /// Adds an address to a device.
+    pub fn address(&self, device: &str, address: Ipv4Addr, prefix: u8) -> Result<()> {
+        let index = self.index(device)?;
+        block_on(self.netlink().address().add(index, address.into(), prefix).execute())
+            .with_context(|| format!("address {address}/{prefix} on {device} in {self:?}"))
+    }
+
+    /// Adds a route through a gateway; prefix 0 is the default route.
+    pub fn route_via(&self, destination: Ipv4Addr, prefix: u8, gateway: Ipv4Addr) -> Result<()> {
+        let route =
+            RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(destination, prefix).gateway(gateway);
+        block_on(self.netlink().route().add(route.build()).execute())
+            .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
+    }
+
+    /// Adds a route to destinations that are neighbours on a device.
+    pub fn route_dev(&self, destination: Ipv4Addr, prefix: u8, device: &str) -> Result<()> {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(destination, prefix)
+            .output_interface(self.index(device)?)
+            .scope(rtnetlink::packet_route::route::RouteScope::Link);
+        block_on(self.netlink().route().add(route.build()).execute())
+            .with_context(|| format!("route {destination}/{prefix} dev {device} in {self:?}"))
+    }
+
+    /// Removes every learned IPv4 neighbour and returns how many there were.
+    pub fn flush_neighbours(&self) -> Result<usize> {
+        let entries = self.netlink().neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries = block_on(entries.try_collect::<Vec<_>>())?;
+        let mut removed = 0;
+        for entry in entries {
+            if matches!(
+                entry.header.state,
+                NeighbourState::Noarp | NeighbourState::Permanent | NeighbourState::None
+            ) {
+                continue;
+            }
+            // The kernel may have dropped the entry since it was listed: the aim is reached either way.
+            removed += usize::from(block_on(self.netlink().neighbours().del(entry).execute()).is_ok());
+        }
+        Ok(removed)
+    }
+
+    /// Lists the IPv4 neighbours the kernel could send to now.
+    pub fn neighbours(&self) -> Result<Vec<Ipv4Addr>> {
+        let entries = self.netlink().neighbours().get().set_address_family(AddressFamily::Inet).execute();
+        let entries = block_on(entries.try_collect::<Vec<_>>())?;
+        let usable = entries.iter().filter(|entry| {
+            !matches!(
+                entry.header.state,
+                NeighbourState::Incomplete
+                    | NeighbourState::Failed
+                    | NeighbourState::Noarp
+                    | NeighbourState::None
+            )
+        });
+        let addresses = usable.flat_map(|entry| {
+            entry.attributes.iter().filter_map(|attribute| {
+                let NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) = attribute else {
+                    return None;
+                };
+                Some(*address)
+            })
+        });
+        Ok(addresses.collect())
+    }
+
+    /// Adds a neighbour that never expires.
+    pub fn static_neighbour(&self, device: &str, address: Ipv4Addr, mac: [u8; 6]) -> Result<()> {
+        let request = self.netlink().neighbours().add(self.index(device)?, IpAddr::V4(address));
+        block_on(request.link_layer_address(&mac).state(NeighbourState::Permanent).replace().execute())
+            .with_context(|| format!("neighbour {address} on {device} in {self:?}"))
+    }
+
+    /// Turns transmit checksum offload on or off; off means that frames leave with complete checksums.
+    pub fn tx_offload(&self, device: &str, on: bool) -> Result<()> {
+        #[repr(C)]
+        struct EthtoolValue {
+            command: u32,
+            data: u32,
+        }
+        let mut value = EthtoolValue { command: ETHTOOL_STXCSUM, data: on.into() };
+        // SAFETY: an all-zero ifreq is valid; the name is filled in below.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (target, byte) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(device.bytes()) {
+            *target = byte as libc::c_char;
+        }
+        request.ifr_ifru.ifru_data = (&raw mut value).cast();
+        // The socket decides which namespace the request concerns.
+        let socket = self.run(|| std::net::UdpSocket::bind("0.0.0.0:0"))?;
+        // SAFETY: the request names a device and points to an ethtool_value, and both live through the call.
+        let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &request) };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error())
+                .context(format!("tx offload of {device} in {self:?}"));
+        }
+        Ok(())
+    }
+
+    fn change(
+        &self,
+        device: &str,
+        edit: impl FnOnce(LinkMessageBuilder<LinkUnspec>) -> LinkMessageBuilder<LinkUnspec>,
+    ) -> Result<()> {
+        let message = edit(LinkUnspec::new_with_index(self.index(device)?)).build();
+        block_on(self.netlink().link().set(message).execute())
+            .with_context(|| format!("changing {device} in {self:?}"))
+    }
+}
