@@ -1,0 +1,62 @@
+//! The verbs of this repository, as `cargo xtask VERB`. One file per verb; the rest is what they share.
+
+mod bench;
+mod build;
+mod compiler;
+mod demo;
+mod host;
+mod lint;
+mod process;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+mod tool;
+mod workspace;
+
+use anyhow::{Result, bail};
+use workspace::Workspace;
+
+const HELP: &str = "\
+cargo xtask VERB [ARGS]
+
+  setup                                 find or install the eBPF toolchain, say what was found
+  build [--debug] [--features LIST]     the BPF objects, then the agent (feature: trace)
+  run ARGS                              set-up, build, then `xdp-agent run ARGS` (`run --help` shows its flags)
+  demo [ARGS]                           a small world of namespaces with real traffic through the agent
+  test [LANE...]                        lanes: host, prog-run, netns; all of them by default
+  lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
+  tidy                                  the rules of the source tree that a program can check
+  bench NAME [ARGS]                     measurements, each beside its references (`bench prog`)
+
+CARGO_TARGET_DIR is honoured. XDP_AGENT_BPF_RUSTC names the compiler for the BPF programs when the one that is
+found by itself is not the one wanted.";
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let verb = args.next();
+    let rest: Vec<String> = args.collect();
+    if let Err(error) = dispatch(verb.as_deref(), &rest) {
+        eprintln!("error: {error:#}");
+        std::process::exit(1);
+    }
+}
+
+fn dispatch(verb: Option<&str>, args: &[String]) -> Result<()> {
+    let workspace = Workspace::find()?;
+    match verb {
+        Some("setup") => setup::verb(&workspace, args),
+        Some("build") => build::verb(&workspace, args),
+        Some("run") => run::verb(&workspace, args),
+        Some("demo") => demo::verb(&workspace, args),
+        Some("test") => test::verb(&workspace, args),
+        Some("lint") => lint::verb(&workspace, args),
+        Some("tidy") => tidy::verb(&workspace, args),
+        Some("bench") => bench::verb(&workspace, args),
+        None | Some("help" | "--help" | "-h") => {
+            println!("{HELP}");
+            Ok(())
+        }
+        Some(other) => bail!("no verb `{other}`; `cargo xtask --help` lists them"),
+    }
+}

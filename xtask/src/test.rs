@@ -1,0 +1,183 @@
+//! `test`: runs the lanes and adds up what their tests said.
+
+use crate::build;
+use crate::host;
+use crate::process;
+use crate::workspace::{Profile, Workspace};
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+
+/// One kind of test: where it runs, and what it takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lane {
+    /// Pure logic on this machine: no root, no network, no BPF toolchain.
+    Host,
+    /// Frames through the programs by `BPF_PROG_TEST_RUN`: root.
+    ProgRun,
+    /// Real traffic between network namespaces: root.
+    Netns,
+}
+
+const LANES: [Lane; 3] = [Lane::Host, Lane::ProgRun, Lane::Netns];
+
+/// Lanes use the agent's own profile, release: its binary is needed anyway, and a second profile would compile every
+/// dependency twice, which is most of a cold build on two cores.
+const PROFILE: Profile = Profile::Release;
+
+impl Lane {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::ProgRun => "prog-run",
+            Self::Netns => "netns",
+        }
+    }
+
+    /// What follows `cargo test`. No `-p`, so that features unify over the same packages in every lane and no
+    /// dependency is compiled again; the name of the test target selects.
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Host => &[],
+            Self::ProgRun => &["--features", "xdp-agent-tests/prog-run", "--test", "prog_run"],
+            Self::Netns => {
+                &["--features", "xdp-agent-tests/netns", "--test", "netns", "--", "--test-threads=2"]
+            }
+        }
+    }
+
+    fn needs_root(self) -> bool {
+        match self {
+            Self::Host => false,
+            Self::ProgRun | Self::Netns => true,
+        }
+    }
+}
+
+/// What tests reported.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+}
+
+pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
+    let lanes = parse(args)?;
+    let mut total = Tally::default();
+    let ready = prepare(workspace, &lanes);
+    for &lane in &lanes {
+        let outcome = match (&ready, lane) {
+            (Err(error), Lane::ProgRun | Lane::Netns) => {
+                Err(anyhow::anyhow!("cannot be prepared: {error:#}"))
+            }
+            (Err(_) | Ok(()), Lane::Host) | (Ok(()), Lane::ProgRun | Lane::Netns) => run(workspace, lane),
+        };
+        let tally = outcome.unwrap_or_else(|error| {
+            eprintln!("lane {}: FAILED: {error:#}", lane.name());
+            // A lane that gives no count is one failure, whatever it holds.
+            Tally { passed: 0, failed: 1 }
+        });
+        println!("lane {}: {} passed, {} failed", lane.name(), tally.passed, tally.failed);
+        total = Tally { passed: total.passed + tally.passed, failed: total.failed + tally.failed };
+    }
+    println!("{} passed, {} failed", total.passed, total.failed);
+    std::io::stdout().flush()?;
+    if total.failed > 0 {
+        std::process::exit(1)
+    }
+    Ok(())
+}
+
+fn parse(args: &[String]) -> Result<Vec<Lane>> {
+    if args.is_empty() {
+        return Ok(LANES.to_vec());
+    }
+    let lane = |arg: &String| {
+        let known = LANES.into_iter().find(|lane| lane.name() == arg);
+        known.with_context(|| format!("no lane `{arg}`; there are {}", LANES.map(Lane::name).join(", ")))
+    };
+    args.iter().map(lane).collect()
+}
+
+/// Builds what the lanes that meet the kernel need; the host lane goes without.
+fn prepare(workspace: &Workspace, lanes: &[Lane]) -> Result<()> {
+    if !lanes.iter().any(|lane| lane.needs_root()) || !host::is_root() {
+        return Ok(());
+    }
+    build::release_agent(workspace).map(drop)
+}
+
+fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
+    if lane.needs_root() && !host::is_root() {
+        bail!(
+            "needs root, and this is an ordinary user: run `sudo -E env PATH=\"$PATH\" cargo xtask test {}`",
+            lane.name()
+        );
+    }
+    let mut command = process::cargo(workspace);
+    command.arg("test").args(PROFILE.flags()).arg("--no-fail-fast").args(lane.arguments());
+    command.env("XDP_AGENT_BIN", workspace.binary(PROFILE, "xdp-agent"));
+    let (tally, succeeded) = count(&mut command)?;
+    if tally == Tally::default() {
+        bail!("ran no test at all; what is above says why");
+    }
+    if !succeeded && tally.failed == 0 {
+        eprintln!("lane {}: a test program ended without its result", lane.name());
+        return Ok(Tally { failed: 1, ..tally });
+    }
+    Ok(tally)
+}
+
+/// Runs cargo, passes on what it prints, and adds up the result lines in it.
+fn count(command: &mut Command) -> Result<(Tally, bool)> {
+    process::show(command);
+    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
+    let output = child.stdout.take().context("cargo has no output")?;
+    let mut tally = Tally::default();
+    let mut out = std::io::stdout().lock();
+    let mut reader = BufReader::new(output);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line)? > 0 {
+        out.write_all(&line)?;
+        if let Some(result) = result_line(&String::from_utf8_lossy(&line)) {
+            tally.passed += result.passed;
+            tally.failed += result.failed;
+        }
+        line.clear();
+    }
+    out.flush()?;
+    Ok((tally, child.wait()?.success()))
+}
+
+/// Reads libtest's closing line: `test result: ok. 5 passed; 0 failed; …`.
+fn result_line(line: &str) -> Option<Tally> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let number = |word: &str| {
+        let part = counts.split(';').map(str::trim).find_map(|part| part.strip_suffix(word))?;
+        part.trim().parse().ok()
+    };
+    Some(Tally { passed: number("passed")?, failed: number("failed")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_line_of_a_test_program_is_counted() {
+        let ok =
+            "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.00s\n";
+        let failed = "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        assert_eq!(result_line(ok), Some(Tally { passed: 5, failed: 0 }));
+        assert_eq!(result_line(failed), Some(Tally { passed: 3, failed: 2 }));
+        assert_eq!(result_line("test a_name ... ok\n"), None);
+    }
+
+    #[test]
+    fn a_lane_is_named_exactly_or_refused() {
+        assert_eq!(parse(&["netns".into(), "host".into()]).unwrap(), [Lane::Netns, Lane::Host]);
+        assert_eq!(parse(&[]).unwrap(), LANES);
+        let error = parse(&["hosts".into()]).unwrap_err().to_string();
+        assert!(error.contains("host, prog-run, netns"), "{error}");
+    }
+}
