@@ -285,7 +285,7 @@ pub const FRONTENDS_V4: MapSpec = MapSpec { name: "FRONTENDS_V4", entries: 1 << 
 /// Backends, by id; id 0 is never used.
 pub const BACKENDS_V4: MapSpec = MapSpec { name: "BACKENDS_V4", entries: 1 << 17 };
 /// Maglev rings: backend ids, 4 bytes a slot.
-pub const RINGS: MapSpec = MapSpec { name: "RINGS", entries: 1 << 24 };
+pub const RINGS: MapSpec = MapSpec { name: "RINGS", entries: 1 << 22 };
 /// Managed interfaces.
 pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
 /// Filter in front of ingress.

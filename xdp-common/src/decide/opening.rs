@@ -37,17 +37,25 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     let slot = select::slot(select::flow_hash(key, 0), frontend.slots);
     let id = tables.ring(frontend.ring.wrapping_add(slot));
     let Some(backend) = tables.backend(id) else { return Next::Drop(Reason::NoBackend) };
+    // Field by field: the compiler would call a function to fill it with zeros first.
     let flow = &mut work.flow;
-    *flow = Flow::ZERO;
     flow.src = key.src;
     flow.dst = backend.addr;
     flow.dport = backend.port;
+    flow.dmac = [0; 6];
+    flow.smac = [0; 6];
+    flow.ifindex = 0;
+    flow.routing = 0;
     flow.seen = tables.config().clock;
     flow.backend = id;
     flow.generation = backend.generation;
     flow.service = frontend.service;
+    flow.mtu = 0;
     flow.kind = kind::FORWARD;
     flow.exit = exit::LOCAL;
+    flow.closing = 0;
+    flow.replied = 0;
+    flow.zero = [0; 6];
     let is_local = backend.flags & backend::LOCAL != 0 || !route_new(tables, packet, &entry, &mut work.flow);
     Next::Reserve(is_local)
 }
@@ -77,19 +85,16 @@ fn route_new<F: Family, T: Tables<F>>(
 ) -> bool {
     let tag = tables.routing_tag();
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
-    let snat = match route {
-        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } if ifindex == packet.ifindex => {
-            Some(entry.snat)
+    let out = match route {
+        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } if ifindex != packet.ifindex => {
+            tables.device(ifindex)
         }
-        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => {
-            tables.device(ifindex).map(|device| device.snat)
-        }
+        Route::Hop { .. } | Route::NoNeighbour { .. } | Route::Kernel => Some(*entry),
         Route::Local => None,
-        Route::Kernel => Some(entry.snat),
     };
-    let Some(snat) = snat else { return false };
-    flow.src = snat;
-    set_hop(tables, packet.ifindex, route, tag, flow);
+    let Some(device) = out else { return false };
+    flow.src = device.snat;
+    set_hop(tables, packet.ifindex, route, out, tag, flow);
     true
 }
 

@@ -68,25 +68,29 @@ fn refresh<F: Family, T: Tables<F>>(
 ) -> bool {
     let tag = tables.routing_tag();
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
+    let out = match route {
+        Route::Hop { ifindex, .. } => tables.device(ifindex),
+        Route::NoNeighbour { .. } | Route::Local | Route::Kernel => None,
+    };
     // Kept only where entries are replaced as a whole, so that no other CPU sees half an address.
-    set_hop(tables, packet.ifindex, route, tag, flow)
+    set_hop(tables, packet.ifindex, route, out, tag, flow)
         && table == Table::Established
         && tables.store(table, &packet.key, flow)
 }
 
-/// Writes the answer of the routing table into a flow; false when it is not worth keeping.
+/// Writes the answer of the routing table, and the device it names, into a flow; false when it is not worth keeping.
 #[inline(always)]
 pub(super) fn set_hop<F: Family, T: Tables<F>>(
     tables: T,
     in_ifindex: u32,
     route: Route,
+    out: Option<Device<F::Addr>>,
     tag: u32,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
     flow.exit = exit::KERNEL;
     match route {
         Route::Hop { ifindex, dmac, smac, mtu } => {
-            let out = tables.device(ifindex);
             flow.exit = match out {
                 Some(ref out) => way_out(tables, in_ifindex, ifindex, out),
                 None => exit::KERNEL,
