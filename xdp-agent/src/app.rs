@@ -188,7 +188,7 @@ fn fill_and_attach(
         }
     };
     let mut interfaces = Interfaces::new(attacher, config.interfaces.clone());
-    if let Err(error) = interfaces.attach_all(host) {
+    if let Err(error) = interfaces.attach_all() {
         drop(pins);
         interfaces.give_up();
         return Err(error);

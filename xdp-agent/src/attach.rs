@@ -15,7 +15,7 @@ use crate::{
     bpf::{self, AttachType},
     config::ModeChoice,
     devices::Mode,
-    host::{Host, Link},
+    host::Link,
     neighbours,
     preflight::{KernelVersion, PinDir},
 };
@@ -85,7 +85,9 @@ impl Attacher {
     ///
     /// # Errors
     /// When an interface refuses for good.
-    pub fn attach_all(&mut self, names: &[String], host: &Host) -> anyhow::Result<()> {
+    pub fn attach_all(&mut self, names: &[String]) -> anyhow::Result<()> {
+        // Read now: what a start with --fresh has just taken off must not count as somebody else's.
+        let host = neighbours::read_host().context("cannot read the interfaces")?;
         for name in names {
             let result = host.link(name).context("the interface is gone").and_then(|link| self.attach(link));
             if let Err(error) = result {

@@ -55,8 +55,8 @@ impl Interfaces {
     ///
     /// # Errors
     /// When one refuses; nothing is attached then that was not before.
-    pub fn attach_all(&mut self, host: &Host) -> anyhow::Result<()> {
-        self.attacher.attach_all(&self.names, host)
+    pub fn attach_all(&mut self) -> anyhow::Result<()> {
+        self.attacher.attach_all(&self.names)
     }
 
     /// Follows the kernel's view: forgets interfaces that are gone, and attaches to those that have returned. How many

@@ -10,9 +10,9 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use tracing::warn;
+use tracing::{debug, warn};
 
-use crate::host::Host;
+use crate::{bpf::Link, host::Host};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -143,18 +143,20 @@ impl PinDir {
         self.path.join(format!("v{}/links", xdp_common::tables::LAYOUT_VERSION))
     }
 
-    /// Removes every pin; programs and maps that nobody holds any more go with them.
+    /// Takes the programs of every pinned link off and removes every pin; maps that nobody holds any more go with them.
     ///
     /// # Errors
     /// When a pin cannot be removed.
     pub fn clear(&self) -> anyhow::Result<()> {
-        // Programs go before the maps they use.
-        for dir in [self.links(), self.maps()] {
-            let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
-            for entry in entries {
-                let path = entry.with_context(|| format!("cannot read {}", dir.display()))?.path();
-                fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        for path in pins_in(&self.links())? {
+            // Without this the program stays for as long as the kernel takes to notice.
+            if let Err(error) = Link::open(&path).and_then(|link| link.detach()) {
+                debug!(pin = %path.display(), %error, "a pinned link was not detached");
             }
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        for path in pins_in(&self.maps())? {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         Ok(())
     }
@@ -170,6 +172,12 @@ impl PinDir {
             let _ = fs::remove_dir(dir);
         }
     }
+}
+
+fn pins_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let entries =
+        fs::read_dir(dir).and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect());
+    entries.with_context(|| format!("cannot read {}", dir.display()))
 }
 
 fn file_system(path: &Path) -> io::Result<i64> {
@@ -246,7 +254,7 @@ pub fn node_addresses(names: &[String], host: &Host) -> Vec<Ipv4Addr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::{Address, Link};
+    use crate::host::{Address, Link as Interface};
 
     #[test]
     fn releases_are_understood() {
@@ -282,7 +290,10 @@ mod tests {
     fn interfaces_that_cannot_work_are_refused() {
         let mut host = Host::default();
         for (index, name, is_loopback) in [(1, "lo", true), (2, "eth0", false), (3, "eth1", false)] {
-            host.links.insert(index, Link { index, name: name.to_owned(), is_loopback, ..Link::default() });
+            host.links.insert(
+                index,
+                Interface { index, name: name.to_owned(), is_loopback, ..Interface::default() },
+            );
         }
         let address = Address { addr: Ipv4Addr::new(192, 0, 2, 1), scope: 0, is_secondary: false };
         host.addresses.insert(2, vec![address]);
