@@ -6,6 +6,8 @@
 mod embryonic;
 mod maps;
 mod packet;
+#[cfg(feature = "trace")]
+mod trace;
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
@@ -76,6 +78,8 @@ pub(crate) fn xdp_ingress_frags(ctx: XdpContext) -> u32 {
 fn ingress(frame: &XdpFrame) -> u32 {
     let Some(packet) = parse(frame, frame.ifindex()) else { return xdp_action::XDP_PASS };
     let verdict = decide::ingress::<V4, _>(Kernel { ctx: frame.context() }, &packet, Hook::Xdp);
+    #[cfg(feature = "trace")]
+    trace::verdict(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
@@ -101,7 +105,12 @@ fn ingress(frame: &XdpFrame) -> u32 {
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
     let frame = TcFrame::new(&ctx);
     let Some(packet) = parse(&frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
-    apply(&frame, &packet, decide::ingress::<V4, _>(Kernel { ctx: frame.context() }, &packet, Hook::Tc))
+    apply(
+        &frame,
+        "tc ingress",
+        &packet,
+        decide::ingress::<V4, _>(Kernel { ctx: frame.context() }, &packet, Hook::Tc),
+    )
 }
 
 /// tc egress: replies of backends on this node, and the second half of slow-path translations.
@@ -109,11 +118,13 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
     let frame = TcFrame::new(&ctx);
     let Some(packet) = parse(&frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
-    apply(&frame, &packet, decide::egress::<V4, _>(Kernel { ctx: frame.context() }, &packet))
+    apply(&frame, "tc egress", &packet, decide::egress::<V4, _>(Kernel { ctx: frame.context() }, &packet))
 }
 
 #[inline(always)] // three lines in two programs
-fn apply(frame: &TcFrame, packet: &frame::Packet<AddrV4>, verdict: Verdict<AddrV4>) -> i32 {
+fn apply(frame: &TcFrame, _hook: &str, packet: &frame::Packet<AddrV4>, verdict: Verdict<AddrV4>) -> i32 {
+    #[cfg(feature = "trace")]
+    trace::verdict(frame.ctx(), _hook, &packet.key, &verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,

@@ -25,6 +25,11 @@ pub(crate) struct XdpFrame<'a> {
 }
 
 impl<'a> XdpFrame<'a> {
+    #[cfg(feature = "trace")]
+    pub(crate) fn ctx(&self) -> &XdpContext {
+        self.ctx
+    }
+
     #[inline(always)]
     pub(crate) fn new(ctx: &'a XdpContext) -> Self {
         Self { ctx }
@@ -105,6 +110,11 @@ pub(crate) struct TcFrame<'a> {
 }
 
 impl<'a> TcFrame<'a> {
+    #[cfg(feature = "trace")]
+    pub(crate) fn ctx(&self) -> &TcContext {
+        self.ctx
+    }
+
     /// Takes the frame, with its headers pulled into the linear part where a driver has left them elsewhere.
     #[inline(always)]
     pub(crate) fn new(ctx: &'a TcContext) -> Self {
