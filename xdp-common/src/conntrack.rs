@@ -93,10 +93,17 @@ pub fn opens<A: Address>(packet: &Packet<A>) -> bool {
     packet.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST) == tcp::SYN
 }
 
-/// The [`closing`] bits that a packet sets on its own direction.
+/// The [`closing`] bits of a direction after one of its packets.
+///
+/// A direction that goes on after a reset takes the reset back, for itself: its ends have not taken it for theirs
+/// (RFC 5961).
 #[inline(always)]
-pub fn closing_bits(tcp_flags: u8) -> u8 {
-    (if tcp_flags & tcp::FIN != 0 { closing::FIN } else { 0 })
+pub fn closing_after(before: u8, tcp_flags: u8) -> u8 {
+    if tcp_flags & (tcp::SYN | tcp::FIN | tcp::RST) == 0 {
+        return before & !closing::RST;
+    }
+    before
+        | (if tcp_flags & tcp::FIN != 0 { closing::FIN } else { 0 })
         | (if tcp_flags & tcp::RST != 0 { closing::RST } else { 0 })
 }
 

@@ -7,7 +7,7 @@ mod opening;
 mod sending;
 
 use crate::{
-    conntrack::{closing_bits, is_ingress_kind, mirror, opens, opposite, rewrite},
+    conntrack::{closing_after, is_ingress_kind, mirror, opens, opposite, rewrite},
     frame::{Packet, tcp},
     gate,
     net::{Address, Family, FlowKey, UDP},
@@ -122,7 +122,9 @@ fn find<F: Family, T: Tables<F>>(
     work: &mut Work<F::Addr>,
 ) -> Next {
     for table in [Table::Established, Table::Embryonic] {
-        if from == Table::Embryonic && table == Table::Established {
+        // An opener need not look: if its flow is known, the reservation of its source port says so.
+        let is_known_absent = from == Table::Embryonic && table == Table::Established;
+        if is_known_absent || (table == Table::Embryonic && opens(packet)) {
             continue;
         }
         let Some(entry) = tables.flow(table, &packet.key) else { continue };
@@ -136,13 +138,14 @@ fn find<F: Family, T: Tables<F>>(
             continue;
         }
         note(tables, packet, table, &entry);
+        // The copy may be stored again.
+        work.flow.seen = tables.config().clock;
+        work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
         if table == Table::Embryonic {
+            let flow = &work.flow;
             if flow.kind != kind::FORWARD {
-                if flow.replied == 0 {
-                    work.flow.closing |= closing_bits(packet.tcp_flags);
-                    if answered(tables, &packet.key, work) {
-                        entry.set_replied();
-                    }
+                if flow.replied == 0 && answered(tables, &packet.key, work) {
+                    entry.set_replied();
                 }
             } else if establishes(packet, flow) {
                 return Next::Establish;
@@ -160,8 +163,14 @@ fn note<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, table: Tab
     if entry.seen != clock {
         entry.set_seen(clock);
     }
-    if packet.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
-        close(tables, packet, table, entry);
+    let closing = closing_after(entry.closing, packet.tcp_flags);
+    if closing != entry.closing {
+        entry.set_closing(closing);
+    }
+    if packet.tcp_flags & tcp::RST != 0
+        && let Some(other) = tables.flow(table, &opposite(&packet.key, entry))
+    {
+        other.set_closing(other.closing | closing::RST);
     }
 }
 
@@ -188,17 +197,6 @@ fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flo
     }
 }
 
-/// Notes a FIN or RST; a reset closes both directions.
-#[inline(always)]
-fn close<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, table: Table, entry: &T::Entry) {
-    entry.set_closing(entry.closing | closing_bits(packet.tcp_flags));
-    if packet.tcp_flags & tcp::RST != 0
-        && let Some(other) = tables.flow(table, &opposite(&packet.key, entry))
-    {
-        other.set_closing(other.closing | closing::RST);
-    }
-}
-
 /// Notes that an embryonic flow has been answered, and gives it its forward half: until now it had only the half that
 /// answers are recognised by, and packets of its initiator were placed anew by hash.
 #[inline(never)] // once per flow, from two programs
@@ -209,21 +207,29 @@ fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &m
     mirror(key, reply, kind::FORWARD, exit, forward);
     let forward_key = opposite(key, reply);
     match tables.insert(Table::Embryonic, &forward_key, forward) {
-        Insertion::Exists => {
-            if let Some(entry) = tables.flow(Table::Embryonic, &forward_key) {
+        Insertion::Exists => match tables.flow(Table::Embryonic, &forward_key) {
+            // Two backends have answered one opener, sent twice while the ring changed: the first answer counts. But
+            // what an older connection of this tuple has left behind does not.
+            Some(entry)
+                if entry.closing == 0 && forward.seen.wrapping_sub(entry.seen) <= ANSWER_SECONDS_MAX =>
+            {
                 entry.set_replied();
+                true
             }
-            true
-        }
+            _ => tables.store(Table::Embryonic, &forward_key, forward),
+        },
         Insertion::Done => true,
         Insertion::Refused => false,
     }
 }
 
+/// For how long answers are taken for those to one opener.
+const ANSWER_SECONDS_MAX: u32 = 2;
+
 /// Whether an embryonic flow is established by this packet: its initiator speaks again after an answer.
 ///
 /// A flood of openers, even one that draws answers, so never reaches the established table; netfilter calls this state
-/// "assured".
+/// "assured". One that also acknowledges blindly what it has not seen can fill that table, but evicts nothing from it.
 #[inline(always)]
 fn establishes<A: Address>(packet: &Packet<A>, flow: &Flow<A>) -> bool {
     flow.kind == kind::FORWARD
@@ -282,20 +288,20 @@ pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> V
         kind::TRANSIT => Event::Finished,
         _ => return Verdict::PASS,
     };
-    let clock = tables.config().clock;
-    if entry.seen != clock {
-        entry.set_seen(clock);
-    }
-    if entry.kind == kind::REPLY_LOCAL {
-        if packet.tcp_flags & (tcp::FIN | tcp::RST) != 0 {
-            close(tables, packet, table, &entry);
+    if entry.kind == kind::TRANSIT {
+        // Ingress has noted the packet on its flow; this entry only lives on.
+        let clock = tables.config().clock;
+        if entry.seen != clock {
+            entry.set_seen(clock);
         }
+    } else {
+        note(tables, packet, table, &entry);
         if table == Table::Embryonic
             && entry.replied == 0
             && let Some(mut work) = tables.work()
         {
             work.flow = *entry;
-            work.flow.closing |= closing_bits(packet.tcp_flags);
+            work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
             if answered(tables, &packet.key, &mut work) {
                 entry.set_replied();
             }

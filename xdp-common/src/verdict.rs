@@ -137,6 +137,8 @@ counted! {
         EstablishedFull = "established_full",
         /// A flow left a backend that is gone, or a closed tuple was used again.
         FlowRenewed = "flow_renewed",
+        /// A new flow took the source port of another that had got no further than its first packets and was idle.
+        PortTakenOver = "port_taken_over",
         /// The next hop of a flow was asked for again, because routes or neighbours had changed.
         HopRefreshed = "hop_refreshed",
         /// Another CPU held the bucket of a new entry, and the insert was repeated.

@@ -116,7 +116,11 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
     let hash = select::flow_hash(key, PORT_SEED);
     let mut attempt = 0;
     while attempt < SNAT_ATTEMPTS_MAX {
-        let port = if attempt == 0 && may_keep { own } else { select::snat_port(hash, attempt, min, max) };
+        // Early attempts find this flow's own reservation again; later ones differ from second to second, so that a
+        // client that finds no port does not meet the same ones with each repetition.
+        let salt = if attempt < 2 { 0 } else { config.clock << 8 };
+        let port =
+            if attempt == 0 && may_keep { own } else { select::snat_port(hash, attempt | salt, min, max) };
         work.flow.sport = port.to_be_bytes();
         match claim(tables, key, work) {
             Claim::New => {
@@ -137,6 +141,8 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
 
 /// Sets source ports apart from backends, which are chosen by the same hash.
 const PORT_SEED: u32 = 1;
+/// For how long an embryonic flow keeps its source port from others, in seconds after its last packet.
+const EMBRYONIC_SECONDS_MIN: u32 = 3;
 
 /// How the reservation of a source port ended.
 enum Claim {
@@ -159,34 +165,47 @@ fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut 
     let reply_key = &after.reversed();
     translate(flow, key, &after);
     translate(reply, reply_key, &key.reversed());
-    let owner = |entry: T::Entry| {
-        if entry.kind == reply.kind && opposite(reply_key, &entry) == *key {
-            Claim::Ours
-        } else {
-            Claim::Taken
+    let mut inserted = tables.insert(Table::Embryonic, reply_key, reply);
+    if inserted == Insertion::Exists {
+        let Some(entry) = tables.flow(Table::Embryonic, reply_key) else { return Claim::Taken };
+        let is_ours = entry.kind == reply.kind && opposite(reply_key, &entry) == *key;
+        if is_ours && entry.closing == 0 {
+            return Claim::Ours;
         }
-    };
-    match tables.insert(Table::Embryonic, reply_key, reply) {
-        // Looked up after the insertion, because a flow enters the established table before it leaves this one.
-        Insertion::Done => match tables.flow(Table::Established, reply_key) {
-            None => Claim::New,
-            Some(entry) => {
-                tables.remove(Table::Embryonic, reply_key);
-                owner(entry)
-            }
-        },
-        Insertion::Exists => tables.flow(Table::Embryonic, reply_key).map_or(Claim::Taken, owner),
-        Insertion::Refused => Claim::Refused,
+        // Ours but closed: an older connection of this tuple, over before it was established. Another's: flows that never
+        // got further than one question and its answer must not keep their ports from those that want one.
+        if !is_ours && flow.seen.wrapping_sub(entry.seen) <= EMBRYONIC_SECONDS_MIN {
+            return Claim::Taken;
+        }
+        let event = if is_ours { Event::FlowRenewed } else { Event::PortTakenOver };
+        tables.count(Counter::Event(event));
+        tables.remove(Table::Embryonic, &opposite(reply_key, &entry));
+        tables.remove(Table::Embryonic, reply_key);
+        inserted = tables.insert(Table::Embryonic, reply_key, reply);
     }
+    if inserted != Insertion::Done {
+        return Claim::Refused;
+    }
+    // Looked up after the insertion, because a flow enters the established table before it leaves this one.
+    let Some(entry) = tables.flow(Table::Established, reply_key) else { return Claim::New };
+    tables.remove(Table::Embryonic, reply_key);
+    if entry.kind != reply.kind || opposite(reply_key, &entry) != *key {
+        return Claim::Taken;
+    }
+    // The forward half was lost: the next packet establishes the flow again.
+    flow.replied = 1;
+    Claim::Ours
 }
 
 /// Inserts the forward half of a flow that has spoken again before it was answered, so that it keeps its backend when
-/// the ring changes; where another packet was faster, its entry counts.
+/// the ring changes; where another packet toward the same backend was faster, its entry counts.
 #[inline(always)]
 fn enter<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &mut Flow<F::Addr>) {
     // Refused, the flow goes on without it for now: its next packet is placed by hash again.
     if tables.insert(Table::Embryonic, key, flow) == Insertion::Exists
         && let Some(winner) = tables.flow(Table::Embryonic, key)
+        && winner.backend == flow.backend
+        && winner.closing == 0
     {
         *flow = *winner;
     }

@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell, RefMut},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ops::Deref,
     rc::Rc,
 };
@@ -51,6 +51,9 @@ pub(crate) struct Model {
     pub(crate) devices: RefCell<HashMap<u32, Device<Addr>>>,
     pub(crate) route: Cell<Route>,
     pub(crate) refuse: Cell<u32>,
+    /// Whether every key is another flow's, and which were asked for.
+    pub(crate) taken: Cell<bool>,
+    pub(crate) asked: RefCell<HashSet<Key>>,
     pub(crate) counters: RefCell<HashMap<u32, u64>>,
     ingress_gate: RefCell<HashMap<u32, u64>>,
     egress_gate: RefCell<HashMap<u32, u64>>,
@@ -113,6 +116,8 @@ impl Model {
             devices: RefCell::new(HashMap::from([(UPLINK, uplink)])),
             route: Cell::new(gateway()),
             refuse: Cell::new(0),
+            taken: Cell::new(false),
+            asked: RefCell::default(),
             counters: RefCell::default(),
             ingress_gate: RefCell::default(),
             egress_gate: RefCell::default(),
@@ -234,6 +239,10 @@ impl<'a> Tables<V4> for &'a Model {
         self.table(table).borrow().get(key).map(|place| Live(place.clone(), place.get()))
     }
     fn insert(self, table: Table, key: &Key, flow: &Flow<Addr>) -> Insertion {
+        if self.taken.get() {
+            self.asked.borrow_mut().insert(*key);
+            return Insertion::Exists;
+        }
         if self.refuses() || !self.has_room(table, key) {
             return Insertion::Refused;
         }

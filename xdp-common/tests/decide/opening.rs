@@ -166,6 +166,41 @@ fn a_reset_by_the_backend_lets_the_tuple_be_placed_anew() {
 }
 
 #[test]
+fn what_a_half_open_connection_has_left_does_not_hold_the_next_one() {
+    let model = one_remote();
+    let other = model.backend(REMOTE_TOO, TCP, false);
+    let seen = model.through(&syn(40_000, VIP));
+    model.through(&answer(&seen, tcp::SYN | tcp::ACK));
+    let mut config = model.config.get();
+    config.clock += 60;
+    model.config.set(config);
+    model.frontend(VIP, TCP, &[other], 0);
+    assert_eq!(handshake(&model, 40_000, VIP).key.dst, REMOTE_TOO);
+    assert_eq!(model.through(&ack(40_000, VIP)).key.dst, REMOTE_TOO);
+}
+
+#[test]
+fn the_first_of_two_answers_to_one_opener_counts() {
+    let model = one_remote();
+    let other = model.backend(REMOTE_TOO, TCP, false);
+    let first = model.through(&syn(40_000, VIP));
+    model.frontend(VIP, TCP, &[other], 0);
+    let second = model.through(&syn(40_000, VIP));
+    model.through(&answer(&second, tcp::SYN | tcp::ACK));
+    model.through(&answer(&first, tcp::SYN | tcp::ACK));
+    assert_eq!(model.through(&ack(40_000, VIP)).key.dst, REMOTE_TOO);
+}
+
+#[test]
+fn a_refused_connection_can_be_tried_again_at_once_and_is_then_established() {
+    let model = one_remote();
+    let seen = model.through(&syn(40_000, VIP));
+    model.through(&answer(&seen, tcp::RST | tcp::ACK));
+    handshake(&model, 40_000, VIP);
+    assert_eq!((model.established.borrow().len(), model.embryonic.borrow().len()), (2, 0));
+}
+
+#[test]
 fn udp_leaves_a_backend_that_is_gone_and_tcp_does_not() {
     let model = Model::new();
     for proto in [TCP, UDP] {
@@ -213,6 +248,61 @@ fn running_out_of_source_ports_is_a_counted_drop() {
     assert_eq!(model.drops(Reason::SnatExhausted), 8);
     let attempts: u64 = (0..SNAT_ATTEMPTS_MAX).map(|n| model.count_of(Counter::SnatAttempt(n))).sum();
     assert_eq!(attempts, 2, "an attempt is counted once per flow");
+}
+
+#[test]
+fn idle_flows_that_got_no_further_than_their_first_packets_give_up_their_ports() {
+    let model = one_remote();
+    let mut config = model.config.get();
+    (config.snat_port_min, config.snat_port_max) = (5_000, 5_001);
+    model.config.set(config);
+    let kept = handshake(&model, 39_999, VIP);
+    let _ = model.xdp(&syn(40_000, VIP));
+    assert_eq!(model.xdp(&syn(40_001, VIP)).action, Action::Drop(Reason::SnatExhausted));
+    config.clock += 4;
+    model.config.set(config);
+    let taken = model.through(&syn(40_001, VIP));
+    assert_ne!(taken.key.sport, kept.key.sport, "an established flow keeps its port");
+    assert_eq!(model.through(&answer(&taken, tcp::ACK)).key, syn(40_001, VIP).key.reversed());
+    assert_eq!(model.events(Event::PortTakenOver), 1);
+}
+
+#[test]
+fn a_client_that_finds_no_port_meets_other_ports_later() {
+    let model = one_remote();
+    let tried = |model: &Model| {
+        let reply = |port: u16| FlowKey {
+            src: REMOTE,
+            dst: NODE,
+            sport: TARGET,
+            dport: port.to_be_bytes(),
+            proto: TCP,
+            zero: [0; 3],
+        };
+        // Every port is another's: what is looked at is what the model is asked for.
+        (1024..=29_999).filter(|&port| model.asked.borrow().contains(&reply(port))).count()
+    };
+    model.taken.set(true);
+    for second in 0..4 {
+        let mut config = model.config.get();
+        config.clock += second;
+        model.config.set(config);
+        assert_eq!(model.xdp(&syn(40_000, VIP)).action, Action::Drop(Reason::SnatExhausted));
+    }
+    assert!(tried(&model) > 2 * SNAT_ATTEMPTS_MAX as usize, "{} ports", tried(&model));
+}
+
+#[test]
+fn a_reset_that_its_ends_do_not_take_for_theirs_closes_nothing() {
+    for is_local in [false, true] {
+        let model = if is_local { one_local() } else { one_remote() };
+        let seen = handshake(&model, 40_000, VIP);
+        model.through(&segment(CLIENT, 40_000, VIP, HTTP, tcp::RST));
+        model.through(&ack(40_000, VIP));
+        model.through(&answer(&seen, tcp::ACK));
+        let flows = model.established.borrow();
+        assert!(flows.values().all(|flow| flow.get().closing == 0), "local {is_local}");
+    }
 }
 
 #[test]
