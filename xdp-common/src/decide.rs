@@ -16,7 +16,7 @@ use crate::{
 };
 
 use self::{
-    opening::{open, reserve},
+    opening::{open, reserve, still_holds},
     sending::{by_cache, send},
 };
 
@@ -41,8 +41,8 @@ enum Next {
     Drop(Reason),
     /// The flow, which is in this table, says where it goes.
     Send(Table),
-    /// The same, and with this packet the flow is established.
-    Establish,
+    /// The same, in the embryonic table, and forward: its other half may have been evicted meanwhile.
+    Embryo,
     /// A new flow: it needs a source port, the client's own one if it stays on this node.
     Reserve(bool),
 }
@@ -74,12 +74,20 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
     }
     let Some(mut work) = tables.work() else { return Verdict::PASS };
     let table = if found.is_some() { Table::Established } else { Table::Embryonic };
-    let action = match find(tables, packet, table, &mut work) {
+    let mut next = find(tables, packet, table, &mut work);
+    if next == Next::Embryo && !still_holds(tables, &packet.key, &mut work) {
+        // The source port is another flow's by now.
+        tables.remove(Table::Embryonic, &packet.key);
+        next = find(tables, packet, Table::Embryonic, &mut work);
+    }
+    let action = match next {
         Next::Pass => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Send(table) => send(tables, packet, hook, table, &mut work.flow),
-        Next::Establish => {
-            let table = establish(tables, &packet.key, &mut work);
+        Next::Embryo => {
+            let is_established = establishes(packet, &work.flow);
+            let table =
+                if is_established { establish(tables, &packet.key, &mut work) } else { Table::Embryonic };
             send(tables, packet, hook, table, &mut work.flow)
         }
         Next::Reserve(is_local) => match reserve(tables, &packet.key, &mut work, is_local) {
@@ -142,13 +150,12 @@ fn find<F: Family, T: Tables<F>>(
         work.flow.seen = tables.config().clock;
         work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
         if table == Table::Embryonic {
-            let flow = &work.flow;
-            if flow.kind != kind::FORWARD {
-                if flow.replied == 0 && answered(tables, &packet.key, work) {
+            if work.flow.kind != kind::FORWARD {
+                if work.flow.replied == 0 && answered(tables, &packet.key, work) {
                     entry.set_replied();
                 }
-            } else if establishes(packet, flow) {
-                return Next::Establish;
+            } else {
+                return Next::Embryo;
             }
         }
         return Next::Send(table);

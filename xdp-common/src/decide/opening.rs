@@ -139,6 +139,21 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
     Err(Reason::SnatExhausted)
 }
 
+/// Whether an embryonic flow still has its source port; an evicted reply's half is put back where nobody else has it.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+pub(super) fn still_holds<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    work: &mut Work<F::Addr>,
+) -> bool {
+    let (reply_kind, reply_exit) = reply_of(&work.flow);
+    mirror(key, &work.flow, reply_kind, reply_exit, &mut work.reply);
+    match claim(tables, key, work) {
+        Claim::New | Claim::Ours | Claim::Refused => true,
+        Claim::Taken => false,
+    }
+}
+
 /// Sets source ports apart from backends, which are chosen by the same hash.
 const PORT_SEED: u32 = 1;
 /// For how long an embryonic flow keeps its source port from others, in seconds after its last packet.

@@ -53,7 +53,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(5_000))]
 
     /// Whatever happens to rings, neighbours and tables: an answer to what a backend has seen reaches the client who
     /// sent it, from the frontend it was sent to, or nobody.
