@@ -308,6 +308,7 @@ pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> V
             && let Some(mut work) = tables.work()
         {
             work.flow = *entry;
+            work.flow.seen = tables.config().clock;
             work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
             if answered(tables, &packet.key, &mut work) {
                 entry.set_replied();

@@ -16,8 +16,8 @@ pub trait Frame {
 
     /// `N` bytes from an offset, if the frame has them where they can be read.
     fn view<const N: usize>(&self, offset: usize) -> Option<Self::View<N>>;
-    /// Length of the whole frame in bytes, from the Ethernet header on.
-    fn length(&self) -> usize;
+    /// Whether the whole frame, from the Ethernet header on, has at least so many bytes, in sight or not.
+    fn reaches(&self, length: usize) -> bool;
 }
 
 /// Bytes in sight; offsets are constants below its length.
@@ -37,8 +37,8 @@ impl Frame for [u8] {
         self.get(offset..offset.checked_add(N)?)?.try_into().ok()
     }
 
-    fn length(&self) -> usize {
-        self.len()
+    fn reaches(&self, length: usize) -> bool {
+        self.len() >= length
     }
 }
 
@@ -140,7 +140,7 @@ pub fn parse_v4<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<<V4 as Fam
     }
     let total_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len)));
     let l4_min = if proto == TCP { TcpHdr::LEN } else { UdpHdr::LEN };
-    if (total_len as usize) < header_len + l4_min || frame.length() < EthHdr::LEN + total_len as usize {
+    if (total_len as usize) < header_len + l4_min || !frame.reaches(EthHdr::LEN + total_len as usize) {
         return Parsed::Malformed;
     }
     let l4_offset = EthHdr::LEN + header_len;

@@ -127,7 +127,7 @@ counted! {
         Unclaimed = "unclaimed",
         /// A header that contradicts itself or its frame: left alone.
         Malformed = "malformed",
-        /// A fragment addressed to a frontend: left alone.
+        /// A fragment of a TCP or UDP packet, to whomever: left alone.
         Fragment = "fragment",
         /// A new flow was made.
         FlowNew = "flow_new",

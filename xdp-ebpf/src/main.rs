@@ -71,7 +71,7 @@ pub(crate) fn xdp_ingress(ctx: XdpContext) -> u32 {
 /// The same for drivers that hand over long frames in several buffers; the headers are always in the first.
 #[xdp(frags)]
 pub(crate) fn xdp_ingress_frags(ctx: XdpContext) -> u32 {
-    ingress(&XdpFrame::new(&ctx))
+    ingress(&XdpFrame::with_frags(&ctx))
 }
 
 #[inline(always)] // the two entry points differ in their section only

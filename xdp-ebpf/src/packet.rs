@@ -22,6 +22,8 @@ const IP_ADDRS: usize = EthHdr::LEN + offset_of!(Ipv4Hdr, src_addr);
 /// A frame at XDP.
 pub(crate) struct XdpFrame<'a> {
     ctx: &'a XdpContext,
+    /// Whether a frame may lie in several buffers; a constant of each program.
+    has_frags: bool,
 }
 
 impl<'a> XdpFrame<'a> {
@@ -32,7 +34,13 @@ impl<'a> XdpFrame<'a> {
 
     #[inline(always)]
     pub(crate) fn new(ctx: &'a XdpContext) -> Self {
-        Self { ctx }
+        Self { ctx, has_frags: false }
+    }
+
+    /// A frame that may lie in several buffers; the headers are in the first.
+    #[inline(always)]
+    pub(crate) fn with_frags(ctx: &'a XdpContext) -> Self {
+        Self { ctx, has_frags: true }
     }
 
     #[inline(always)]
@@ -99,8 +107,13 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
-    fn length(&self) -> usize {
-        self.ctx.data_end() - self.ctx.data()
+    fn reaches(&self, length: usize) -> bool {
+        let seen = self.ctx.data_end() - self.ctx.data();
+        if seen >= length || !self.has_frags {
+            return seen >= length;
+        }
+        // SAFETY: the context is the verifier's; the helper (5.18) takes nothing else.
+        unsafe { helpers::generated::bpf_xdp_get_buff_len(self.ctx.ctx) as usize >= length }
     }
 }
 
@@ -176,8 +189,8 @@ impl Frame for TcFrame<'_> {
     }
 
     #[inline(always)]
-    fn length(&self) -> usize {
-        self.ctx.len() as usize
+    fn reaches(&self, length: usize) -> bool {
+        self.ctx.len() as usize >= length
     }
 }
 
