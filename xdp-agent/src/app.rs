@@ -4,6 +4,7 @@
 //! before the objects have been read; and whatever a failed start has attached or pinned is taken away again.
 
 use std::{
+    path::PathBuf,
     sync::{Arc, atomic::AtomicU32},
     time::Instant,
 };
@@ -22,7 +23,7 @@ use crate::{
     gc::{Collector, Outlets},
     host::Host,
     interfaces::Interfaces,
-    manifests::{self, ProblemKind, Snapshot, watcher::Watcher},
+    manifests::{self, Problem, ProblemKind, Snapshot, watcher::Watcher},
     maps::{self, Loaded, NewPins},
     metrics,
     neighbours::{Feed, Follower, UsedMacs},
@@ -204,11 +205,19 @@ async fn first_read(config: &Config) -> anyhow::Result<Snapshot> {
     let snapshot = tokio::task::spawn_blocking(move || manifests::read(&paths, None))
         .await
         .context("reading the objects ended early")?;
-    // A path that is not there is a slip of the pen, and taking it for "no services" would empty adopted maps.
-    if let Some(problem) = snapshot.problems.iter().find(|problem| problem.kind == ProblemKind::Unreadable) {
+    if let Some(problem) = unreadable_source(&snapshot, &config.services) {
         bail!("{problem}; check --services");
     }
     Ok(snapshot)
+}
+
+/// Why a path of `--services` itself cannot be read: that is a slip of the pen, and taking it for "no services" would
+/// empty adopted maps. One bad file among those of a directory is a problem like any other, and the rest is served.
+fn unreadable_source<'a>(snapshot: &'a Snapshot, services: &[PathBuf]) -> Option<&'a Problem> {
+    snapshot.problems.iter().find(|problem| {
+        let is_source = problem.place.as_ref().is_some_and(|place| services.contains(&place.file));
+        problem.kind == ProblemKind::Unreadable && is_source
+    })
 }
 
 async fn read_again(config: Config, mut changes: mpsc::Receiver<()>, objects: watch::Sender<Arc<Snapshot>>) {
@@ -236,4 +245,34 @@ fn fresh(mut feed: Feed) -> Feed {
     feed.host.mark_changed();
     feed.routing.mark_changed();
     feed
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_bad_file_in_a_directory_does_not_stop_the_start_and_a_bad_source_does() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name);
+        let service = "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\n";
+        fs::write(at("1.yaml"), service).expect("a file");
+        fs::write(at("2.yaml"), [0xff, 0xfe]).expect("a file");
+        std::os::unix::fs::symlink("nowhere", at("3.yaml")).expect("a link");
+        let large = fs::File::create(at("4.yaml")).expect("a file");
+        large.set_len(manifests::FILE_BYTES_MAX + 1).expect("a size");
+        let services = [directory.path().to_owned()];
+        let snapshot = manifests::read(&services, None);
+        let unreadable = snapshot.problems.iter().filter(|problem| problem.kind == ProblemKind::Unreadable);
+        assert_eq!((snapshot.objects.services.len(), unreadable.count()), (1, 3));
+        assert_eq!(unreadable_source(&snapshot, &services), None);
+        for source in [at("2.yaml"), at("3.yaml"), at("4.yaml"), at("missing")] {
+            let services = [directory.path().to_owned(), source.clone()];
+            let snapshot = manifests::read(&services, None);
+            let problem = unreadable_source(&snapshot, &services).expect("the source is named");
+            assert!(problem.to_string().contains(&source.display().to_string()), "{problem}");
+        }
+    }
 }

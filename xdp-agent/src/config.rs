@@ -69,7 +69,8 @@ pub struct Args {
     #[arg(long, env = "XDP_AGENT_FRESH")]
     pub fresh: bool,
 
-    /// Source ports for translated flows [default: the widest gap that meets neither ip_local_port_range nor NodePorts].
+    /// Source ports for translated flows; adopted maps keep theirs without --fresh [default: the widest gap that meets
+    /// neither ip_local_port_range nor NodePorts].
     #[arg(long, env = "XDP_AGENT_SNAT_PORTS", value_name = "MIN-MAX")]
     pub snat_ports: Option<PortRange>,
 

@@ -19,7 +19,7 @@ use xdp_common::tables::Config;
 
 use crate::{
     cluster::{self, Desired, NodeFacts},
-    config::PortRange,
+    config::{PortRange, ports},
     host::Host,
     interfaces::{Interfaces, Picture},
     manifests::Snapshot,
@@ -121,6 +121,9 @@ impl Reconciler {
             Plan::new(parts.limits)
         };
         let found = parts.maps.config()?;
+        if parts.is_adopted {
+            parts.snat_ports = adopted_ports(parts.snat_ports, &found);
+        }
         let settings = Config {
             epoch: found.epoch.wrapping_add(1),
             clock: found.clock.max(1),
@@ -350,6 +353,23 @@ impl Reconciler {
     fn now_ms(&self) -> u64 {
         self.parts.origin.elapsed().as_millis() as u64
     }
+}
+
+/// The source ports to use with the flows of an earlier agent, whose settings were `found`.
+fn adopted_ports(wanted: PortRange, found: &Config) -> PortRange {
+    let found = PortRange { min: found.snat_port_min, max: found.snat_port_max };
+    let used = ports::ephemeral().map_or(wanted, |ephemeral| wanted.or_adopted(found, ephemeral));
+    if used != wanted {
+        warn!(
+            %used,
+            %wanted,
+            "source ports stay as they are, because adopted flows use them; start with --fresh to change them, which \
+             ends every flow"
+        );
+    } else if found.min > 0 && used != found {
+        warn!(%used, %found, "source ports change, because those of adopted flows are not free any more; such flows end");
+    }
+    used
 }
 
 /// Ends at an instant, or never without one.

@@ -21,6 +21,20 @@ pub(crate) fn parse_cidr_sloppy(text: &str) -> Option<(IpAddr, u8)> {
     (length <= longest).then_some((address, length))
 }
 
+/// What an address is that no endpoint can have, because it means something else or nothing beyond one link
+/// (`ValidateEndpointIP` in Kubernetes' pkg/apis/core/validation; all of multicast and broadcast beside).
+pub(crate) fn special(address: Ipv4Addr) -> Option<&'static str> {
+    [
+        (address.is_unspecified(), "unspecified"),
+        (address.is_loopback(), "loopback"),
+        (address.is_link_local(), "link-local"),
+        (address.is_multicast(), "multicast"),
+        (address.is_broadcast(), "broadcast"),
+    ]
+    .into_iter()
+    .find_map(|(is_it, what)| is_it.then_some(what))
+}
+
 fn parse_ipv4_sloppy(text: &str) -> Option<Ipv4Addr> {
     let mut octets = [0u8; 4];
     let mut parts = text.split('.');

@@ -4,7 +4,11 @@ use std::{collections::HashMap, net::IpAddr};
 
 use k8s_openapi::api::discovery::v1::{self, EndpointSlice};
 
-use super::{Endpoint, NodeFacts, Protocol, address::parse_ip_sloppy, port_number};
+use super::{
+    Endpoint, NodeFacts, Protocol,
+    address::{parse_ip_sloppy, special},
+    port_number,
+};
 use crate::{
     manifests::Objects,
     problem::{Problem, ProblemKind},
@@ -133,6 +137,13 @@ fn parse<'a>(
             problems.push(Problem::of(ProblemKind::Invalid, object, message));
             continue;
         };
+        if let Some(what) = special(addr) {
+            let message = format!(
+                "endpoint address {addr} is {what} and cannot be an endpoint's; the endpoint is left out"
+            );
+            problems.push(Problem::of(ProblemKind::Invalid, object, message));
+            continue;
+        }
         endpoints.push(candidate(endpoint, addr.octets(), node, zone));
     }
     Parsed { ports, endpoints }

@@ -382,3 +382,24 @@ fn a_bad_endpoint_address_leaves_the_others() {
     assert_eq!(world.served(), ["ClusterIp 10.96.0.1:80 10.0.0.2:8080"]);
     assert!(world.problems()[0].1.starts_with("EndpointSlice shop/a: "));
 }
+
+#[test]
+fn an_endpoint_address_that_is_no_hosts_leaves_the_others() {
+    for (address, what) in [
+        ("0.0.0.0", "unspecified"),
+        ("127.0.0.5", "loopback"),
+        ("169.254.169.254", "link-local"),
+        ("224.0.0.1", "multicast"),
+        ("255.255.255.255", "broadcast"),
+    ] {
+        let list = json!([endpoint(address), endpoint("10.0.0.2")]);
+        let world = World::new().service("web", json!({})).slice("a", list, json!({}));
+        assert_eq!(world.served(), ["ClusterIp 10.96.0.1:80 10.0.0.2:8080"]);
+        let problems = world.problems();
+        let (kind, text) = &problems[0];
+        assert_eq!((problems.len(), *kind), (1, ProblemKind::Invalid));
+        let named =
+            text.starts_with("EndpointSlice shop/a: ") && text.contains(address) && text.contains(what);
+        assert!(named, "{text}");
+    }
+}

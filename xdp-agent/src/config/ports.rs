@@ -34,6 +34,13 @@ impl PortRange {
         self.min <= other.max && other.min <= self.max
     }
 
+    /// The range for maps in which an earlier agent's flows have ports of `found`: that one as long as the host leaves it
+    /// free, because answers to ports outside the range are not recognised.
+    pub fn or_adopted(self, found: Self, ephemeral: Self) -> Self {
+        let is_valid = found.min > 0 && found.min <= found.max && found.checked_against(ephemeral).is_ok();
+        if is_valid { found } else { self }
+    }
+
     /// The range, unless it meets the host's ephemeral ports or NodePorts.
     ///
     /// # Errors
@@ -158,6 +165,22 @@ mod tests {
         ] {
             let error = chosen.checked_against(ephemeral).expect_err("refused").to_string();
             assert!(error.contains(&chosen.to_string()) && error.contains(other), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_range_of_adopted_flows_is_kept_while_it_can_be_used() {
+        let (wanted, ephemeral) = (range(20_000, 29_999), range(32_768, 60_999));
+        for (found, used) in [
+            (range(1024, 29_999), range(1024, 29_999)),
+            (wanted, wanted),
+            (range(0, 0), wanted),
+            (range(0, 9999), wanted),
+            (range(9999, 2000), wanted),
+            (range(40_000, 50_000), wanted),
+            (range(2000, 2100), wanted),
+        ] {
+            assert_eq!(wanted.or_adopted(found, ephemeral), used, "found {found}");
         }
     }
 
