@@ -1,0 +1,38 @@
+//! Frames in, frames and counters out: the product's programs by `BPF_PROG_TEST_RUN`.
+//!
+//! Every frame that comes out is compared byte for byte with one that etherparse has built from scratch, and every
+//! counter with what the frame should have raised. Needs root and the BPF object, and fails with what to do when one is
+//! missing: `cargo test -p xdp-agent-tests --features prog-run --test prog_run`.
+
+#[path = "prog_run/agreement.rs"]
+mod agreement;
+#[path = "prog_run/checksums.rs"]
+mod checksums;
+#[path = "prog_run/flows.rs"]
+mod flows;
+#[path = "prog_run/forwarding.rs"]
+mod forwarding;
+#[path = "prog_run/frames.rs"]
+mod frames;
+#[path = "prog_run/full_tables.rs"]
+mod full_tables;
+#[path = "prog_run/here.rs"]
+mod here;
+#[path = "prog_run/maps.rs"]
+mod maps;
+/// The node of the host's own tests, of which this lane needs a part.
+#[allow(dead_code)]
+#[path = "../../xdp-common/tests/decide/model.rs"]
+mod model;
+#[path = "prog_run/node.rs"]
+mod node;
+#[path = "prog_run/not_ours.rs"]
+mod not_ours;
+#[path = "prog_run/programs.rs"]
+mod programs;
+#[path = "prog_run/refusals.rs"]
+mod refusals;
+#[path = "prog_run/renewal.rs"]
+mod renewal;
+#[path = "prog_run/slow_path.rs"]
+mod slow_path;

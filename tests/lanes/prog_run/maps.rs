@@ -1,0 +1,125 @@
+//! The maps of the object, by their names and types.
+
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap, MapData, PerCpuArray},
+};
+use xdp_common::{
+    net::{FlowKey, Plain},
+    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, WAYS},
+    verdict::{COUNTERS, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
+};
+
+use crate::node::Addr;
+
+/// A plain value of the shared crate as aya wants it.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct Raw<T>(pub(crate) T);
+
+// SAFETY: `Plain` has proven at compile time that the type has no padding, and holds no invalid bit patterns.
+unsafe impl<T: Plain> Pod for Raw<T> {}
+
+/// A bucket of the embryonic table: its lock, then the tag of each slot.
+type Tags = [u64; WAYS as usize + 1];
+
+/// The maps that the agent writes, and those that tests look into.
+pub(crate) struct Maps {
+    pub(crate) config: Array<MapData, Raw<Config>>,
+    pub(crate) devices: HashMap<MapData, u32, Raw<Device<Addr>>>,
+    pub(crate) frontends: HashMap<MapData, Raw<FrontendKey<Addr>>, Raw<Frontend>>,
+    pub(crate) backends: Array<MapData, Raw<Backend<Addr>>>,
+    pub(crate) rings: Array<MapData, u32>,
+    pub(crate) established: HashMap<MapData, Raw<FlowKey<Addr>>, Raw<Flow<Addr>>>,
+    tags: Array<MapData, Tags>,
+    ingress_gate: Array<MapData, u64>,
+    egress_gate: Array<MapData, u64>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Maps {
+    /// Takes the maps out of an object.
+    pub(crate) fn take(object: &mut Ebpf) -> Self {
+        Self {
+            config: map(object, &tables::CONFIG),
+            devices: map(object, &tables::DEVICES_V4),
+            frontends: map(object, &tables::FRONTENDS_V4),
+            backends: map(object, &tables::BACKENDS_V4),
+            rings: map(object, &tables::RINGS),
+            established: map(object, &tables::ESTABLISHED_V4),
+            tags: map(object, &tables::TAGS_V4),
+            ingress_gate: map(object, &tables::GATE_INGRESS),
+            egress_gate: map(object, &tables::GATE_EGRESS),
+            counters: map(object, &tables::COUNTERS),
+        }
+    }
+
+    pub(crate) fn open_ingress(&mut self, bit: u32) {
+        open(&mut self.ingress_gate, bit);
+    }
+
+    pub(crate) fn open_egress(&mut self, bit: u32) {
+        open(&mut self.egress_gate, bit);
+    }
+
+    /// An established flow, as it is now.
+    pub(crate) fn flow(&self, key: &FlowKey<Addr>) -> Option<Flow<Addr>> {
+        self.established.get(&Raw(*key), 0).ok().map(|flow| flow.0)
+    }
+
+    /// How many entries the established table has.
+    pub(crate) fn established_entries(&self) -> usize {
+        self.established.keys().count()
+    }
+
+    /// Empties the established table.
+    pub(crate) fn forget_established(&mut self) {
+        let keys: Vec<_> = self.established.keys().flatten().collect();
+        for key in keys {
+            self.established.remove(&key).expect("a flow that is there");
+        }
+    }
+
+    /// Takes or frees the lock of a bucket of the embryonic table, as a program on another processor would.
+    pub(crate) fn hold_bucket(&mut self, bucket: u32, hold: bool) {
+        let mut tags = self.tags.get(&bucket, 0).expect("a bucket");
+        tags[0] = hold.into();
+        self.tags.set(bucket, tags, 0).expect("a bucket that was read can be written");
+    }
+
+    /// All counters, each summed up over the processors.
+    pub(crate) fn counts(&self) -> Vec<u64> {
+        let sum = |index| self.counters.get(&index, 0).expect("a counter").iter().sum();
+        (0..COUNTERS).map(sum).collect()
+    }
+}
+
+/// Every counter, in the order of its index.
+pub(crate) fn all() -> impl Iterator<Item = Counter> {
+    let drops = Reason::ALL.iter().copied().map(Counter::Drop);
+    let events = Event::ALL.iter().copied().map(Counter::Event);
+    drops.chain(events).chain((0..SNAT_ATTEMPTS_MAX).map(Counter::SnatAttempt))
+}
+
+/// The name of a counter in messages.
+pub(crate) fn name(index: u32) -> String {
+    match all().find(|counter| counter.index() == index) {
+        Some(Counter::Drop(reason)) => format!("drop {}", reason.label()),
+        Some(Counter::Event(event)) => event.label().to_string(),
+        Some(Counter::SnatAttempt(attempt)) => format!("attempt {attempt}"),
+        None => format!("counter {index}"),
+    }
+}
+
+fn map<T>(object: &mut Ebpf, spec: &tables::MapSpec) -> T
+where
+    T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>,
+{
+    let map = object.take_map(spec.name).unwrap_or_else(|| panic!("the object has no map {}", spec.name));
+    T::try_from(map).unwrap_or_else(|error| panic!("{} is another kind of map: {error}", spec.name))
+}
+
+fn open(gate: &mut Array<MapData, u64>, bit: u32) {
+    let word = gate.get(&(bit / 64), 0).expect("a bit lies within the gate");
+    gate.set(bit / 64, word | 1 << (bit % 64), 0).expect("a word that was read can be written");
+}

@@ -1,0 +1,325 @@
+//! A node: the loaded programs with maps of their own, and a namespace that answers for routes and neighbours.
+
+use xdp_agent_tests::lab::{link, netns::Namespace};
+use xdp_common::{
+    gate,
+    net::FlowKey,
+    tables::{Backend, Config, Device, Frontend, FrontendKey, backend, device, scope},
+    verdict::{Counter, Event},
+};
+
+use crate::{
+    frames::{ETHERNET, Frame, Mac},
+    maps::{self, Maps, Raw},
+    programs::Programs,
+};
+
+pub(crate) use crate::programs::{Action, Hook, Sizes};
+
+/// An IPv4 address.
+pub(crate) type Addr = [u8; 4];
+
+pub(crate) const CLIENT: Addr = [198, 51, 100, 2];
+pub(crate) const VIP: Addr = [203, 0, 113, 10];
+pub(crate) const VIP_TOO: Addr = [203, 0, 113, 20];
+/// Address of the node on its uplink.
+pub(crate) const NODE: Addr = [192, 168, 50, 10];
+/// Address of the node on its second interface.
+pub(crate) const NODE_TOO: Addr = [192, 168, 60, 10];
+/// A backend on this node.
+pub(crate) const LOCAL: Addr = [10, 244, 1, 2];
+/// Backends behind the gateway of the uplink.
+pub(crate) const REMOTE: Addr = [10, 244, 2, 2];
+pub(crate) const REMOTE_TOO: Addr = [10, 244, 2, 3];
+/// A neighbour on the uplink's link that is not resolved.
+pub(crate) const UNRESOLVED: Addr = [192, 168, 50, 77];
+/// A neighbour on the second interface.
+pub(crate) const BESIDE: Addr = [192, 168, 60, 2];
+pub(crate) const GATEWAY: Addr = [192, 168, 50, 1];
+pub(crate) const GATEWAY_MAC: Mac = [2, 0, 0, 0, 0, 1];
+pub(crate) const BESIDE_MAC: Mac = [2, 0, 0, 0, 0, 6];
+/// MTU of the second interface.
+pub(crate) const MTU_TOO: u16 = 1280;
+/// Port of every frontend.
+pub(crate) const HTTP: u16 = 80;
+/// Port of every backend.
+pub(crate) const TARGET: u16 = 8080;
+/// The ports that are reserved for translated sources.
+pub(crate) const SNAT_PORTS: (u16, u16) = (1024, 29_999);
+/// Flags of a device that can do everything.
+pub(crate) const CAPABLE: u32 = device::TRANSMIT | device::REDIRECT | device::ETHERNET;
+
+/// What came out of a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) action: Action,
+    pub(crate) frame: Vec<u8>,
+    /// Names of the counters that were raised, once for each time, sorted.
+    pub(crate) counts: Vec<String>,
+    /// Whether an established flow has a next hop that was asked for by this frame.
+    pub(crate) refreshed: bool,
+}
+
+/// A node with two managed interfaces and no service.
+pub(crate) struct Node {
+    pub(crate) maps: Maps,
+    pub(crate) namespace: Namespace,
+    pub(crate) ifindex: u32,
+    pub(crate) mac: Mac,
+    pub(crate) ifindex_too: u32,
+    pub(crate) mac_too: Mac,
+    /// The XDP program under test.
+    pub(crate) entry: Hook,
+    /// Index of the interface that frames come in by, or leave by at egress.
+    pub(crate) from: u32,
+    config: Config,
+    backends: u32,
+    slots: u32,
+    programs: Programs,
+    _peer: Namespace,
+}
+
+impl Node {
+    /// Runs a test on a fresh node for each of the two XDP programs, which have to behave alike.
+    pub(crate) fn each(test: impl Fn(&mut Self)) {
+        Self::each_sized(Sizes::default(), test);
+    }
+
+    /// The same with flow tables of these sizes.
+    pub(crate) fn each_sized(sizes: Sizes, test: impl Fn(&mut Self)) {
+        for entry in [Hook::Xdp, Hook::XdpFrags] {
+            test(&mut Self::new(entry, sizes));
+        }
+    }
+
+    /// A node with one of the XDP programs and both tc programs.
+    pub(crate) fn new(entry: Hook, sizes: Sizes) -> Self {
+        let mut programs = Programs::open(sizes);
+        let (namespace, peer) = network().expect("a namespace with two interfaces");
+        let device = |name: &str| {
+            let index = namespace.index(name).expect("a device that was just made");
+            (index, namespace.mac(name).expect("an Ethernet device has an address"))
+        };
+        let ((ifindex, mac), (ifindex_too, mac_too)) = (device("eth0"), device("eth1"));
+        let config = Config {
+            epoch: 1,
+            clock: 100,
+            snat_port_min: SNAT_PORTS.0,
+            snat_port_max: SNAT_PORTS.1,
+            embryonic_buckets: sizes.buckets,
+            policy_routing: 0,
+        };
+        let maps = Maps::take(programs.object());
+        let mut node = Self {
+            maps,
+            namespace,
+            ifindex,
+            mac,
+            ifindex_too,
+            mac_too,
+            entry,
+            from: ifindex,
+            config,
+            backends: 0,
+            slots: 0,
+            programs,
+            _peer: peer,
+        };
+        node.configure(|_| {});
+        node.device(ifindex, Device { snat: NODE, flags: CAPABLE, mtu: 1500, mac, zero: [0; 2] });
+        let too = Device { snat: NODE_TOO, flags: CAPABLE, mtu: MTU_TOO.into(), mac: mac_too, zero: [0; 2] };
+        node.device(ifindex_too, too);
+        node
+    }
+
+    /// Changes the agent's settings.
+    pub(crate) fn configure(&mut self, edit: impl FnOnce(&mut Config)) {
+        edit(&mut self.config);
+        self.maps.config.set(0, Raw(self.config), 0).expect("the one slot of the settings");
+    }
+
+    /// Raises the routing epoch, as the agent does when routes or neighbours change.
+    pub(crate) fn raise_epoch(&mut self) {
+        self.configure(|config| config.epoch += 1);
+    }
+
+    /// Makes an interface a managed one.
+    pub(crate) fn device(&mut self, ifindex: u32, device: Device<Addr>) {
+        self.maps.devices.insert(ifindex, Raw(device), 0).expect("room for a device");
+        self.maps.open_ingress(gate::snat_bit(device.snat));
+    }
+
+    /// Adds a backend and returns its id.
+    pub(crate) fn backend(&mut self, addr: Addr, proto: u8, is_local: bool) -> u32 {
+        self.backends += 1;
+        self.set_backend(self.backends, addr, proto, is_local, 1);
+        self.backends
+    }
+
+    /// Writes a backend under an id.
+    pub(crate) fn set_backend(&mut self, id: u32, addr: Addr, proto: u8, is_local: bool, generation: u32) {
+        let port = TARGET.to_be_bytes();
+        let flags = if is_local { backend::LOCAL } else { 0 };
+        let backend = Backend { addr, port, proto, flags, generation };
+        self.maps.backends.set(id, Raw(backend), 0).expect("room for a backend");
+        self.maps.open_egress(gate::backend_source_bit(addr, port, proto));
+        if !is_local {
+            self.maps.open_egress(gate::backend_destination_bit(addr, port, proto));
+        }
+    }
+
+    /// Makes an address a frontend whose ring holds these backends in turn.
+    pub(crate) fn frontend(&mut self, addr: Addr, proto: u8, backends: &[u32], flags: u32) {
+        let ring = self.slots;
+        for &id in backends {
+            self.maps.rings.set(self.slots, id, 0).expect("room for a slot of a ring");
+            self.slots += 1;
+        }
+        let port = HTTP.to_be_bytes();
+        let frontend =
+            Frontend { service: 1, ring, slots: backends.len() as u32, flags, affinity_seconds: 0 };
+        let key = FrontendKey { addr, port, proto, scope: scope::EXTERNAL };
+        self.maps.frontends.insert(Raw(key), Raw(frontend), 0).expect("room for a frontend");
+        self.maps.open_ingress(gate::frontend_bit(addr, port, proto));
+    }
+
+    /// The first frame of a flow from the client to a frontend, as the gateway hands it over.
+    pub(crate) fn opener(&self, proto: u8, sport: u16, vip: Addr) -> Frame {
+        Frame::new(proto, (GATEWAY_MAC, self.mac), (CLIENT, sport), (vip, HTTP))
+    }
+
+    /// Runs a frame through a program.
+    pub(crate) fn run(&self, hook: Hook, frame: &[u8]) -> Outcome {
+        self.try_run(hook, frame)
+            .unwrap_or_else(|error| panic!("{hook:?} with {} bytes: {error}", frame.len()))
+    }
+
+    /// Runs a frame through a program, if the kernel accepts it.
+    pub(crate) fn try_run(&self, hook: Hook, frame: &[u8]) -> Result<Outcome, aya::programs::ProgramError> {
+        let (before, routing) = (self.maps.counts(), self.routing(frame));
+        let context = self.context(hook, frame.len());
+        // The interface in the context is looked up in the namespace of the thread.
+        let (action, out) = self.programs.run(hook, &self.namespace, frame, &context)?;
+        let (counts, refreshed) = raised(&before, &self.maps.counts());
+        match (routing, self.routing(frame)) {
+            // Brought along from the table of new flows, or asked for at once.
+            (None, Some(_)) => {}
+            (before, after) => {
+                assert_eq!(refreshed, after.is_some() && after != before, "refreshed next hops")
+            }
+        }
+        Ok(Outcome { action, frame: out, counts, refreshed })
+    }
+
+    /// The routing tag of the established flow that a frame belongs to.
+    fn routing(&self, frame: &[u8]) -> Option<u32> {
+        let at = ETHERNET + usize::from(frame.get(ETHERNET)? & 0x0f) * 4;
+        let quad = |at: usize| <[u8; 4]>::try_from(frame.get(at..at + 4)?).ok();
+        let [s0, s1, d0, d1] = quad(at)?;
+        let key = FlowKey {
+            src: quad(ETHERNET + 12)?,
+            dst: quad(ETHERNET + 16)?,
+            sport: [s0, s1],
+            dport: [d0, d1],
+            proto: frame[ETHERNET + 9],
+            zero: [0; 3],
+        };
+        self.maps.flow(&key).map(|flow| flow.routing)
+    }
+
+    /// A `struct xdp_md` or `struct __sk_buff` for a frame on the uplink.
+    fn context(&self, hook: Hook, len: usize) -> Vec<u8> {
+        let mut context;
+        let ifindex_at = match hook {
+            Hook::Xdp | Hook::XdpFrags => {
+                context = vec![0u8; XDP_MD_LEN];
+                context[XDP_MD_DATA_END..][..4].copy_from_slice(&(len as u32).to_ne_bytes());
+                XDP_MD_INGRESS_IFINDEX
+            }
+            Hook::TcIngress | Hook::TcEgress => {
+                context = vec![0u8; SK_BUFF_LEN];
+                SK_BUFF_IFINDEX
+            }
+        };
+        context[ifindex_at..][..4].copy_from_slice(&self.from.to_ne_bytes());
+        context
+    }
+
+    /// Runs a frame and compares everything that comes out with what is expected.
+    pub(crate) fn check(
+        &self,
+        name: &str,
+        hook: Hook,
+        frame: &[u8],
+        action: Action,
+        expected: &[u8],
+        counts: &[Counter],
+    ) -> Outcome {
+        let outcome = self.run(hook, frame);
+        outcome.check(&format!("{name}, at {hook:?}"), action, expected, counts);
+        outcome
+    }
+}
+
+impl Outcome {
+    /// Compares everything with what is expected.
+    pub(crate) fn check(&self, name: &str, action: Action, expected: &[u8], counts: &[Counter]) {
+        let mut names: Vec<String> = counts.iter().map(|counter| maps::name(counter.index())).collect();
+        names.sort();
+        assert_eq!((self.action, &self.counts), (action, &names), "{name}");
+        assert!(
+            self.frame == expected,
+            "{name}: the frame came out as\n{}, not as\n{}",
+            hex(&self.frame),
+            hex(expected)
+        );
+    }
+}
+
+/// Layout of `struct xdp_md` and `struct __sk_buff` in `linux/bpf.h`.
+const XDP_MD_LEN: usize = 24;
+const XDP_MD_DATA_END: usize = 4;
+const XDP_MD_INGRESS_IFINDEX: usize = 12;
+const SK_BUFF_LEN: usize = 192;
+const SK_BUFF_IFINDEX: usize = 40;
+
+/// The counters that were raised, and whether a next hop was refreshed. That one depends on the kernel's clock too, so it
+/// is compared with what has happened to the flow, not with what a case expects.
+fn raised(before: &[u64], after: &[u64]) -> (Vec<String>, bool) {
+    let mut names = Vec::new();
+    let mut refreshed = 0;
+    for (index, (before, after)) in before.iter().zip(after).enumerate() {
+        let times = after - before;
+        if index as u32 == Counter::Event(Event::HopRefreshed).index() {
+            refreshed = times;
+            continue;
+        }
+        names.extend((0..times).map(|_| maps::name(index as u32)));
+    }
+    names.sort();
+    assert!(refreshed <= 1, "one packet refreshes one next hop, not {refreshed}");
+    (names, refreshed == 1)
+}
+
+fn hex(frame: &[u8]) -> String {
+    let shown = &frame[..frame.len().min(96)];
+    let pairs: Vec<String> =
+        shown.chunks(2).map(|pair| pair.iter().map(|byte| format!("{byte:02x}")).collect()).collect();
+    format!("{} ({} bytes)", pairs.join(" "), frame.len())
+}
+
+/// The uplink with its gateway, and a second interface with a neighbour.
+fn network() -> anyhow::Result<(Namespace, Namespace)> {
+    let node = Namespace::new("prog-node")?;
+    let peer = Namespace::new("prog-peer")?;
+    for (name, address) in [("eth0", NODE), ("eth1", NODE_TOO)] {
+        link::veth(&node, name, &peer, name)?;
+        node.address(name, address.into(), 24)?;
+    }
+    node.mtu("eth1", MTU_TOO.into())?;
+    node.route_via([0, 0, 0, 0].into(), 0, GATEWAY.into())?;
+    node.static_neighbour("eth0", GATEWAY.into(), GATEWAY_MAC)?;
+    node.static_neighbour("eth1", BESIDE.into(), BESIDE_MAC)?;
+    node.sysctl("net/ipv4/ip_forward", "1")?;
+    Ok((node, peer))
+}
