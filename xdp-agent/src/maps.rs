@@ -250,7 +250,7 @@ fn refused(error: aya::EbpfError) -> anyhow::Error {
         Some(libc::ENOMEM | libc::E2BIG) => {
             "the kernel has no memory for the maps; choose smaller ones by --max-established and its like"
         }
-        _ => "cannot load the BPF object; it needs kernel 5.10 or later with CONFIG_BPF_SYSCALL",
+        _ => "cannot load the BPF object; it needs kernel 5.12 or later with CONFIG_BPF_SYSCALL",
     };
     anyhow::Error::new(error).context(context)
 }

@@ -131,6 +131,9 @@ counted! {
         Fragment = "fragment",
         /// A new flow was made.
         FlowNew = "flow_new",
+        /// A new flow's backend is on another node, behind an interface without our programs: it was sent there under the
+        /// client's address, and is answered only if its replies come back through this node.
+        UnmanagedEgress = "unmanaged_egress",
         /// A flow was answered, spoke again and moved to the established table.
         FlowEstablished = "flow_established",
         /// A flow could not move to the established table, because it is full; it stays embryonic.

@@ -160,7 +160,7 @@ fn a_backend_behind_an_interface_without_programs_keeps_the_clients_address() {
         node.maps.devices.remove(&node.ifindex_too).expect("a managed interface");
         let opener = node.opener(TCP, 40_000, VIP);
         let seen = opener.with(|frame| frame.dst = (BESIDE, TARGET));
-        let counts = [Event(E::FlowNew), SnatAttempt(0), Event(E::Delivered)];
+        let counts = [Event(E::FlowNew), SnatAttempt(0), Event(E::UnmanagedEgress), Event(E::Delivered)];
         node.check("the opener", node.entry, &opener.bytes(), Action::Pass, &seen.bytes(), &counts);
         let reply = opener.flags(SYN | ACK).with(|frame| (frame.src, frame.dst) = (seen.dst, seen.src));
         let back = reply.with(|frame| frame.src = opener.dst);

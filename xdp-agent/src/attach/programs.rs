@@ -142,11 +142,11 @@ fn refused(name: &str, error: ProgramError) -> anyhow::Error {
     debug!(program = name, verifier = %log, "the kernel refused a program");
     match last_words(&log) {
         Some(words) => anyhow::anyhow!(
-            "the kernel refuses program {name} ({io_error}): {words}; it needs kernel 5.10 or later with \
+            "the kernel refuses program {name} ({io_error}): {words}; it needs kernel 5.12 or later with \
              CONFIG_BPF_SYSCALL and CONFIG_BPF_JIT (all of the verifier's log: --log xdp_agent=debug)"
         ),
         None => anyhow::anyhow!(
-            "the kernel refuses program {name} ({io_error}); it needs kernel 5.10 or later with CONFIG_BPF_SYSCALL and \
+            "the kernel refuses program {name} ({io_error}); it needs kernel 5.12 or later with CONFIG_BPF_SYSCALL and \
              CONFIG_BPF_JIT, and CAP_BPF and CAP_NET_ADMIN in the first user namespace"
         ),
     }

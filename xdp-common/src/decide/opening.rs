@@ -92,7 +92,12 @@ fn route_new<F: Family, T: Tables<F>>(
         Route::Hop { .. } | Route::NoNeighbour { .. } | Route::Kernel => Some(*entry),
         Route::Local => None,
     };
-    let Some(device) = out else { return false };
+    let Some(device) = out else {
+        if route != Route::Local {
+            tables.count(Counter::Event(Event::UnmanagedEgress));
+        }
+        return false;
+    };
     flow.src = device.snat;
     set_hop(tables, packet.ifindex, route, out, tag, flow);
     true

@@ -114,6 +114,7 @@ fn a_backend_behind_an_unmanaged_device_keeps_the_clients_address() {
     model.route.set(Route::Hop { ifindex: 99, dmac: GATEWAY_MAC, smac: OUR_MAC, mtu: 1500 });
     let verdict = model.xdp(&syn(40_000, VIP));
     assert_eq!((verdict.action, verdict.rewrite.src), (Action::Stack, CLIENT));
+    assert_eq!(model.events(Event::UnmanagedEgress), 1);
     let reply = answer(&rewritten(&syn(40_000, VIP), &verdict), tcp::SYN | tcp::ACK);
     assert_eq!(rewritten(&reply, &model.egress(&reply)).key, syn(40_000, VIP).key.reversed());
 }
