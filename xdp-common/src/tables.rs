@@ -274,9 +274,9 @@ pub const GATE_WORDS: u32 = 1 << 14;
 pub const ESTABLISHED_V4: MapSpec = MapSpec { name: "ESTABLISHED_V4", entries: 1 << 18 };
 /// Embryonic flows, [`WAYS`] to a bucket: an array, because new flows come at the rate of a flood and a kernel LRU costs
 /// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones, older before newer.
-pub const EMBRYONIC_V4: MapSpec = MapSpec { name: "EMBRYONIC_V4", entries: 7 << 14 };
+pub const EMBRYONIC_V4: MapSpec = MapSpec { name: "EMBRYONIC_V4", entries: 7 << 13 };
 /// What the slots of each bucket hold: a lock, then a tag per way.
-pub const TAGS_V4: MapSpec = MapSpec { name: "TAGS_V4", entries: 1 << 14 };
+pub const TAGS_V4: MapSpec = MapSpec { name: "TAGS_V4", entries: 1 << 13 };
 /// Slots in a bucket of the embryonic table: with the lock, their tags fill a cache line.
 pub const WAYS: u32 = 7;
 const _: () = assert!(EMBRYONIC_V4.entries == TAGS_V4.entries * WAYS);
