@@ -21,7 +21,7 @@ mod here;
 #[path = "prog_run/maps.rs"]
 mod maps;
 /// The node of the host's own tests, of which this lane needs a part.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the host's tests use the rest")]
 #[path = "../../xdp-common/tests/decide/model.rs"]
 mod model;
 #[path = "prog_run/node.rs"]

@@ -79,7 +79,7 @@ pub struct Args {
         default_value_t = tables::ESTABLISHED_V4.entries, value_parser = entries())]
     pub max_established: u32,
 
-    /// Entries for new flows, two a flow; when full, unanswered ones go before answered ones and older before newer.
+    /// Entries for new flows, one a flow until it is answered, then two; when full, unanswered ones go before answered ones and older before newer.
     #[arg(long, env = "XDP_AGENT_MAX_EMBRYONIC", value_name = "ENTRIES",
         default_value_t = tables::EMBRYONIC_V4.entries, value_parser = entries())]
     pub max_embryonic: u32,

@@ -199,7 +199,7 @@ fn equal(a: &FlowKey<Addr>, b: &FlowKey<Addr>) -> bool {
 }
 
 /// 1 for a negative number, else 0; in assembly, because the compiler would make a branch of it. (And shifted without
-/// its sign, because the verifier of 6.16 makes a branch of the mask that a signed shift gives.)
+/// its sign, because the verifier of 6.18 makes a branch of the mask that a signed shift gives.)
 #[inline(always)]
 fn is_negative(mut value: u64) -> u64 {
     // SAFETY: arithmetic on a register.
