@@ -17,7 +17,7 @@ use xdp_common::{
     conntrack::{mirror, opposite, translate},
     gate,
     net::{FlowKey, Plain, TCP},
-    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, device, exit, kind, scope},
+    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, device, exit, frontend, kind},
     verdict::{Counter, Event, Reason},
 };
 
@@ -350,14 +350,22 @@ fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
     devices.insert(ifindex, Raw(device), 0)?;
     for id in 1..=BACKENDS {
         let addr = (BACKEND + 0x0001_0000 + id).to_be_bytes();
-        let backend = Backend { addr, port: PORT, proto: TCP, flags: 0, generation: 1 };
+        let backend = Backend { addr, port: PORT, proto: TCP, flags: 0, generation: 1, service: 1 };
         array(product, tables::BACKENDS_V4.name)?.set(id, Raw(backend), 0)?;
         array(product, tables::RINGS.name)?.set(id - 1, id, 0)?;
     }
     let mut frontends: HashMap<_, Raw<FrontendKey<Addr>>, Raw<Frontend>> =
         map(product, tables::FRONTENDS_V4.name)?;
-    let key = FrontendKey { addr: FRONTEND, port: PORT, proto: TCP, scope: scope::EXTERNAL };
-    let frontend = Frontend { service: 1, ring: 0, slots: BACKENDS, flags: 0, affinity_seconds: 0 };
+    let key = FrontendKey { addr: FRONTEND, port: PORT, proto: TCP, zero: 0 };
+    let frontend = Frontend {
+        service: 1,
+        ring: 0,
+        slots: BACKENDS,
+        inner_ring: 0,
+        inner_slots: BACKENDS,
+        flags: frontend::MASQUERADE_EXTERNAL,
+        affinity_seconds: 0,
+    };
     frontends.insert(Raw(key), Raw(frontend), 0)?;
     for bit in [gate::frontend_bit(FRONTEND, PORT, TCP), gate::snat_bit(NODE)] {
         let mut gate: Array<&mut MapData, u64> = array(product, tables::GATE_INGRESS.name)?;

@@ -25,6 +25,7 @@ mod flows;
 mod frontends;
 #[cfg(test)]
 mod tests;
+pub mod wanted;
 
 const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 

@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod neighbours;
 pub mod netdev;
 pub mod netlink;
+pub mod objects;
 pub mod plan;
 pub mod preflight;
 pub mod problem;

@@ -27,6 +27,8 @@ pub enum Hook {
     Xdp,
     /// tc ingress behind XDP: takes the frames XDP has left to it; everything goes on up the stack.
     Tc,
+    /// On the way out of a process of this node.
+    Host,
 }
 
 /// What comes next for a packet whose flow has been looked for.
@@ -37,8 +39,10 @@ pub enum Hook {
 enum Next {
     /// Not ours.
     Pass,
-    /// Refused.
+    /// Dropped.
     Drop(Reason),
+    /// Refused, and its sender told.
+    Reject(Reason),
     /// The flow, which is in this table, says where it goes.
     Send(Table),
     /// The same, in the embryonic table, and forward: its other half may have been evicted meanwhile.
@@ -61,7 +65,7 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
             return Verdict::PASS;
         }
         Hook::Tc if !offloaded => return Verdict::PASS,
-        Hook::Xdp | Hook::Tc => {}
+        Hook::Xdp | Hook::Tc | Hook::Host => {}
     }
     let found = tables.flow(Table::Established, &packet.key);
     if hook == Hook::Xdp
@@ -70,19 +74,20 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         && let Some(action) = by_cache(tables, packet, entry)
     {
         note(tables, packet, Table::Established, entry);
-        return verdict(tables, action, entry);
+        return verdict(tables, packet, action, entry);
     }
     let Some(mut work) = tables.work() else { return Verdict::PASS };
     let table = if found.is_some() { Table::Established } else { Table::Embryonic };
-    let mut next = find(tables, packet, table, &mut work);
+    let mut next = find(tables, packet, hook, table, &mut work);
     if next == Next::Embryo && !still_holds(tables, &packet.key, &mut work) {
         // The source port is another flow's by now.
         tables.remove(Table::Embryonic, &packet.key);
-        next = find(tables, packet, Table::Embryonic, &mut work);
+        next = find(tables, packet, hook, Table::Embryonic, &mut work);
     }
     let action = match next {
         Next::Pass => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
+        Next::Reject(reason) => Action::Reject(reason),
         Next::Send(table) => send(tables, packet, hook, table, &mut work.flow),
         Next::Embryo => {
             let is_established = establishes(packet, &work.flow);
@@ -95,15 +100,23 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
             Err(reason) => Action::Drop(reason),
         },
     };
-    verdict(tables, action, &work.flow)
+    verdict(tables, packet, action, &work.flow)
 }
 
 /// A verdict from a flow's translation and next hop; counts it.
 #[inline(always)] // moves only
-fn verdict<F: Family, T: Tables<F>>(tables: T, action: Action, flow: &Flow<F::Addr>) -> Verdict<F::Addr> {
+fn verdict<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    action: Action,
+    flow: &Flow<F::Addr>,
+) -> Verdict<F::Addr> {
     let counter = match action {
         Action::Pass => return Verdict::PASS,
-        Action::Drop(reason) => Counter::Drop(reason),
+        Action::Drop(reason) | Action::Reject(reason) => {
+            tables.count(Counter::Drop(reason));
+            return Verdict { action, ..Verdict::PASS };
+        }
         Action::Stack => match flow.exit {
             exit::LOCAL => Counter::Event(Event::Delivered),
             _ => Counter::Event(Event::SlowPath),
@@ -112,6 +125,7 @@ fn verdict<F: Family, T: Tables<F>>(tables: T, action: Action, flow: &Flow<F::Ad
         Action::Redirect => Counter::Event(Event::Redirected),
     };
     tables.count(counter);
+    tables.account(flow.service, packet.total_len);
     Verdict {
         action,
         rewrite: rewrite(flow),
@@ -126,6 +140,7 @@ fn verdict<F: Family, T: Tables<F>>(tables: T, action: Action, flow: &Flow<F::Ad
 fn find<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
+    hook: Hook,
     from: Table,
     work: &mut Work<F::Addr>,
 ) -> Next {
@@ -160,7 +175,7 @@ fn find<F: Family, T: Tables<F>>(
         }
         return Next::Send(table);
     }
-    open(tables, packet, work)
+    open(tables, packet, hook, work)
 }
 
 /// Notes a packet on the entry of its flow.
@@ -303,6 +318,7 @@ pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> V
         }
     } else {
         note(tables, packet, table, &entry);
+        tables.account(entry.service, packet.total_len);
         if table == Table::Embryonic
             && entry.replied == 0
             && let Some(mut work) = tables.work()

@@ -20,6 +20,7 @@ enum Role {
     SnatAddress = 2,
     BackendSource = 3,
     BackendDestination = 4,
+    ServiceNetwork = 5,
 }
 
 #[inline(always)] // it must fold into the caller: the whole gate is about ten instructions
@@ -44,6 +45,13 @@ pub fn snat_bit<A: Address>(addr: A) -> u32 {
     bit(Role::SnatAddress, addr.word(), [0; 2], 0)
 }
 
+/// Bit in the ingress gate of a network that holds ClusterIPs; it lets all ports and protocols of it through. A network is
+/// what addresses share in [`Address::network`].
+#[inline(always)]
+pub fn service_network_bit(network: u64) -> u32 {
+    bit(Role::ServiceNetwork, network, [0; 2], 0)
+}
+
 /// Bit of a backend in the egress gate, as the source of replies.
 #[inline(always)]
 pub fn backend_source_bit<A: Address>(addr: A, port: Port, proto: u8) -> u32 {
@@ -56,10 +64,15 @@ pub fn backend_destination_bit<A: Address>(addr: A, port: Port, proto: u8) -> u3
     bit(Role::BackendDestination, addr.word(), port, proto)
 }
 
-/// Whether a packet may be ours at ingress: addressed to a frontend, or to a SNAT address within the range.
+/// Whether a packet may be ours at ingress: addressed to a frontend, to where ClusterIPs are, or to a SNAT address within
+/// the range.
 #[inline(always)] // the hottest test of all
 pub fn admits_ingress<F: Family, T: Tables<F>>(tables: T, config: &Config, key: &FlowKey<F::Addr>) -> bool {
     let at = frontend_bit(key.dst, key.dport, key.proto);
+    if is_set(tables.ingress_gate(at / 64), at) {
+        return true;
+    }
+    let at = service_network_bit(key.dst.network());
     if is_set(tables.ingress_gate(at / 64), at) {
         return true;
     }

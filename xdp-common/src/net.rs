@@ -54,6 +54,10 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Default + 'static {
     fn sum(self) -> u32;
     /// Its bytes in 64 bits, for hashing; equal addresses give equal values.
     fn word(self) -> u64;
+    /// Length in bits of the leading part that [`Address::network`] keeps.
+    const NETWORK_BITS: u8;
+    /// Its leading bits, by which the gate knows where ClusterIPs are.
+    fn network(self) -> u64;
     /// Whether a unicast packet can come from it: neither unspecified, multicast, broadcast nor loopback.
     fn is_unicast(self) -> bool;
 }
@@ -71,6 +75,13 @@ impl Address for [u8; 4] {
     #[inline(always)]
     fn word(self) -> u64 {
         u32::from_be_bytes(self) as u64
+    }
+
+    const NETWORK_BITS: u8 = 16;
+
+    #[inline(always)]
+    fn network(self) -> u64 {
+        u16::from_be_bytes([self[0], self[1]]) as u64
     }
 
     #[inline(always)]
@@ -99,6 +110,13 @@ impl Address for [u8; 16] {
     fn word(self) -> u64 {
         let value = u128::from_be_bytes(self);
         (value >> 64) as u64 ^ (value as u64).rotate_left(31)
+    }
+
+    const NETWORK_BITS: u8 = 64;
+
+    #[inline(always)]
+    fn network(self) -> u64 {
+        (u128::from_be_bytes(self) >> 64) as u64
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 plain! {
     /// One direction of a flow: everything needed to send its next packet on.
@@ -75,22 +75,64 @@ plain! {
         pub port: Port,
         /// IP protocol number.
         pub proto: u8,
-        /// One of [`scope`].
-        pub scope: u8,
+        /// Zero.
+        pub zero: u8,
     }
 
-    /// A frontend: which ring answers for it.
+    /// A frontend: which rings answer for it, and how.
+    ///
+    /// Under port 0 and protocol 0 stands the address of a ClusterIP as such: its other ports are refused
+    /// ([`frontend::ADDRESS`]).
     pub struct Frontend {
-        /// Service id, for attribution.
+        /// Service id; 0 for an address as such.
         pub service: u32,
-        /// First slot of its ring in the ring array.
+        /// First slot in the ring array of the ring for clients outside the cluster.
         pub ring: u32,
-        /// Number of slots: a prime, 1 for a single backend, 0 without endpoints.
+        /// Number of its slots: a prime, 1 for a single backend, 0 without endpoints.
         pub slots: u32,
+        /// First slot of the ring for clients inside the cluster, which may be the same ring.
+        pub inner_ring: u32,
+        /// Number of its slots.
+        pub inner_slots: u32,
         /// Bits of [`frontend`].
         pub flags: u32,
         /// Client-IP affinity in seconds, 0 for none.
         pub affinity_seconds: u32,
+    }
+
+    /// Key of the networks: whose they are, and an address in them. In the kernel a prefix length stands before it
+    /// (`struct bpf_lpm_trie_key_u8`); it counts the 32 bits of the owner too.
+    pub struct NetworkKey<A> {
+        /// One of [`network`], big-endian so that it comes first bit by bit.
+        pub owner: [u8; 4],
+        /// Address.
+        pub addr: A,
+    }
+
+    /// Key of an affinity: all frontends of a service port share it.
+    pub struct AffinityKey<A> {
+        /// Source address of the client.
+        pub client: A,
+        /// Service id.
+        pub service: u32,
+    }
+
+    /// Which backend a client has met.
+    pub struct Affinity {
+        /// Backend id.
+        pub backend: u32,
+        /// Its generation then.
+        pub generation: u32,
+        /// Clock of the client's last new connection, in seconds of agent time.
+        pub seen: u32,
+    }
+
+    /// What a service port has carried in either direction, on one CPU.
+    pub struct Account {
+        /// Packets.
+        pub packets: u64,
+        /// Bytes of IP packets.
+        pub bytes: u64,
     }
 
     /// A backend: an endpoint's address and port.
@@ -105,6 +147,8 @@ plain! {
         pub flags: u8,
         /// Raised whenever the id is given to another endpoint, or the endpoint is gone.
         pub generation: u32,
+        /// Service id: every service port has backends of its own, so that an endpoint may leave one and stay with another.
+        pub service: u32,
     }
 
     /// A managed interface, by its index.
@@ -225,26 +269,54 @@ pub mod closing {
     pub const RST: u8 = 2;
 }
 
-/// Whom a frontend serves.
-pub mod scope {
-    /// Clients outside the cluster: externalTrafficPolicy applies.
-    pub const EXTERNAL: u8 = 0;
-    /// Clients inside the cluster: internalTrafficPolicy applies.
-    pub const INTERNAL: u8 = 1;
-}
-
 /// Flags of a frontend.
 pub mod frontend {
-    /// Its address is one of the node's own: nothing addressed to it is ever dropped.
+    /// Its address is one of the node's own: what has no endpoint is left to the kernel, which refuses it.
     pub const NODE_ADDRESS: u32 = 1;
-    /// It has endpoints, but none on this node and the policy is Local: drop silently, as Kubernetes specifies.
-    pub const LOCAL_ONLY: u32 = 2;
+    /// The service has usable endpoints somewhere: where a ring is empty all the same, its policy is Local, and Kubernetes
+    /// specifies a silent drop. Without endpoints anywhere, clients are refused.
+    pub const HAS_ENDPOINTS: u32 = 1 << 1;
+    /// Only sources in the networks of [`network::sources_of`](super::network::sources_of) may open flows.
+    pub const RESTRICTED: u32 = 1 << 2;
+    /// Pods of the cluster are treated otherwise than clients outside, so [`network::PODS`](super::network::PODS) has to be
+    /// asked.
+    pub const DISTINGUISHES_PODS: u32 = 1 << 3;
+    /// Flows of clients outside the cluster get an address of this node as their source, if their backend is elsewhere.
+    pub const MASQUERADE_EXTERNAL: u32 = 1 << 4;
+    /// The same for pods.
+    pub const MASQUERADE_POD: u32 = 1 << 5;
+    /// The same for processes of this node.
+    pub const MASQUERADE_HOST: u32 = 1 << 6;
+    /// The ring for clients outside holds the endpoints of policy Local.
+    pub const LOCAL: u32 = 1 << 7;
+    /// The ring for clients inside holds the endpoints of policy Local.
+    pub const INNER_LOCAL: u32 = 1 << 8;
+    /// Not a frontend but the address of one, under port 0 and protocol 0: other ports of it are refused.
+    pub const ADDRESS: u32 = 1 << 9;
+}
+
+/// Owners of networks.
+pub mod network {
+    /// Pods of this cluster that this node takes for its own (`--detect-local-mode`).
+    pub const PODS: u32 = 0;
+    /// ServiceCIDRs: what is addressed there and is no ClusterIP is dropped.
+    pub const SERVICES: u32 = 1;
+
+    /// Sources that may reach the load-balancer addresses of a service port.
+    #[inline(always)] // one instruction
+    pub const fn sources_of(service: u32) -> u32 {
+        service | 1 << 31
+    }
 }
 
 /// Flags of a backend.
 pub mod backend {
     /// On this node: DNAT only, the client's address survives.
     pub const LOCAL: u8 = 1;
+    /// Among the endpoints of policy Cluster.
+    pub const IN_CLUSTER_LIST: u8 = 1 << 1;
+    /// Among the endpoints of policy Local.
+    pub const IN_LOCAL_LIST: u8 = 1 << 2;
 }
 
 /// Flags of a device.
@@ -286,6 +358,12 @@ pub const FRONTENDS_V4: MapSpec = MapSpec { name: "FRONTENDS_V4", entries: 1 << 
 pub const BACKENDS_V4: MapSpec = MapSpec { name: "BACKENDS_V4", entries: 1 << 17 };
 /// Maglev rings: backend ids, 4 bytes a slot.
 pub const RINGS: MapSpec = MapSpec { name: "RINGS", entries: 1 << 22 };
+/// Networks: pods, ServiceCIDRs, sources that load-balancer addresses are restricted to.
+pub const NETWORKS_V4: MapSpec = MapSpec { name: "NETWORKS_V4", entries: 1 << 14 };
+/// Which client has met which backend; the least recently used goes first.
+pub const AFFINITY_V4: MapSpec = MapSpec { name: "AFFINITY_V4", entries: 1 << 16 };
+/// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
+pub const ACCOUNTS: MapSpec = MapSpec { name: "ACCOUNTS", entries: 1 << 15 };
 /// Managed interfaces.
 pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
 /// Filter in front of ingress.
@@ -302,13 +380,16 @@ pub const HOPS_V4: MapSpec = MapSpec { name: "HOPS_V4", entries: 1 << 10 };
 pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: crate::verdict::COUNTERS };
 
 /// Every map, in the order the agent opens them.
-pub const MAPS: [&MapSpec; 13] = [
+pub const MAPS: [&MapSpec; 16] = [
     &ESTABLISHED_V4,
     &EMBRYONIC_V4,
     &TAGS_V4,
     &FRONTENDS_V4,
     &BACKENDS_V4,
     &RINGS,
+    &NETWORKS_V4,
+    &AFFINITY_V4,
+    &ACCOUNTS,
     &DEVICES_V4,
     &GATE_INGRESS,
     &GATE_EGRESS,
@@ -407,6 +488,14 @@ pub trait Tables<F: Family>: Copy {
     fn ring(self, slot: u32) -> u32;
     /// A backend by its id.
     fn backend(self, id: u32) -> Option<Backend<F::Addr>>;
+    /// Whether an address is in a network of an owner ([`network`]).
+    fn network(self, owner: u32, addr: F::Addr) -> bool;
+    /// Which backend a client has met.
+    fn affinity(self, key: &AffinityKey<F::Addr>) -> Option<Affinity>;
+    /// Notes which backend a client meets; false when the table refused.
+    fn set_affinity(self, key: &AffinityKey<F::Addr>, affinity: &Affinity) -> bool;
+    /// Adds a packet to the account of a service port.
+    fn account(self, service: u32, bytes: u16);
     /// A managed interface by its index.
     fn device(self, ifindex: u32) -> Option<Device<F::Addr>>;
     /// Asks the routing table for the way of a packet that came in by `ifindex`.
@@ -438,6 +527,12 @@ mod tests {
         prove::<FrontendKey<[u8; 4]>>();
         prove::<FrontendKey<[u8; 16]>>();
         prove::<Frontend>();
+        prove::<NetworkKey<[u8; 4]>>();
+        prove::<NetworkKey<[u8; 16]>>();
+        prove::<AffinityKey<[u8; 4]>>();
+        prove::<AffinityKey<[u8; 16]>>();
+        prove::<Affinity>();
+        prove::<Account>();
         prove::<Backend<[u8; 4]>>();
         prove::<Backend<[u8; 16]>>();
         prove::<Device<[u8; 4]>>();

@@ -25,6 +25,8 @@ pub enum Action {
     Pass,
     /// Dropped, for one counted reason.
     Drop(Reason),
+    /// Refused, for one counted reason: answered with a TCP reset or an ICMP error where that is possible, else dropped.
+    Reject(Reason),
     /// Rewritten and passed up the stack of this node: to a backend here, or on the slow path.
     Stack,
     /// Rewritten and sent out of the interface it came in by.
@@ -95,6 +97,12 @@ counted! {
         NoEndpoint = "no_endpoint",
         /// The traffic policy is Local and no endpoint of the service is on this node.
         NoLocalEndpoint = "no_local_endpoint",
+        /// The source is not in `loadBalancerSourceRanges`.
+        SourceRange = "source_range",
+        /// A port of a ClusterIP that no service has.
+        UnknownPort = "unknown_port",
+        /// An address of a ServiceCIDR that no service has.
+        UnknownServiceAddress = "unknown_service_address",
         /// No free source port was found toward the backend within the limit of attempts.
         SnatExhausted = "snat_exhausted",
         /// The table of new flows refused the entry: other CPUs held its bucket, however often it was tried.
@@ -144,6 +152,8 @@ counted! {
         PortTakenOver = "port_taken_over",
         /// The next hop of a flow was asked for again, because routes or neighbours had changed.
         HopRefreshed = "hop_refreshed",
+        /// A client could not be remembered for its session affinity; its next connection may meet another endpoint.
+        AffinityRefused = "affinity_refused",
         /// Another CPU held the bucket of a new entry, and the insert was repeated.
         InsertRetried = "insert_retried",
     }

@@ -10,9 +10,9 @@ mod packet;
 mod trace;
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     macros::{classifier, map, xdp},
-    maps::{Array, HashMap, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     programs::{TcContext, XdpContext},
 };
 use xdp_common::{
@@ -45,6 +45,14 @@ static FRONTENDS_V4: HashMap<tables::FrontendKey<AddrV4>, tables::Frontend> =
 static BACKENDS_V4: Array<tables::Backend<AddrV4>> = Array::with_max_entries(tables::BACKENDS_V4.entries, 0);
 #[map]
 static RINGS: Array<u32> = Array::with_max_entries(tables::RINGS.entries, 0);
+#[map]
+static NETWORKS_V4: LpmTrie<tables::NetworkKey<AddrV4>, u32> =
+    LpmTrie::with_max_entries(tables::NETWORKS_V4.entries, BPF_F_NO_PREALLOC);
+#[map]
+static AFFINITY_V4: LruHashMap<tables::AffinityKey<AddrV4>, tables::Affinity> =
+    LruHashMap::with_max_entries(tables::AFFINITY_V4.entries, 0);
+#[map]
+static ACCOUNTS: PerCpuArray<tables::Account> = PerCpuArray::with_max_entries(tables::ACCOUNTS.entries, 0);
 #[map]
 static DEVICES_V4: HashMap<u32, tables::Device<AddrV4>> =
     HashMap::with_max_entries(tables::DEVICES_V4.entries, 0);
@@ -82,7 +90,7 @@ fn ingress(frame: &XdpFrame) -> u32 {
     trace::verdict(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
-        Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Drop(_) | Action::Reject(_) => xdp_action::XDP_DROP,
         Action::Stack => {
             frame.rewrite(&packet, &verdict.rewrite);
             xdp_action::XDP_PASS
@@ -127,7 +135,7 @@ fn apply(frame: &TcFrame, _hook: &str, packet: &frame::Packet<AddrV4>, verdict: 
     trace::verdict(frame.ctx(), _hook, &packet.key, &verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
-        Action::Drop(_) => TC_ACT_SHOT,
+        Action::Drop(_) | Action::Reject(_) => TC_ACT_SHOT,
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite(packet, &verdict.rewrite);
             TC_ACT_UNSPEC

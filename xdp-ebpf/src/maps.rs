@@ -11,20 +11,21 @@ use aya_ebpf::{
         BPF_NOEXIST, bpf_fib_lookup as FibParams,
     },
     helpers,
+    maps::lpm_trie,
 };
 use xdp_common::{
     gate,
     net::{FlowKey, V4},
     tables::{
-        self, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, KnownHop, Route, Table,
-        Tables, Work,
+        self, Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion,
+        KnownHop, NetworkKey, Route, Table, Tables, Work,
     },
     verdict::Counter,
 };
 
 use crate::{
-    BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4, GATE_EGRESS, GATE_INGRESS,
-    HOPS_V4, RINGS, WORK_V4, embryonic,
+    ACCOUNTS, AFFINITY_V4, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
+    GATE_EGRESS, GATE_INGRESS, HOPS_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
 };
 
 type Addr = [u8; 4];
@@ -201,6 +202,37 @@ impl Tables<V4> for Kernel {
     #[inline(always)]
     fn backend(self, id: u32) -> Option<Backend<Addr>> {
         BACKENDS_V4.get(id).copied().filter(|backend| backend.proto != 0)
+    }
+
+    #[inline(always)]
+    fn network(self, owner: u32, addr: Addr) -> bool {
+        let key = NetworkKey { owner: owner.to_be_bytes(), addr };
+        let bits = 8 * size_of::<NetworkKey<Addr>>() as u32;
+        // A network that holds an address may have an exception of value 0.
+        NETWORKS_V4.get(lpm_trie::Key::new(bits, key)).is_some_and(|value| *value != 0)
+    }
+
+    #[inline(always)]
+    fn affinity(self, key: &AffinityKey<Addr>) -> Option<Affinity> {
+        // SAFETY: copied at once; a torn copy names a backend that is checked like any other.
+        unsafe { AFFINITY_V4.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_affinity(self, key: &AffinityKey<Addr>, affinity: &Affinity) -> bool {
+        AFFINITY_V4.insert(key, affinity, BPF_ANY as u64).is_ok()
+    }
+
+    #[inline(always)]
+    fn account(self, service: u32, bytes: u16) {
+        let at = if service < tables::ACCOUNTS.entries { service } else { 0 };
+        if let Some(account) = ACCOUNTS.get_ptr_mut(at) {
+            // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
+            unsafe {
+                (*account).packets += 1;
+                (*account).bytes += bytes as u64;
+            }
+        }
     }
 
     #[inline(always)]

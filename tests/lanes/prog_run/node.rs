@@ -4,7 +4,7 @@ use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
     gate,
     net::FlowKey,
-    tables::{Backend, Config, Device, Frontend, FrontendKey, backend, device, scope},
+    tables::{Backend, Config, Device, Frontend, FrontendKey, backend, device, frontend},
     verdict::{Counter, Event},
 };
 
@@ -160,7 +160,7 @@ impl Node {
     pub(crate) fn set_backend(&mut self, id: u32, addr: Addr, proto: u8, is_local: bool, generation: u32) {
         let port = TARGET.to_be_bytes();
         let flags = if is_local { backend::LOCAL } else { 0 };
-        let backend = Backend { addr, port, proto, flags, generation };
+        let backend = Backend { addr, port, proto, flags, generation, service: 1 };
         self.maps.backends.set(id, Raw(backend), 0).expect("room for a backend");
         self.maps.open_egress(gate::backend_source_bit(addr, port, proto));
         if !is_local {
@@ -176,9 +176,16 @@ impl Node {
             self.slots += 1;
         }
         let port = HTTP.to_be_bytes();
-        let frontend =
-            Frontend { service: 1, ring, slots: backends.len() as u32, flags, affinity_seconds: 0 };
-        let key = FrontendKey { addr, port, proto, scope: scope::EXTERNAL };
+        let frontend = Frontend {
+            service: 1,
+            ring,
+            slots: backends.len() as u32,
+            inner_ring: ring,
+            inner_slots: backends.len() as u32,
+            flags: flags | frontend::MASQUERADE_EXTERNAL,
+            affinity_seconds: 0,
+        };
+        let key = FrontendKey { addr, port, proto, zero: 0 };
         self.maps.frontends.insert(Raw(key), Raw(frontend), 0).expect("room for a frontend");
         self.maps.open_ingress(gate::frontend_bit(addr, port, proto));
     }

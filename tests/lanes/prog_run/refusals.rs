@@ -17,7 +17,7 @@ fn without_endpoints_a_node_address_passes_and_others_drop_for_their_reason() {
         for proto in [TCP, UDP] {
             for (vip, flags, action, counter) in [
                 (VIP, 0, Action::Drop, Drop(Reason::NoEndpoint)),
-                (VIP_TOO, frontend::LOCAL_ONLY, Action::Drop, Drop(Reason::NoLocalEndpoint)),
+                (VIP_TOO, frontend::HAS_ENDPOINTS, Action::Drop, Drop(Reason::NoLocalEndpoint)),
                 (NODE, frontend::NODE_ADDRESS, Action::Pass, Event(E::NoEndpointPassed)),
             ] {
                 node.frontend(vip, proto, &[], flags);

@@ -304,8 +304,10 @@ impl Slots<u32> {
     }
 }
 
-const ZERO_BACKEND: Backend<Addr> = Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0 };
-const ZERO_FRONTEND_KEY: FrontendKey<Addr> = FrontendKey { addr: [0; 4], port: [0; 2], proto: 0, scope: 0 };
-const ZERO_FRONTEND: Frontend = Frontend { service: 0, ring: 0, slots: 0, flags: 0, affinity_seconds: 0 };
+const ZERO_BACKEND: Backend<Addr> =
+    Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0, service: 0 };
+const ZERO_FRONTEND_KEY: FrontendKey<Addr> = FrontendKey { addr: [0; 4], port: [0; 2], proto: 0, zero: 0 };
+const ZERO_FRONTEND: Frontend =
+    Frontend { service: 0, ring: 0, slots: 0, inner_ring: 0, inner_slots: 0, flags: 0, affinity_seconds: 0 };
 const _: () =
     assert!(GATE_WORDS == tables::GATE_INGRESS.entries && GATE_WORDS == tables::GATE_EGRESS.entries);

@@ -61,7 +61,8 @@ pub(super) struct Backends {
     leaving: Vec<u32>,
 }
 
-const NOTHING: Backend<Addr> = Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0 };
+const NOTHING: Backend<Addr> =
+    Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0, service: 0 };
 
 impl Slot {
     const EMPTY: Self = Self {
@@ -78,7 +79,7 @@ impl Slot {
     /// The value of the slot with its identity.
     fn value(&self, flags: u8) -> Backend<Addr> {
         let Identity { addr, port, proto } = self.identity;
-        Backend { addr, port: port.to_be_bytes(), proto, flags, generation: self.generation }
+        Backend { addr, port: port.to_be_bytes(), proto, flags, generation: self.generation, service: 0 }
     }
 
     fn hold_bits(&mut self, egress: &mut Gate) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use xdp_common::tables::{Frontend, FrontendKey, frontend, scope};
+use xdp_common::tables::{Frontend, FrontendKey, frontend};
 
 use super::{
     Addr, Refusal,
@@ -46,7 +46,7 @@ pub(super) fn key(name: &ServicePortName, frontend: &DesiredFrontend) -> Fronten
         addr: frontend.addr,
         port: frontend.port.to_be_bytes(),
         proto: name.protocol.number(),
-        scope: scope::EXTERNAL,
+        zero: 0,
     }
 }
 
@@ -146,14 +146,22 @@ impl Planned {
     pub(super) fn frontend(&self, wanted: &DesiredFrontend) -> Frontend {
         let list = endpoints(&self.port, wanted.policy);
         let (ring, slots) = self.ring(list).map_or((0, 0), |ring| (ring.offset, ring.slots));
-        let mut flags = 0;
+        let mut flags = frontend::MASQUERADE_EXTERNAL | frontend::MASQUERADE_POD | frontend::MASQUERADE_HOST;
         if wanted.node_address {
             flags |= frontend::NODE_ADDRESS;
         }
         if list.is_empty() && self.port.any_endpoint {
-            flags |= frontend::LOCAL_ONLY;
+            flags |= frontend::HAS_ENDPOINTS;
         }
-        Frontend { service: self.id, ring, slots, flags, affinity_seconds: 0 }
+        Frontend {
+            service: self.id,
+            ring,
+            slots,
+            inner_ring: ring,
+            inner_slots: slots,
+            flags,
+            affinity_seconds: 0,
+        }
     }
 
     /// Gives everything back but the slices that `after` goes on with.

@@ -1,6 +1,6 @@
 use std::net::Ipv4Addr;
 
-use xdp_common::tables::{frontend, scope};
+use xdp_common::tables::frontend;
 
 use self::model::Model;
 use super::*;
@@ -170,8 +170,8 @@ fn a_frontend_without_endpoints_says_whether_there_are_some_elsewhere() {
     let mut image = plan.image();
     image.frontends.sort_by_key(|(key, _)| (key.addr[3], key.addr[2]));
     let values: Vec<_> = image.frontends.iter().map(|(_, value)| (value.slots, value.flags)).collect();
-    assert_eq!(values, [(1, 0), (0, frontend::LOCAL_ONLY), (0, frontend::NODE_ADDRESS), (0, 0)]);
-    assert!(image.frontends.iter().all(|(key, _)| key.scope == scope::EXTERNAL));
+    assert_eq!(values, [(1, 0), (0, frontend::HAS_ENDPOINTS), (0, frontend::NODE_ADDRESS), (0, 0)]);
+    assert!(image.frontends.iter().all(|(key, _)| key.zero == 0));
 }
 
 #[test]

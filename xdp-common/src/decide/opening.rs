@@ -1,41 +1,60 @@
 //! How a flow is opened: frontend, backend, way, source port.
 
-use super::{Next, reply_of, sending::set_hop};
+use super::{Hook, Next, reply_of, sending::set_hop};
 use crate::{
     conntrack::{mirror, opposite, translate, translated},
     frame::Packet,
     net::{Address, Family, FlowKey},
     select,
     tables::{
-        Device, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work, backend, exit, frontend,
-        kind, scope,
+        Affinity, AffinityKey, Device, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work,
+        backend, exit, frontend, kind, network,
     },
     verdict::{Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
+
+/// Where a packet has come from, as policies see it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    External,
+    Pod,
+    Host,
+}
 
 /// Opens a flow, if the packet is addressed to a frontend.
 #[inline(always)] // one caller
 pub(super) fn open<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
+    hook: Hook,
     work: &mut Work<F::Addr>,
 ) -> Next {
     let key = &packet.key;
-    let at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, scope: scope::EXTERNAL };
-    let Some(frontend) = tables.frontend(&at) else {
-        tables.count(Counter::Event(Event::Unclaimed));
-        return Next::Pass;
-    };
+    let at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, zero: 0 };
+    let found = tables.frontend(&at);
     // A frame for another station that a promiscuous interface has picked up is not ours.
     let Some(entry) = tables.device(packet.ifindex) else { return Next::Pass };
-    if entry.mac != packet.dmac || !key.src.is_unicast() {
+    if (hook != Hook::Host && entry.mac != packet.dmac) || !key.src.is_unicast() {
         return Next::Pass;
     }
-    if frontend.slots == 0 {
+    let Some(frontend) = found else { return without_frontend(tables, key) };
+    let origin = match hook {
+        Hook::Host => Origin::Host,
+        Hook::Xdp | Hook::Tc => {
+            let may_be_pod = frontend.flags & frontend::DISTINGUISHES_PODS != 0;
+            let is_pod = may_be_pod && tables.network(network::PODS, key.src);
+            if is_pod { Origin::Pod } else { Origin::External }
+        }
+    };
+    if frontend.flags & frontend::RESTRICTED != 0
+        && !tables.network(network::sources_of(frontend.service), key.src)
+    {
+        return Next::Drop(Reason::SourceRange);
+    }
+    let id = choose(tables, key, &frontend, origin);
+    if id == 0 {
         return without_endpoint(tables, &frontend);
     }
-    let slot = select::slot(select::flow_hash(key, 0), frontend.slots);
-    let id = tables.ring(frontend.ring.wrapping_add(slot));
     let Some(backend) = tables.backend(id) else { return Next::Drop(Reason::NoBackend) };
     // Field by field: the compiler would call a function to fill it with zeros first.
     let flow = &mut work.flow;
@@ -56,20 +75,103 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     flow.closing = 0;
     flow.replied = 0;
     flow.zero = [0; 6];
-    let is_local = backend.flags & backend::LOCAL != 0 || !route_new(tables, packet, &entry, &mut work.flow);
-    Next::Reserve(is_local)
+    let is_here = backend.flags & backend::LOCAL != 0;
+    if key.src == backend.addr {
+        // An endpoint that reaches itself would drop a packet from its own address.
+        if is_here {
+            flow.src = entry.snat;
+            flow.exit = exit::KERNEL;
+            return Next::Reserve(false);
+        }
+    } else if is_here || frontend.flags & masquerades(origin) == 0 {
+        return Next::Reserve(true);
+    }
+    Next::Reserve(!route_new(tables, packet, &entry, &mut work.flow))
+}
+
+/// The flag by which a frontend masquerades clients from there.
+#[inline(always)]
+fn masquerades(origin: Origin) -> u32 {
+    match origin {
+        Origin::External => frontend::MASQUERADE_EXTERNAL,
+        Origin::Pod => frontend::MASQUERADE_POD,
+        Origin::Host => frontend::MASQUERADE_HOST,
+    }
+}
+
+/// The id of the backend for a new flow: the one its client has met before, if the frontend keeps to that and it is
+/// still to be had, or one by hash; 0 when there is none.
+#[inline(never)] // off the stack of its caller
+fn choose<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    frontend: &Frontend,
+    origin: Origin,
+) -> u32 {
+    let (ring, slots, is_local) = match origin {
+        Origin::External => (frontend.ring, frontend.slots, frontend.flags & frontend::LOCAL),
+        Origin::Pod | Origin::Host => {
+            (frontend.inner_ring, frontend.inner_slots, frontend.flags & frontend::INNER_LOCAL)
+        }
+    };
+    if slots == 0 {
+        return 0;
+    }
+    let by_hash = ring.wrapping_add(select::slot(select::flow_hash(key, 0), slots));
+    if frontend.affinity_seconds == 0 {
+        return tables.ring(by_hash);
+    }
+    let list = if is_local != 0 { backend::IN_LOCAL_LIST } else { backend::IN_CLUSTER_LIST };
+    let at = AffinityKey { client: key.src, service: frontend.service };
+    let clock = tables.config().clock;
+    if let Some(known) = tables.affinity(&at)
+        && clock.wrapping_sub(known.seen) < frontend.affinity_seconds
+        && let Some(backend) = tables.backend(known.backend)
+        && backend.generation == known.generation
+        && backend.service == frontend.service
+        && backend.flags & list != 0
+    {
+        if known.seen != clock {
+            // Refused, the client is remembered from its earlier connection on.
+            tables.set_affinity(&at, &Affinity { seen: clock, ..known });
+        }
+        return known.backend;
+    }
+    let id = tables.ring(by_hash);
+    if let Some(backend) = tables.backend(id) {
+        let affinity = Affinity { backend: id, generation: backend.generation, seen: clock };
+        if !tables.set_affinity(&at, &affinity) {
+            tables.count(Counter::Event(Event::AffinityRefused));
+        }
+    }
+    id
+}
+
+/// What is addressed to a ClusterIP whose port no service has is refused, and what is addressed to a ServiceCIDR where
+/// no service is, dropped; both as kube-proxy's nftables mode does.
+#[inline(never)] // rare
+fn without_frontend<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> Next {
+    let at = FrontendKey { addr: key.dst, port: [0; 2], proto: 0, zero: 0 };
+    if tables.frontend(&at).is_some_and(|address| address.flags & frontend::ADDRESS != 0) {
+        return Next::Reject(Reason::UnknownPort);
+    }
+    if tables.network(network::SERVICES, key.dst) {
+        return Next::Drop(Reason::UnknownServiceAddress);
+    }
+    tables.count(Counter::Event(Event::Unclaimed));
+    Next::Pass
 }
 
 #[inline(always)]
 fn without_endpoint<F: Family, T: Tables<F>>(tables: T, frontend: &Frontend) -> Next {
-    if frontend.flags & frontend::LOCAL_ONLY != 0 {
+    if frontend.flags & frontend::HAS_ENDPOINTS != 0 {
         return Next::Drop(Reason::NoLocalEndpoint);
     }
     if frontend.flags & frontend::NODE_ADDRESS != 0 {
         tables.count(Counter::Event(Event::NoEndpointPassed));
         return Next::Pass;
     }
-    Next::Drop(Reason::NoEndpoint)
+    Next::Reject(Reason::NoEndpoint)
 }
 
 /// Finds the way to a new flow's backend, and with it the source address it needs; false when it needs none.

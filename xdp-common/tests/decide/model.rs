@@ -14,8 +14,8 @@ use xdp_common::{
     gate,
     net::{FlowKey, TCP, UDP, V4},
     tables::{
-        Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work,
-        backend, device, scope,
+        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route,
+        Table, Tables, Work, backend, device, frontend,
     },
     verdict::{Action, Counter, Event, Reason, Verdict},
 };
@@ -54,6 +54,13 @@ pub(crate) struct Model {
     /// Whether every key is another flow's, and which were asked for.
     pub(crate) taken: Cell<bool>,
     pub(crate) asked: RefCell<HashSet<Key>>,
+    /// Single addresses that are in the networks of an owner.
+    pub(crate) networks: RefCell<HashSet<(u32, Addr)>>,
+    pub(crate) affinities: RefCell<HashMap<AffinityKey<Addr>, Affinity>>,
+    /// Affinity of the frontends that are added from here on.
+    pub(crate) affinity_seconds: Cell<u32>,
+    /// Packets and bytes by service id.
+    pub(crate) accounts: RefCell<HashMap<u32, (u64, u64)>>,
     pub(crate) counters: RefCell<HashMap<u32, u64>>,
     ingress_gate: RefCell<HashMap<u32, u64>>,
     egress_gate: RefCell<HashMap<u32, u64>>,
@@ -112,12 +119,17 @@ impl Model {
                 proto: 0,
                 flags: 0,
                 generation: 0,
+                service: 0,
             }]),
             devices: RefCell::new(HashMap::from([(UPLINK, uplink)])),
             route: Cell::new(gateway()),
             refuse: Cell::new(0),
             taken: Cell::new(false),
             asked: RefCell::default(),
+            networks: RefCell::default(),
+            affinities: RefCell::default(),
+            affinity_seconds: Cell::new(0),
+            accounts: RefCell::default(),
             counters: RefCell::default(),
             ingress_gate: RefCell::default(),
             egress_gate: RefCell::default(),
@@ -129,9 +141,10 @@ impl Model {
 
     /// Adds a backend and returns its id.
     pub(crate) fn backend(&self, addr: Addr, proto: u8, is_local: bool) -> u32 {
-        let flags = if is_local { backend::LOCAL } else { 0 };
+        let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
+        let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
         let mut backends = self.backends.borrow_mut();
-        backends.push(Backend { addr, port: TARGET, proto, flags, generation: 1 });
+        backends.push(Backend { addr, port: TARGET, proto, flags, generation: 1, service: 1 });
         open(&self.egress_gate, gate::backend_source_bit(addr, TARGET, proto));
         if !is_local {
             open(&self.egress_gate, gate::backend_destination_bit(addr, TARGET, proto));
@@ -144,8 +157,17 @@ impl Model {
         let mut rings = self.rings.borrow_mut();
         let ring = rings.len() as u32;
         rings.extend(backends);
-        let frontend =
-            Frontend { service: 1, ring, slots: backends.len() as u32, flags, affinity_seconds: 0 };
+        let slots = backends.len() as u32;
+        let flags = flags | frontend::MASQUERADE_EXTERNAL | frontend::MASQUERADE_HOST;
+        let frontend = Frontend {
+            service: 1,
+            ring,
+            slots,
+            inner_ring: ring,
+            inner_slots: slots,
+            flags,
+            affinity_seconds: self.affinity_seconds.get(),
+        };
         self.frontends.borrow_mut().insert((addr, HTTP, proto), frontend);
         open(&self.ingress_gate, gate::frontend_bit(addr, HTTP, proto));
     }
@@ -176,7 +198,7 @@ impl Model {
         match first.action {
             Action::Transmit | Action::Redirect => half,
             Action::Stack => rewritten(&half, &self.egress(&half)),
-            Action::Pass | Action::Drop(_) => panic!("not forwarded: {:?}", first.action),
+            Action::Pass | Action::Drop(_) | Action::Reject(_) => panic!("not forwarded: {:?}", first.action),
         }
     }
 
@@ -264,7 +286,6 @@ impl<'a> Tables<V4> for &'a Model {
         self.table(table).borrow_mut().remove(key);
     }
     fn frontend(self, key: &FrontendKey<Addr>) -> Option<Frontend> {
-        assert_eq!(key.scope, scope::EXTERNAL);
         self.frontends.borrow().get(&(key.addr, key.port, key.proto)).copied()
     }
     fn ring(self, slot: u32) -> u32 {
@@ -272,6 +293,21 @@ impl<'a> Tables<V4> for &'a Model {
     }
     fn backend(self, id: u32) -> Option<Backend<Addr>> {
         self.backends.borrow().get(id as usize).copied().filter(|backend| backend.proto != 0)
+    }
+    fn network(self, owner: u32, addr: Addr) -> bool {
+        self.networks.borrow().contains(&(owner, addr))
+    }
+    fn affinity(self, key: &AffinityKey<Addr>) -> Option<Affinity> {
+        self.affinities.borrow().get(key).copied()
+    }
+    fn set_affinity(self, key: &AffinityKey<Addr>, affinity: &Affinity) -> bool {
+        self.affinities.borrow_mut().insert(*key, *affinity);
+        true
+    }
+    fn account(self, service: u32, bytes: u16) {
+        let mut accounts = self.accounts.borrow_mut();
+        let (packets, sum) = accounts.entry(service).or_default();
+        (*packets, *sum) = (*packets + 1, *sum + u64::from(bytes));
     }
     fn device(self, ifindex: u32) -> Option<Device<Addr>> {
         self.devices.borrow().get(&ifindex).copied()
@@ -342,7 +378,7 @@ fn finished(packet: &Packet<Addr>) -> u16 {
 
 /// The packet after a verdict, its checksum updated by the verdict's deltas.
 pub(crate) fn rewritten(packet: &Packet<Addr>, verdict: &Verdict<Addr>) -> Packet<Addr> {
-    if matches!(verdict.action, Action::Pass | Action::Drop(_)) {
+    if matches!(verdict.action, Action::Pass | Action::Drop(_) | Action::Reject(_)) {
         return *packet;
     }
     let rewrite = verdict.rewrite;

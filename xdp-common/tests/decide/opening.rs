@@ -319,9 +319,9 @@ fn without_endpoints_a_node_address_passes_and_others_drop_with_their_reason() {
     let model = Model::new();
     model.frontend(NODE, TCP, &[], frontend::NODE_ADDRESS);
     model.frontend(VIP, TCP, &[], 0);
-    model.frontend(VIP_TOO, TCP, &[], frontend::LOCAL_ONLY);
+    model.frontend(VIP_TOO, TCP, &[], frontend::HAS_ENDPOINTS);
     assert_eq!(model.xdp(&syn(40_000, NODE)).action, Action::Pass);
-    assert_eq!(model.xdp(&syn(40_000, VIP)).action, Action::Drop(Reason::NoEndpoint));
+    assert_eq!(model.xdp(&syn(40_000, VIP)).action, Action::Reject(Reason::NoEndpoint));
     assert_eq!(model.xdp(&syn(40_000, VIP_TOO)).action, Action::Drop(Reason::NoLocalEndpoint));
     assert_eq!((model.events(Event::NoEndpointPassed), model.all_drops()), (1, 2));
 }

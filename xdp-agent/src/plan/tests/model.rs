@@ -35,7 +35,7 @@ pub(super) struct Flow {
 
 impl Model {
     pub(super) fn new(limits: Limits) -> Self {
-        let nothing = Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0 };
+        let nothing = Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0, service: 0 };
         Self {
             frontends: HashMap::new(),
             backends: vec![nothing; limits.backends as usize],

@@ -1,0 +1,231 @@
+//! What this node should serve, per address family: what `cluster` computes and `plan` brings into the maps.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
+
+use xdp_common::net::{self, Address};
+
+/// An address of one family, as Kubernetes writes it and as the maps hold it.
+pub trait IpAddress: Address {
+    /// The bytes of an address, if it is of this family.
+    fn from_ip(ip: IpAddr) -> Option<Self>;
+    /// The address for people.
+    fn to_ip(self) -> IpAddr;
+    /// What Kubernetes calls the family in `ipFamilies` and in metric labels.
+    const FAMILY: &'static str;
+}
+
+impl IpAddress for [u8; 4] {
+    const FAMILY: &'static str = "IPv4";
+
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(ip) => Some(ip.octets()),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    fn to_ip(self) -> IpAddr {
+        Ipv4Addr::from(self).into()
+    }
+}
+
+impl IpAddress for [u8; 16] {
+    const FAMILY: &'static str = "IPv6";
+
+    fn from_ip(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => Some(ip.octets()),
+        }
+    }
+
+    fn to_ip(self) -> IpAddr {
+        Ipv6Addr::from(self).into()
+    }
+}
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// RFC 9293.
+    Tcp,
+    /// RFC 768.
+    Udp,
+    /// RFC 9260.
+    Sctp,
+}
+
+/// What identifies a service port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServicePortName {
+    /// Namespace of the Service.
+    pub namespace: String,
+    /// Name of the Service.
+    pub service: String,
+    /// Name of the port, empty when it has none.
+    pub port: String,
+    /// Protocol of the port.
+    pub protocol: Protocol,
+}
+
+/// What sort of address a frontend has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum FrontendKind {
+    /// `spec.clusterIP`.
+    ClusterIp,
+    /// `spec.externalIPs`.
+    ExternalIp,
+    /// `status.loadBalancer.ingress`.
+    LoadBalancer,
+    /// `spec.ports[].nodePort` on an address of the node.
+    NodePort,
+}
+
+/// Which endpoint list a frontend uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Policy {
+    /// Every usable endpoint.
+    Cluster,
+    /// Only usable endpoints on this node.
+    Local,
+}
+
+/// Whose flows get an address of this node as their source, by where they come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Masquerade {
+    /// Clients outside the cluster.
+    pub external: bool,
+    /// Pods that the detect-local mode takes for this node's.
+    pub pod: bool,
+    /// Processes of this node.
+    pub host: bool,
+}
+
+/// An address and port where clients connect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DesiredFrontend<A> {
+    /// Address.
+    pub addr: A,
+    /// Port.
+    pub port: u16,
+    /// What sort of address.
+    pub kind: FrontendKind,
+    /// Which list clients outside the cluster get.
+    pub external: Policy,
+    /// Which list pods and processes of this node get.
+    pub internal: Policy,
+    /// Who is masqueraded.
+    pub masquerade: Masquerade,
+    /// Whether only [`ServicePort::sources`] may open flows.
+    pub is_restricted: bool,
+    /// Whether the address is one of the node's own.
+    pub is_node_address: bool,
+}
+
+/// An endpoint of a service port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Endpoint<A> {
+    /// Address.
+    pub addr: A,
+    /// Port.
+    pub port: u16,
+    /// Whether it is on this node.
+    pub local: bool,
+}
+
+/// A network: an address and how many of its leading bits count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Network<A> {
+    /// Address; its other bits are zero.
+    pub addr: A,
+    /// Prefix length in bits.
+    pub len: u8,
+}
+
+/// A service port as it should be served in one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort<A> {
+    /// Its identity.
+    pub name: ServicePortName,
+    /// Where clients connect to, sorted; no address, port and protocol is in two service ports.
+    pub frontends: Vec<DesiredFrontend<A>>,
+    /// Endpoints for policy Cluster, sorted; empty when no frontend needs them.
+    pub cluster: Vec<Endpoint<A>>,
+    /// Endpoints for policy Local, sorted; empty when no frontend needs them.
+    pub local: Vec<Endpoint<A>>,
+    /// Every endpoint that still serves, whether or not new flows may choose it, sorted: their flows stay.
+    pub serving: Vec<Endpoint<A>>,
+    /// Whether any endpoint in the cluster is usable: without one clients are refused, otherwise an empty list drops.
+    pub any_endpoint: bool,
+    /// Client-IP affinity in seconds, 0 for none.
+    pub affinity_seconds: u32,
+    /// Sources that may open flows to restricted frontends, sorted; empty when none is restricted.
+    pub sources: Vec<Network<A>>,
+}
+
+/// Networks that matter to all service ports of a family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Networks<A> {
+    /// Pods, as the detect-local mode says; empty when it goes by interface or there is none.
+    pub pods: Vec<Network<A>>,
+    /// ServiceCIDRs.
+    pub services: Vec<Network<A>>,
+    /// The node's own addresses, to which nothing is ever dropped though a ServiceCIDR may hold them.
+    pub own: Vec<A>,
+}
+
+/// What has changed in one family since the last update.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delta<A> {
+    /// Service ports that changed, or none where they are not to be served any more.
+    pub ports: BTreeMap<ServicePortName, Option<Arc<ServicePort<A>>>>,
+    /// Networks, when they changed.
+    pub networks: Option<Networks<A>>,
+}
+
+impl<A> Default for Delta<A> {
+    fn default() -> Self {
+        Self { ports: BTreeMap::new(), networks: None }
+    }
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => net::TCP,
+            Self::Udp => net::UDP,
+            Self::Sctp => net::SCTP,
+        }
+    }
+
+    /// Its name in Kubernetes objects.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        }
+    }
+}
+
+impl fmt::Display for ServicePortName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.service)?;
+        if !self.port.is_empty() {
+            write!(f, ":{}", self.port)?;
+        }
+        write!(f, "/{}", self.protocol.name())
+    }
+}
+
+impl<A: IpAddress> fmt::Display for Network<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.addr.to_ip(), self.len)
+    }
+}
