@@ -143,6 +143,12 @@ impl<A: IpAddress> Claims<A> {
         at_address.flat_map(|(_, list)| list.iter().map(|claim| &*claim.name))
     }
 
+    /// Whether nobody claims anything.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.places.is_empty() && self.contested.is_empty() && self.cluster_ips.is_empty()
+    }
+
     /// What happened since it was last asked.
     pub(super) fn news(&mut self) -> News<A> {
         std::mem::take(&mut self.news)

@@ -29,8 +29,8 @@ pub struct Slice {
     /// Its endpoints, when its addresses are IPv6.
     pub v6: Box<[SliceEndpoint<[u8; 16]>]>,
     names: Names,
-    /// When what it tells happened, in seconds since 1970, as its controller says.
-    pub trigger_seconds: Option<i64>,
+    /// When what it tells happened, in milliseconds since 1970, as its controller says.
+    pub trigger_ms: Option<i64>,
     /// What cannot be used of it.
     pub flaws: Box<[Box<str>]>,
 }
@@ -102,7 +102,7 @@ impl Slice {
         slice.names = names.finish();
         let annotations = object.metadata.annotations.as_ref();
         let trigger = annotations.and_then(|annotations| annotations.get(ANNOTATION_TRIGGER));
-        slice.trigger_seconds = trigger.and_then(|t| t.parse::<Timestamp>().ok()).map(Timestamp::as_second);
+        slice.trigger_ms = trigger.and_then(|t| t.parse::<Timestamp>().ok()).map(Timestamp::as_millisecond);
         slice.flaws = flaws.finish();
         slice
     }
