@@ -3,6 +3,7 @@
 //! Layouts are shared with pinned maps of older agents: a change here raises [`LAYOUT_VERSION`].
 
 use crate::{
+    answer::AnswerFrame,
     net::{Address, Family, FlowKey, Port},
     plain,
     verdict::Counter,
@@ -125,6 +126,16 @@ plain! {
         pub generation: u32,
         /// Clock of the client's last new connection, in seconds of agent time.
         pub seen: u32,
+    }
+
+    /// Where answers are put together, and how many there may still be, on one CPU.
+    pub struct Answers {
+        /// Period of the kernel's clock that this is about.
+        pub period: u32,
+        /// Answers sent in it.
+        pub spent: u32,
+        /// A frame in the making.
+        pub frame: AnswerFrame,
     }
 
     /// What a service port has carried in either direction, on one CPU.
@@ -364,6 +375,11 @@ pub const NETWORKS_V4: MapSpec = MapSpec { name: "NETWORKS_V4", entries: 1 << 14
 pub const AFFINITY_V4: MapSpec = MapSpec { name: "AFFINITY_V4", entries: 1 << 16 };
 /// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
 pub const ACCOUNTS: MapSpec = MapSpec { name: "ACCOUNTS", entries: 1 << 15 };
+/// Per-CPU area of answers.
+pub const ANSWERS: MapSpec = MapSpec { name: "ANSWERS", entries: 1 };
+/// Answers that each CPU sends in a period of about a second: resets and ICMP errors to packets that are refused. The
+/// kernel's own limit for all CPUs is as high (`net.ipv4.icmp_msgs_per_sec`).
+pub const ANSWERS_PER_PERIOD_MAX: u32 = 1000;
 /// Managed interfaces.
 pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
 /// Filter in front of ingress.
@@ -380,7 +396,7 @@ pub const HOPS_V4: MapSpec = MapSpec { name: "HOPS_V4", entries: 1 << 10 };
 pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: crate::verdict::COUNTERS };
 
 /// Every map, in the order the agent opens them.
-pub const MAPS: [&MapSpec; 16] = [
+pub const MAPS: [&MapSpec; 17] = [
     &ESTABLISHED_V4,
     &EMBRYONIC_V4,
     &TAGS_V4,
@@ -390,6 +406,7 @@ pub const MAPS: [&MapSpec; 16] = [
     &NETWORKS_V4,
     &AFFINITY_V4,
     &ACCOUNTS,
+    &ANSWERS,
     &DEVICES_V4,
     &GATE_INGRESS,
     &GATE_EGRESS,
@@ -533,6 +550,7 @@ mod tests {
         prove::<AffinityKey<[u8; 16]>>();
         prove::<Affinity>();
         prove::<Account>();
+        prove::<Answers>();
         prove::<Backend<[u8; 4]>>();
         prove::<Backend<[u8; 16]>>();
         prove::<Device<[u8; 4]>>();
