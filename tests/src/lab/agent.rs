@@ -47,13 +47,22 @@ impl Mode {
     }
 }
 
+/// Where an agent's objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A file or a directory with manifests.
+    Manifests(PathBuf),
+    /// The API server of a kubeconfig file.
+    Kubeconfig(PathBuf),
+}
+
 /// The command line of an agent.
 #[derive(Clone, Debug)]
 pub struct AgentOptions {
     /// Managed interfaces.
     pub interfaces: Vec<String>,
-    /// File or directory with manifests.
-    pub services: PathBuf,
+    /// Where its objects come from.
+    pub source: Source,
     /// Attach mode.
     pub mode: Mode,
     /// Name of the node in the manifests.
@@ -71,7 +80,7 @@ impl AgentOptions {
     pub fn new(services: impl Into<PathBuf>, mode: Mode) -> Self {
         Self {
             interfaces: vec!["eth0".into()],
-            services: services.into(),
+            source: Source::Manifests(services.into()),
             mode,
             node: "node".into(),
             pin_dir: PIN_DIR.into(),
@@ -86,7 +95,10 @@ impl AgentOptions {
         for interface in &self.interfaces {
             command.args(["--iface", interface]);
         }
-        command.arg("--services").arg(&self.services);
+        match &self.source {
+            Source::Manifests(path) => command.arg("--services").arg(path),
+            Source::Kubeconfig(path) => command.arg("--kubeconfig").arg(path),
+        };
         command.args(["--mode", self.mode.name(), "--node", &self.node, "--pin-dir", &self.pin_dir]);
         command.args(["--metrics-address", &METRICS.to_string()]).args(&self.extra);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
