@@ -99,6 +99,12 @@ pub struct Args {
         default_value_t = tables::RINGS.entries, value_parser = entries())]
     pub max_ring_slots: u32,
 
+    /// Networks: pods, ServiceCIDRs, and source ranges of load balancers; when full, further Services with such ranges are
+    /// not served and are reported.
+    #[arg(long, env = "XDP_AGENT_MAX_NETWORKS", value_name = "ENTRIES",
+        default_value_t = tables::NETWORKS_V4.entries, value_parser = entries())]
+    pub max_networks: u32,
+
     /// Idle time after which an open TCP connection is forgotten.
     #[arg(long, env = "XDP_AGENT_TCP_ESTABLISHED_TIMEOUT", value_name = "TIME", default_value = "24h",
         value_parser = timeout)]
@@ -187,12 +193,19 @@ pub struct Sizes {
     pub backends: u32,
     /// Ring slots.
     pub ring_slots: u32,
+    /// Networks.
+    pub networks: u32,
 }
 
 impl Sizes {
     /// What the plan has to keep within.
     pub fn limits(&self) -> Limits {
-        Limits { frontends: self.frontends, backends: self.backends, ring_slots: self.ring_slots }
+        Limits {
+            frontends: self.frontends,
+            backends: self.backends,
+            ring_slots: self.ring_slots,
+            networks: self.networks,
+        }
     }
 }
 
@@ -238,6 +251,7 @@ impl Config {
                 frontends: args.max_frontends,
                 backends: args.max_backends,
                 ring_slots: args.max_ring_slots,
+                networks: args.max_networks,
             },
             timeouts: Timeouts {
                 tcp_established: args.tcp_established_timeout.as_secs() as u32,

@@ -32,6 +32,7 @@ use crate::{
     status::{Heartbeat, Shared, SnatStatus},
 };
 
+mod adapter;
 mod compare;
 mod report;
 
@@ -88,7 +89,8 @@ pub struct Parts {
 #[derive(Debug)]
 pub struct Reconciler {
     parts: Parts,
-    plan: Plan,
+    plan: Plan<[u8; 4]>,
+    adapter: adapter::Adapter,
     settings: Config,
     /// Agent time when this agent began.
     clock_base: u32,
@@ -100,12 +102,13 @@ pub struct Reconciler {
     /// Problems that were logged and are still there.
     said: BTreeSet<Problem>,
     /// Changes that wait for one that was refused.
-    pending: VecDeque<Change>,
+    pending: VecDeque<Change<[u8; 4]>>,
     attempts: u32,
     retry_at: Option<TokioInstant>,
     update_at: Option<TokioInstant>,
     epoch_at: Option<TokioInstant>,
     last_epoch: Option<Instant>,
+    comparison: Option<compare::Comparison>,
     comparisons: u32,
 }
 
@@ -138,6 +141,7 @@ impl Reconciler {
         Ok(Self {
             parts,
             plan,
+            adapter: adapter::Adapter::default(),
             settings,
             clock_base: settings.clock,
             facts: NodeFacts::default(),
@@ -152,6 +156,7 @@ impl Reconciler {
             update_at: None,
             epoch_at: None,
             last_epoch: None,
+            comparison: None,
             comparisons: 0,
         })
     }
@@ -229,6 +234,7 @@ impl Reconciler {
                 }
                 _ = seconds.tick() => self.tick(),
                 _ = compare.tick() => self.compare(),
+                () = std::future::ready(()), if self.comparison.is_some() => self.compare_step(),
             }
             heartbeat.beat();
         }
@@ -267,9 +273,10 @@ impl Reconciler {
         let began = Instant::now();
         self.facts = self.facts_of(host);
         self.desired = cluster::desired(&self.snapshot.objects, &self.facts);
-        let update = self.plan.update(&self.desired, &self.picture.snat, self.now_ms());
+        let delta = self.adapter.delta(&self.desired);
+        let update = self.plan.update(&delta, true, &self.picture.snat, self.now_ms());
         let changes = update.changes.len();
-        self.plan_problems.clone_from(&update.problems);
+        self.plan_problems = self.plan.problems();
         self.take(update);
         self.parts.metrics.sync_duration.observe(began.elapsed().as_secs_f64());
         self.report();
@@ -284,7 +291,7 @@ impl Reconciler {
         self.parts.metrics.fill(self.plan.fill());
     }
 
-    fn take(&mut self, update: Update) {
+    fn take(&mut self, update: Update<[u8; 4]>) {
         self.pending.extend(update.changes);
         self.update_at = update.retry_in_ms.map(|ms| TokioInstant::now() + Duration::from_millis(ms.max(1)));
         if self.retry_at.is_none() {
@@ -295,15 +302,17 @@ impl Reconciler {
     /// Writes what is pending, in order; stops at a refusal, because later writes may count on the refused one.
     fn drain(&mut self) {
         self.retry_at = None;
-        while let Some(change) = self.pending.front() {
-            self.parts.metrics.map_writes.inc();
-            let Err(error) = self.parts.maps.apply(change) else {
-                self.pending.pop_front();
+        while !self.pending.is_empty() {
+            let (made, result) = self.parts.maps.apply(self.pending.make_contiguous());
+            self.pending.drain(..made);
+            self.parts.metrics.map_writes.inc_by(made as u64);
+            if made > 0 {
                 self.attempts = 0;
-                continue;
-            };
+            }
+            let Err(error) = result else { continue };
             self.parts.metrics.map_write_failures.inc();
             self.attempts += 1;
+            let change = self.pending.front();
             if self.attempts < ATTEMPTS_MAX {
                 debug!(%error, ?change, "a write to a map was refused");
                 self.retry_at = Some(TokioInstant::now() + RETRY_PAUSE);
@@ -313,6 +322,8 @@ impl Reconciler {
             self.pending.pop_front();
             self.attempts = 0;
         }
+        // A big update leaves no big buffer behind.
+        self.pending.shrink_to(1024);
     }
 
     fn routing_changed(&mut self) {

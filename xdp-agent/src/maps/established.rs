@@ -45,7 +45,7 @@ impl EstablishedTable {
     /// When the kernel refuses a read.
     pub fn walk(&self, mut visit: impl FnMut(&FlowKey<Addr>, &Flow<Addr>)) -> io::Result<()> {
         match batch::walk(&self.fd, (raw(ZERO_KEY), raw(Flow::ZERO)), |key, flow| visit(&key.0, &flow.0)) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.walk_one_by_one(visit),
+            Err(error) if batch::is_missing(&error) => self.walk_one_by_one(visit),
             result => result,
         }
     }
