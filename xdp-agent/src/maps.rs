@@ -33,6 +33,7 @@ pub mod embryonic;
 pub mod established;
 mod handles;
 pub mod image;
+mod known;
 mod mapping;
 
 type Addr = [u8; 4];
@@ -135,8 +136,9 @@ const fn of<K, V>() -> Layout {
 }
 
 /// Maps that outlive the agent. The others hold nothing that the next packet could not make again.
-const PINNED: [(&MapSpec, Layout); 14] = [
+const PINNED: [(&MapSpec, Layout); 15] = [
     (&tables::ESTABLISHED_V4, of::<FlowKey<Addr>, Flow<Addr>>()),
+    (&tables::KNOWN_V4, of::<u32, u64>()),
     (&tables::EMBRYONIC_V4, of::<u32, Embryo<Addr>>()),
     (&tables::TAGS_V4, of::<u32, [u64; embryonic::TAG_WORDS]>()),
     (&tables::FRONTENDS_V4, of::<FrontendKey<Addr>, Frontend>()),
