@@ -25,4 +25,6 @@ pub mod preflight;
 pub mod problem;
 pub mod reconcile;
 pub mod serve;
+pub mod source;
 pub mod status;
+pub mod watch;
