@@ -366,6 +366,17 @@ impl Cluster {
         NoLocalEndpoints { v4: self.v4.no_local, v6: self.v6.no_local }
     }
 
+    /// How many objects there are, by kind.
+    pub fn objects(&self) -> [(&'static str, usize); 4] {
+        let services = self.services.values().filter(|entry| entry.service.is_some()).count();
+        [
+            ("service", services),
+            ("endpointslice", self.slices.len()),
+            ("node", usize::from(self.node.is_some())),
+            ("servicecidr", self.service_cidrs.len()),
+        ]
+    }
+
     /// Whether load balancers should send anything to this node.
     pub fn eligibility(&self) -> Eligibility {
         match &self.node {

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use xdp_common::tables::{Backend, Frontend, FrontendKey};
 
-use crate::cluster::wanted::Network;
+use crate::cluster::wanted::{IpAddress, Network};
 
 /// Entries of the maps, as the flags set them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +71,28 @@ pub enum Change<A> {
         /// 1 for what is in, 0 for an exception, nothing to remove it.
         value: Option<u32>,
     },
+}
+
+impl<A: IpAddress> Change<A> {
+    /// The change for the log: which entry it concerns.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Backend { id, value } => format!("backend {id} at {}", value.addr.to_ip()),
+            Self::Ring { offset, slots } => format!("ring of {} slots at {offset}", slots.len()),
+            Self::IngressGate { word, .. } => format!("word {word} of the ingress gate"),
+            Self::EgressGate { word, .. } => format!("word {word} of the egress gate"),
+            Self::Frontend { key, .. } => format!("frontend {}", place(key)),
+            Self::RemoveFrontend { key } => format!("removal of frontend {}", place(key)),
+            Self::Network { owner, network, value: Some(_) } => format!("network {network} of {owner:#x}"),
+            Self::Network { owner, network, value: None } => {
+                format!("removal of network {network} of {owner:#x}")
+            }
+        }
+    }
+}
+
+fn place<A: IpAddress>(key: &FrontendKey<A>) -> String {
+    format!("{} port {} protocol {}", key.addr.to_ip(), u16::from_be_bytes(key.port), key.proto)
 }
 
 /// What is to be written now.
