@@ -12,6 +12,7 @@ pub use self::{
     slice::{HintsId, NameId, Slice, SliceEndpoint, SlicePort},
 };
 
+mod changes;
 mod node;
 mod service;
 mod slice;

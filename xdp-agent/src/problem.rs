@@ -134,6 +134,13 @@ impl fmt::Display for Problem {
     }
 }
 
+/// The message of an error of `serde_json` without the place that it appends, which nobody sees where there are no lines,
+/// and which differs for the same mistake.
+pub(crate) fn without_place(error: &serde_json::Error) -> String {
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    error.to_string().replace(&place, "")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

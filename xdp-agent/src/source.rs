@@ -1,9 +1,15 @@
 //! Where objects come from: what a source says to the writer of the maps, whichever source it is.
 
+pub use self::files::{Files, files};
 use crate::{
     objects::{Change, ObjectName},
     problem::Problem,
 };
+
+mod files;
+
+/// Largest number of changes that are handed on at once.
+pub(crate) const BATCH_MAX: usize = 4096;
 
 /// What a source says; a consumer removes nothing before [`Event::Synced`].
 #[derive(Clone, Debug, PartialEq)]
@@ -68,6 +74,16 @@ impl Kind {
             Self::Service | Self::EndpointSlice => true,
             Self::Node | Self::ServiceCidr => false,
         }
+    }
+
+    /// The full name of an object of this kind, as the API server would store it.
+    pub fn object_name(self, namespace: &str, name: &str) -> ObjectName {
+        let namespace = match (self.is_namespaced(), namespace) {
+            (false, _) => "",
+            (true, "") => "default",
+            (true, namespace) => namespace,
+        };
+        ObjectName::new(namespace, name)
     }
 
     /// The kind of that name.

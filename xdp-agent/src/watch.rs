@@ -21,7 +21,7 @@ use tracing::info;
 use crate::{
     objects::{Change, ObjectName},
     problem::{Problem, ProblemKind},
-    source::{Event, Kind},
+    source::{BATCH_MAX, Event, Kind},
 };
 
 pub use self::{
@@ -38,11 +38,7 @@ mod event;
 mod follow;
 mod health;
 mod pace;
-#[cfg(test)]
-mod tests;
 
-/// Largest number of changes that are handed on at once.
-const BATCH_MAX: usize = 4096;
 /// Longest text of a name in a problem; names of Kubernetes have 253 bytes at most.
 const NAME_CHARS_MAX: usize = 300;
 

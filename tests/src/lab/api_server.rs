@@ -17,8 +17,8 @@ use tokio::task::JoinHandle;
 
 use super::netns::Namespace;
 use super::runtime;
-pub use store::{Injection, Resource};
 use store::{Entry, Store};
+pub use store::{Injection, Resource};
 
 mod http;
 mod selectors;

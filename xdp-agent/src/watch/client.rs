@@ -100,10 +100,9 @@ impl Selection {
     /// The objects that kube-proxy asks for.
     pub(super) fn new(kind: Kind, node: &str) -> Self {
         let (fields, labels) = match kind {
-            Kind::Service => (
-                Some("spec.clusterIP!=None".to_owned()),
-                Some("!service.kubernetes.io/service-proxy-name"),
-            ),
+            Kind::Service => {
+                (Some("spec.clusterIP!=None".to_owned()), Some("!service.kubernetes.io/service-proxy-name"))
+            }
             Kind::EndpointSlice => (None, Some("!service.kubernetes.io/headless")),
             Kind::Node => (Some(format!("metadata.name={node}")), None),
             Kind::ServiceCidr => (None, None),
@@ -223,10 +222,7 @@ pub(super) fn refusal(code: u16, message: &str, retry_after: Option<Duration>) -
     }
 }
 
-async fn in_time<T>(
-    limit: Duration,
-    future: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
+async fn in_time<T>(limit: Duration, future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let late = |_| Failure::Unreachable(format!("no answer within {limit:?}"));
     tokio::time::timeout(limit, future).await.map_err(late)?
 }

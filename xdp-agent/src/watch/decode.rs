@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 use super::client::{Failure, refusal};
 use crate::{
     objects::{self, Change, ObjectName},
+    problem::without_place,
     source::Kind,
 };
 
@@ -126,16 +127,22 @@ pub(super) fn line(kind: Kind, bytes: &[u8]) -> Result<Line, Failure> {
             if head.metadata.name.is_empty() {
                 return Err(Failure::Unreadable("an object without a name is gone".to_owned()));
             }
-            Ok(Line::Deleted { name: head.metadata.object_name(kind), version: head.metadata.resource_version })
+            Ok(Line::Deleted {
+                name: head.metadata.object_name(kind),
+                version: head.metadata.resource_version,
+            })
         }
         "BOOKMARK" => {
             let head: Head = serde_json::from_str(object).map_err(unreadable)?;
             let version = head.metadata.resource_version;
-            version.map(Line::Bookmark).ok_or_else(|| Failure::Unreadable("a bookmark without a version".to_owned()))
+            version
+                .map(Line::Bookmark)
+                .ok_or_else(|| Failure::Unreadable("a bookmark without a version".to_owned()))
         }
         "ERROR" => {
             let error: Error = serde_json::from_str(object).map_err(unreadable)?;
-            let retry_after = error.details.retry_after_seconds.map(|seconds| Duration::from_secs(seconds.into()));
+            let retry_after =
+                error.details.retry_after_seconds.map(|seconds| Duration::from_secs(seconds.into()));
             Err(refusal(error.code, &error.message, retry_after))
         }
         other => Err(Failure::Unreadable(format!("events of the type {other:.40} are not known"))),
@@ -190,7 +197,7 @@ where
     Item {
         name: head.metadata.object_name(kind),
         version: head.metadata.resource_version,
-        content: Err(named::<K>(text).unwrap_or_else(|| error.to_string())),
+        content: Err(named::<K>(text).unwrap_or_else(|| without_place(&error))),
     }
 }
 
@@ -198,12 +205,11 @@ where
 fn named<K: DeserializeOwned>(text: &str) -> Option<String> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let error = serde_path_to_error::deserialize::<_, K>(&mut deserializer).err()?;
-    Some(format!("{}: {}", error.path(), error.inner()))
+    Some(format!("{}: {}", error.path(), without_place(error.inner())))
 }
 
 impl HeadMeta {
     fn object_name(&self, kind: Kind) -> ObjectName {
-        let namespace = if kind.is_namespaced() { self.namespace.clone() } else { String::new() };
-        ObjectName { namespace, name: self.name.clone() }
+        kind.object_name(&self.namespace, &self.name)
     }
 }

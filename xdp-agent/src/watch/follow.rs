@@ -37,6 +37,8 @@ pub(super) struct Follower {
     refusals: u32,
     /// The failure that was logged and has not been overcome.
     said: Option<String>,
+    /// Whether it was logged that the answers cannot be read, which a list overcomes for a moment only.
+    said_unreadable: bool,
 }
 
 /// The consumer is gone, and so is the reason to go on.
@@ -83,6 +85,7 @@ impl Follower {
             opened: None,
             refusals: 0,
             said: None,
+            said_unreadable: false,
         }
     }
 
@@ -93,6 +96,7 @@ impl Follower {
             let ended = self.round().await;
             if self.opened.take().is_some_and(|opened| opened.elapsed() >= self.pace.steady) {
                 backoff.reset();
+                self.said_unreadable = false;
             }
             let pause = match ended {
                 Ok(()) => backoff.next(None),
@@ -239,11 +243,20 @@ impl Follower {
         }
         self.reporter.failure(self.kind);
         let message = failure.to_string();
-        if self.said.as_ref() != Some(&message) {
+        let is_unreadable = matches!(failure, Failure::Unreadable(_));
+        if self.said.as_ref() == Some(&message) || is_unreadable && self.said_unreadable {
+            debug!(
+                kind = self.kind.name(),
+                error = message,
+                "cannot follow the API server yet; trying again"
+            );
+        } else {
             warn!(kind = self.kind.name(), error = message, "cannot follow the API server; trying again");
         }
+        self.said_unreadable |= is_unreadable;
         self.reporter.state(self.kind, State::Failing(message.clone()));
-        self.said = Some(message);
+        // Its end is not worth a word either.
+        self.said = Some(message).filter(|_| !is_unreadable);
         if let Err(error) = self.connection.renew().await {
             debug!(kind = self.kind.name(), error = format!("{error:#}"), "the client stays as it is");
         }
@@ -254,7 +267,11 @@ impl Follower {
     async fn absent(&mut self, failure: &Failure) -> Result<Asked, Unheard> {
         let message = failure.to_string();
         if self.said.as_ref() != Some(&message) {
-            info!(kind = self.kind.name(), answer = message, "the cluster does not say what its Service networks are");
+            info!(
+                kind = self.kind.name(),
+                answer = message,
+                "the cluster does not say what its Service networks are"
+            );
         }
         self.said = Some(message);
         self.reporter.state(self.kind, State::Absent);

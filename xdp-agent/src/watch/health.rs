@@ -28,7 +28,11 @@ impl Metrics {
         let metrics = Self::default();
         for (name, help, family) in [
             ("watch_events", "Changes of objects that the API server told, by kind", &metrics.events),
-            ("watch_relists", "Lists after the first, because a watch could not be resumed", &metrics.relists),
+            (
+                "watch_relists",
+                "Lists after the first, because a watch could not be resumed",
+                &metrics.relists,
+            ),
             ("watch_failures", "Lists and watches that failed", &metrics.failures),
             (
                 "watch_bad_objects",

@@ -44,8 +44,12 @@ async fn answer(shared: &Arc<Shared>, request: Request<Incoming>) -> Answer {
     let resource = Resource::of_path(request.uri().path());
     let is_watch = query.get("watch").is_some_and(|value| value == "true");
     let user_agent = request.headers().get("user-agent").and_then(|value| value.to_str().ok());
-    let asked =
-        Asked { resource, watch: is_watch, query: query.clone(), user_agent: user_agent.unwrap_or_default().into() };
+    let asked = Asked {
+        resource,
+        watch: is_watch,
+        query: query.clone(),
+        user_agent: user_agent.unwrap_or_default().into(),
+    };
     let (fault, delay) = {
         let mut state = shared.state();
         state.asked.push(asked);
@@ -184,7 +188,8 @@ mod tests {
 
     #[test]
     fn queries_are_read_as_they_were_meant() {
-        let query = parameters("fieldSelector=spec.clusterIP%21%3DNone&continue=7%2Fdefault%2Fa+b&watch=true&x");
+        let query =
+            parameters("fieldSelector=spec.clusterIP%21%3DNone&continue=7%2Fdefault%2Fa+b&watch=true&x");
         assert_eq!(query["fieldSelector"], "spec.clusterIP!=None");
         assert_eq!(token_of(&query["continue"]), Some((7, ("default".into(), "a b".into()))));
         assert_eq!((query["watch"].as_str(), query["x"].as_str()), ("true", ""));

@@ -40,12 +40,7 @@ pub(super) type Key = (String, String);
 #[derive(Clone, Debug)]
 pub(super) enum Entry {
     /// An object was created, changed or deleted.
-    Change {
-        version: u64,
-        resource: Resource,
-        before: Option<Arc<Value>>,
-        after: Option<Arc<Value>>,
-    },
+    Change { version: u64, resource: Resource, before: Option<Arc<Value>>, after: Option<Arc<Value>> },
     /// Something was said in all open watches of a kind, or of all.
     Injected { resource: Option<Resource>, injection: Injection },
 }
@@ -99,7 +94,8 @@ impl Resource {
         if ends_initial_events {
             metadata["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
         }
-        let mut object = json!({ "kind": self.kind(), "apiVersion": self.api_version(), "metadata": metadata });
+        let mut object =
+            json!({ "kind": self.kind(), "apiVersion": self.api_version(), "metadata": metadata });
         match self {
             Self::Services => {
                 object["spec"] = json!({});

@@ -63,52 +63,46 @@ impl Watch {
         let seconds = query.get("timeoutSeconds").and_then(|text| text.parse().ok());
         let asked = query.get("resourceVersion").map(String::as_str).unwrap_or_default();
         let bad = |message: String| Refused { code: 400, message };
+        let (sends_initial, bookmarks) = (is("sendInitialEvents"), is("allowWatchBookmarks"));
+        if sends_initial && query.get("resourceVersionMatch").map(String::as_str) != Some("NotOlderThan") {
+            return Err(bad("sendInitialEvents requires resourceVersionMatch=NotOlderThan".to_string()));
+        }
         let tick = shared.tick.subscribe();
         let state = &mut *shared.state();
         let present = state.store.version();
-        let (sends_initial, bookmarks) = (is("sendInitialEvents"), is("allowWatchBookmarks"));
-        let mut watch = Self {
+        let (mut first, mut after, mut ended) = (VecDeque::new(), present, state.hangs_up);
+        if sends_initial || matches!(asked, "" | "0") {
+            let wanted = state.store.objects(resource).filter(|object| selector.takes(object));
+            first.extend(wanted.map(|object| line("ADDED", object)));
+        } else {
+            after = asked.parse().map_err(|_| bad(format!("invalid resource version {asked}")))?;
+        }
+        if !state.store.remembers(after) {
+            let message = format!("too old resource version: {after}");
+            match state.gone {
+                Gone::Status => return Err(Refused { code: 410, message }),
+                Gone::Event => first.push_back(line("ERROR", &status(410, &message))),
+            }
+            ended = true;
+        }
+        if sends_initial && bookmarks {
+            first.push_back(line("BOOKMARK", &resource.bookmark(present, true)));
+        }
+        *state.open.entry(resource).or_default() += 1;
+        // Made last: when it is dropped it is no longer open, and looks at the state to say so.
+        Ok(Self {
             shared: Arc::clone(shared),
             tick,
             resource,
             selector,
             bookmarks,
             deadline: Instant::now() + Duration::from_secs(seconds.unwrap_or(TIMEOUT_SECONDS)),
-            first: VecDeque::new(),
+            first,
             next: 0,
             opened_at: state.store.history().len(),
-            after: present,
-            ended: state.hangs_up,
-        };
-        if sends_initial && query.get("resourceVersionMatch").map(String::as_str) != Some("NotOlderThan") {
-            return Err(bad("sendInitialEvents requires resourceVersionMatch=NotOlderThan".to_string()));
-        }
-        if sends_initial || matches!(asked, "" | "0") {
-            let wanted = state.store.objects(resource).filter(|object| watch.selector.takes(object));
-            watch.first.extend(wanted.map(|object| line("ADDED", object)));
-        } else {
-            watch.after = asked.parse().map_err(|_| bad(format!("invalid resource version {asked}")))?;
-            if !state.store.remembers(watch.after) {
-                watch.expire(state.gone)?;
-            }
-        }
-        if sends_initial && bookmarks {
-            watch.first.push_back(line("BOOKMARK", &resource.bookmark(present, true)));
-        }
-        *state.open.entry(resource).or_default() += 1;
-        Ok(watch)
-    }
-
-    fn expire(&mut self, gone: Gone) -> Result<(), Refused> {
-        let message = format!("too old resource version: {}", self.after);
-        match gone {
-            Gone::Status => Err(Refused { code: 410, message }),
-            Gone::Event => {
-                self.first.push_back(line("ERROR", &status(410, &message)));
-                self.ended = true;
-                Ok(())
-            }
-        }
+            after,
+            ended,
+        })
     }
 
     /// The watch as the body of an answer.
