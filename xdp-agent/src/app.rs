@@ -11,7 +11,6 @@ use std::{
 use anyhow::{Context, ensure};
 use prometheus_client::registry::Registry;
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
 };
@@ -30,7 +29,7 @@ use crate::{
     reconcile::{Inlets, Parts, Reconciler},
     serve,
     source::{self, Event},
-    status::{Heartbeat, NotReady, Shared, Status, SyncState},
+    status::{Health, Heartbeat, NotReady, Shared, Status, SyncState},
     watch::{self as watch_objects, Access, Options, Pace, Watch},
 };
 
@@ -47,7 +46,7 @@ struct Running {
     heartbeat: Heartbeat,
     follower: Follower,
     source: Source,
-    listener: TcpListener,
+    servers: serve::Servers,
     sources: serve::Sources,
     stop: oneshot::Sender<()>,
     not_ready: NotReady,
@@ -79,7 +78,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
     tokio::spawn(collector.run(outlets));
     tokio::spawn(follow(follower));
-    tokio::spawn(serve::serve(running.listener, running.sources));
+    tokio::spawn(running.servers.run(running.sources));
     drop(running.not_ready);
     info!("programs are attached");
     tokio::select! {
@@ -102,20 +101,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running> {
     let origin = Instant::now();
-    let listener = serve::bind(config.listen.metrics.context("metrics need an address")?).await?;
+    let servers = serve::Servers::open(&config.listen).await?;
     let (macs, used_macs) = watch::channel(UsedMacs::default());
     let (follower, feed) = Follower::open(used_macs).context("cannot follow the network by netlink")?;
     let host = Arc::clone(&feed.host.borrow());
     preflight::check_interfaces(&config.interfaces, &host)?;
     preflight::warn_of_settings(&config.interfaces);
-    let (mut registry, metrics) = metrics::registry();
+    let (mut registries, metrics, kube_proxy) = metrics::Registries::new();
     let (events, told) = mpsc::channel(EVENTS_MAX);
     // Files that cannot be read end the start here, before anything is touched.
-    let source = open_source(config, events, &mut registry).await?;
+    let source = open_source(config, events, &mut registries.agent).await?;
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
     metrics.capacities(&loaded.sizes);
-    metrics::Datapath::register(&mut registry, loaded.counters);
+    metrics::Datapath::register(&mut registries.agent, loaded.counters);
     let shared = Shared::new(Status {
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),
@@ -124,7 +123,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         ..Status::default()
     });
     let not_ready = shared.wait_for("programs on the interfaces");
-    let (sync, _) = watch::channel(SyncState::default());
+    let (to_sync, sync) = watch::channel(SyncState::default());
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {
         maps: loaded.image,
@@ -138,7 +137,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         snat_ports: config.snat_ports,
         clock: Arc::clone(&clock),
         origin,
-        sync,
+        sync: to_sync,
         shared: Arc::clone(&shared),
         metrics: Arc::clone(&metrics),
     };
@@ -156,8 +155,14 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         heartbeat: heartbeat.clone(),
         follower,
         source,
-        listener,
-        sources: serve::Sources { registry: Arc::new(registry), shared, heartbeat },
+        servers,
+        sources: serve::Sources {
+            registries: Arc::new(registries),
+            metrics: kube_proxy,
+            shared,
+            health: Health { sync, heartbeat },
+            config: Arc::new(config.to_json()),
+        },
         stop,
         not_ready,
     })
