@@ -14,11 +14,12 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     attach::Attacher,
     config::{Config, ObjectSource},
+    health,
     gc::{Collector, Outlets},
     host::Host,
     interfaces::Interfaces,
@@ -26,11 +27,11 @@ use crate::{
     metrics,
     neighbours::{Feed, Follower, UsedMacs},
     preflight::{self, KernelVersion, PinDir},
-    reconcile::{Inlets, Parts, Reconciler},
+    reconcile::{Inlets, Parts, Reconciler, ServiceNames},
     serve,
     source::{self, Event},
     status::{Health, Heartbeat, NotReady, Shared, Status, SyncState},
-    watch::{self as watch_objects, Access, Options, Pace, Watch},
+    watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
 /// Events of a source that wait for the writer of the maps; then the source waits.
@@ -78,7 +79,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
     tokio::spawn(collector.run(outlets));
     tokio::spawn(follow(follower));
+    tokio::spawn(serve_health_checks(running.sources.health.clone(), config.clone()));
     tokio::spawn(running.servers.run(running.sources));
+    if let Some(access) = access(&config) {
+        let node = config.cluster.node.clone();
+        tokio::spawn(async move { watch_objects::event(&access, &node, &Notice::Starting).await });
+    }
     drop(running.not_ready);
     info!("programs are attached");
     tokio::select! {
@@ -124,6 +130,18 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     });
     let not_ready = shared.wait_for("programs on the interfaces");
     let (to_sync, sync) = watch::channel(SyncState::default());
+    metrics::kube_proxy::Sync::register(&mut registries.kube_proxy, sync.clone());
+    let names = ServiceNames::default();
+    if config.service_metrics {
+        let (accounts, names) = (loaded.accounts, names.clone());
+        metrics::Accounts::register(&mut registries.agent, move || match accounts.read() {
+            Ok(accounts) => names.resolve(accounts),
+            Err(error) => {
+                debug!(%error, "cannot read the accounts of service ports");
+                Vec::new()
+            }
+        });
+    }
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {
         maps: loaded.image,
@@ -140,6 +158,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         sync: to_sync,
         shared: Arc::clone(&shared),
         metrics: Arc::clone(&metrics),
+        kube_proxy: kube_proxy.clone(),
+        names_of_services: names.clone(),
     };
     let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel);
     let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
@@ -189,17 +209,39 @@ async fn open_source(
     events: mpsc::Sender<Event>,
     registry: &mut Registry,
 ) -> anyhow::Result<Source> {
-    match &config.source {
-        ObjectSource::Files(paths) => {
-            Ok(Source::Files { _files: source::files(paths.clone(), events).await? })
-        }
-        ObjectSource::Kubernetes { kubeconfig, master } => {
-            let access = Access { kubeconfig: kubeconfig.clone(), master: master.clone() };
+    match access(config) {
+        None => Ok(Source::Files { _files: source::files(config.files().to_vec(), events).await? }),
+        Some(access) => {
             let options = Options { access, node: config.cluster.node.clone(), pace: Pace::default() };
             let metrics = watch_objects::Metrics::register(registry);
             Ok(Source::Kubernetes { _watch: Watch::start(options, events, metrics).await? })
         }
     }
+}
+
+/// How the API server is reached, if objects come from there.
+fn access(config: &Config) -> Option<Access> {
+    match &config.source {
+        ObjectSource::Files(_) => None,
+        ObjectSource::Kubernetes { kubeconfig, master } => {
+            Some(Access { kubeconfig: kubeconfig.clone(), master: master.clone() })
+        }
+    }
+}
+
+/// Answers on health-check node ports; a port that cannot be had is a warning, and an event of its Service.
+async fn serve_health_checks(health: Health, config: Config) {
+    let access = access(&config);
+    let failed = |failure: &health::Failure| {
+        let health::Failure { service, message } = failure.clone();
+        warn!(%service, %message, "no answers on a health-check node port");
+        if let Some(access) = access.clone() {
+            let node = config.cluster.node.clone();
+            let notice = Notice::HealthCheckPort { service, message };
+            tokio::spawn(async move { watch_objects::event(&access, &node, &notice).await });
+        }
+    };
+    health::run(health, config.cluster.nodeport_addresses.clone(), failed).await;
 }
 
 /// The maps first, then the programs, which pass everything on until the first image is there. What fails is undone.

@@ -267,9 +267,9 @@ impl<A: IpAddress> Plan<A> {
         chosen.flat_map(|(id, planned)| planned.contents(*id, &self.backends))
     }
 
-    /// The service port behind a service id, for attribution.
-    pub fn service(&self, id: u32) -> Option<&ServicePortName> {
-        self.services.get(&id).map(|planned| &planned.port.name)
+    /// The service id of a service port that is served.
+    pub fn service_id(&self, name: &ServicePortName) -> Option<u32> {
+        self.ids.get(name).copied()
     }
 
     /// Plans what did not fit before, as long as that leads anywhere.
