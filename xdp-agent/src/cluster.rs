@@ -287,13 +287,9 @@ impl Cluster {
 
     fn update_site(&mut self, touched: &mut BTreeSet<ObjectName>, update: &mut Update) {
         let node = self.node.as_deref();
-        let sites = (
-            Site::of(&self.options, &self.facts, node),
-            Site::of(&self.options, &self.facts, node),
-        );
+        let sites = (Site::of(&self.options, &self.facts, node), Site::of(&self.options, &self.facts, node));
         let cidrs = self.service_cidrs.values().map(|cidr| &**cidr);
-        update.v4.networks =
-            self.v4.set_networks(sites.0.networks(&self.options, node, cidrs.clone()));
+        update.v4.networks = self.v4.set_networks(sites.0.networks(&self.options, node, cidrs.clone()));
         update.v6.networks = self.v6.set_networks(sites.1.networks(&self.options, node, cidrs));
         let zone = match (&self.options.zone, node) {
             (Some(zone), _) => zone,
@@ -364,6 +360,17 @@ impl Cluster {
     /// Service ports that drop for want of local endpoints, as of the last update.
     pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
         NoLocalEndpoints { v4: self.v4.no_local, v6: self.v6.no_local }
+    }
+
+    /// How many objects there are, by kind.
+    pub fn objects(&self) -> [(&'static str, usize); 4] {
+        let services = self.services.values().filter(|entry| entry.service.is_some()).count();
+        [
+            ("service", services),
+            ("endpointslice", self.slices.len()),
+            ("node", usize::from(self.node.is_some())),
+            ("servicecidr", self.service_cidrs.len()),
+        ]
     }
 
     /// Whether load balancers should send anything to this node.
