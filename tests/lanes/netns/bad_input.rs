@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode, Privileges};
 use xdp_agent_tests::lab::block_on;
 use xdp_agent_tests::lab::clients::whoami_once;
 use xdp_agent_tests::lab::link::veth;
@@ -48,7 +48,7 @@ fn an_interface_without_an_address_is_named() -> Result<()> {
 #[test]
 fn missing_privileges_are_refused_with_the_remedy() -> Result<()> {
     let world = small_world()?;
-    let options = AgentOptions { unprivileged: true, ..options(&world) };
+    let options = AgentOptions { privileges: Privileges::None, ..options(&world) };
     let log = refused(&world, &world.bpffs, &options)?;
     says(&log, &["CAP_"])
 }
