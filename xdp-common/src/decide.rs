@@ -71,10 +71,10 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
     if hook == Hook::Xdp
         && let Some(ref entry) = found
         && !is_over(tables, packet, entry)
-        && let Some(action) = by_cache(tables, packet, entry)
+        && let Some(way) = by_cache(tables, packet, entry)
     {
         note(tables, packet, Table::Established, entry);
-        return verdict(tables, packet, action, entry);
+        return verdict(tables, packet, way.action(), entry);
     }
     let Some(mut work) = tables.work() else { return Verdict::PASS };
     let table = if found.is_some() { Table::Established } else { Table::Embryonic };
@@ -88,15 +88,15 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         Next::Pass => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Reject(reason) => Action::Reject(reason),
-        Next::Send(table) => send(tables, packet, hook, table, &mut work.flow),
+        Next::Send(table) => send(tables, packet, hook, table, &mut work.flow).action(),
         Next::Embryo => {
             let is_established = establishes(packet, &work.flow);
             let table =
                 if is_established { establish(tables, &packet.key, &mut work) } else { Table::Embryonic };
-            send(tables, packet, hook, table, &mut work.flow)
+            send(tables, packet, hook, table, &mut work.flow).action()
         }
         Next::Reserve(is_local) => match reserve(tables, &packet.key, &mut work, is_local) {
-            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work.flow),
+            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work.flow).action(),
             Err(reason) => Action::Drop(reason),
         },
     };

@@ -16,6 +16,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use xdp_common::{
+    answer::AnswerFrame,
     decide::{self, Hook},
     frame::{self, Parsed},
     net::V4,
@@ -54,6 +55,8 @@ static AFFINITY_V4: LruHashMap<tables::AffinityKey<AddrV4>, tables::Affinity> =
 #[map]
 static ACCOUNTS: PerCpuArray<tables::Account> = PerCpuArray::with_max_entries(tables::ACCOUNTS.entries, 0);
 #[map]
+static ANSWERS: PerCpuArray<tables::Answers> = PerCpuArray::with_max_entries(tables::ANSWERS.entries, 0);
+#[map]
 static DEVICES_V4: HashMap<u32, tables::Device<AddrV4>> =
     HashMap::with_max_entries(tables::DEVICES_V4.entries, 0);
 #[map]
@@ -90,7 +93,10 @@ fn ingress(frame: &XdpFrame) -> u32 {
     trace::verdict(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
-        Action::Drop(_) | Action::Reject(_) => xdp_action::XDP_DROP,
+        Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Reject(_) => {
+            answer(&packet, |packet, area| frame.answer(packet, area)).unwrap_or(xdp_action::XDP_DROP)
+        }
         Action::Stack => {
             frame.rewrite(&packet, &verdict.rewrite);
             xdp_action::XDP_PASS
@@ -135,12 +141,25 @@ fn apply(frame: &TcFrame, _hook: &str, packet: &frame::Packet<AddrV4>, verdict: 
     trace::verdict(frame.ctx(), _hook, &packet.key, &verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
-        Action::Drop(_) | Action::Reject(_) => TC_ACT_SHOT,
+        Action::Drop(_) => TC_ACT_SHOT,
+        Action::Reject(_) => answer(packet, |packet, area| frame.answer(packet, area)).unwrap_or(TC_ACT_SHOT),
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite(packet, &verdict.rewrite);
             TC_ACT_UNSPEC
         }
     }
+}
+
+/// Answers a refused packet, if there have not been too many of late.
+#[inline(always)] // two callers
+fn answer<R>(
+    packet: &frame::Packet<AddrV4>,
+    send: impl FnOnce(&frame::Packet<AddrV4>, &mut AnswerFrame) -> Option<R>,
+) -> Option<R> {
+    let sent = maps::answer_area().and_then(|area| send(packet, area));
+    let event = if sent.is_some() { Event::Answered } else { Event::Unanswered };
+    count(Counter::Event(event));
+    sent
 }
 
 #[inline(always)] // bounds proofs do not survive a call

@@ -14,6 +14,7 @@ use aya_ebpf::{
     maps::lpm_trie,
 };
 use xdp_common::{
+    answer::AnswerFrame,
     gate,
     net::{FlowKey, V4},
     tables::{
@@ -24,7 +25,7 @@ use xdp_common::{
 };
 
 use crate::{
-    ACCOUNTS, AFFINITY_V4, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
+    ACCOUNTS, AFFINITY_V4, ANSWERS, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
     GATE_EGRESS, GATE_INGRESS, HOPS_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
 };
 
@@ -302,6 +303,24 @@ impl Kernel {
 }
 
 const AF_INET: u8 = 2;
+
+/// Nanoseconds in a period of answers, as a shift: 1.07 seconds.
+const ANSWERS_PERIOD_SHIFT: u32 = 30;
+
+/// Takes one from this CPU's allowance of answers, and gives the room to put it together; nothing when none is left.
+#[inline(always)] // one caller per program
+pub(crate) fn answer_area() -> Option<&'static mut AnswerFrame> {
+    let slot = ANSWERS.get_ptr_mut(0)?;
+    // SAFETY: the helper takes nothing.
+    let period = (unsafe { helpers::bpf_ktime_get_ns() } >> ANSWERS_PERIOD_SHIFT) as u32;
+    // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
+    let answers = unsafe { &mut *slot };
+    if answers.period != period {
+        (answers.period, answers.spent) = (period, 0);
+    }
+    answers.spent += 1;
+    if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
+}
 
 /// Counts on this CPU.
 #[inline(always)] // an array increment
