@@ -421,6 +421,12 @@ pub trait Tables<F: Family>: Copy {
     fn egress_gate(self, word: u32) -> u64;
     /// The work area of this CPU; programs of one CPU do not interrupt each other (they run with bottom halves off).
     fn work(self) -> Option<Self::Work>;
+    /// Whether the established table may hold a key with this bit ([`known_bit`](crate::select::known_bit)); never false
+    /// for one that it holds.
+    fn may_know(self, bit: u32) -> bool;
+    /// Notes that the established table holds a key with this bit: before it is inserted, so that nobody misses it, and
+    /// after, in case the agent has begun anew between the two.
+    fn note_known(self, bit: u32);
     /// Looks a flow up.
     fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Self::Entry>;
     /// Inserts a flow that must not exist.
