@@ -58,6 +58,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         !maps::OBJECT.is_empty(),
         "built without the BPF object: run `cargo xtask build` and build the agent again"
     );
+    ensure!(!config.files().is_empty(), "give the objects by --services");
     let kernel = KernelVersion::current()?;
     preflight::check_privileges()?;
     preflight::raise_memlock(kernel);
@@ -66,7 +67,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let running = start(&config, kernel).await?;
     let Running { reconciler, interfaces, collector, outlets, inlets, heartbeat, follower, .. } = running;
-    let (watcher, changes) = Watcher::start(config.services.clone());
+    let (watcher, changes) = Watcher::start(config.files().to_vec());
     let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
     tokio::spawn(collector.run(outlets));
     tokio::spawn(follow(follower));
@@ -94,7 +95,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running> {
     let origin = Instant::now();
-    let listener = serve::bind(config.metrics_address).await?;
+    let listener = serve::bind(config.listen.metrics.context("metrics need an address")?).await?;
     let (macs, used_macs) = watch::channel(UsedMacs::default());
     let (follower, feed) = Follower::open(used_macs).context("cannot follow the network by netlink")?;
     let host = Arc::clone(&feed.host.borrow());
@@ -108,8 +109,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     metrics::Datapath::register(&mut registry, loaded.counters);
     let shared = Shared::new(Status {
         version: env!("CARGO_PKG_VERSION"),
-        node: config.node.clone(),
-        sources: config.services.clone(),
+        node: config.cluster.node.clone(),
+        sources: config.files().to_vec(),
         adopted: loaded.is_adopted,
         ..Status::default()
     });
@@ -121,7 +122,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         limits: loaded.sizes.limits(),
         embryonic_buckets: loaded.embryonic.buckets(),
         is_adopted: loaded.is_adopted,
-        node: config.node.clone(),
+        node: config.cluster.node.clone(),
         names: config.interfaces.clone(),
         snat_ports: config.snat_ports,
         clock: Arc::clone(&clock),
@@ -201,11 +202,11 @@ fn fill_and_attach(
 }
 
 async fn first_read(config: &Config) -> anyhow::Result<Snapshot> {
-    let paths = config.services.clone();
+    let paths = config.files().to_vec();
     let snapshot = tokio::task::spawn_blocking(move || manifests::read(&paths, None))
         .await
         .context("reading the objects ended early")?;
-    if let Some(problem) = unreadable_source(&snapshot, &config.services) {
+    if let Some(problem) = unreadable_source(&snapshot, config.files()) {
         bail!("{problem}; check --services");
     }
     Ok(snapshot)
@@ -223,7 +224,7 @@ fn unreadable_source<'a>(snapshot: &'a Snapshot, services: &[PathBuf]) -> Option
 async fn read_again(config: Config, mut changes: mpsc::Receiver<()>, objects: watch::Sender<Arc<Snapshot>>) {
     while changes.recv().await.is_some() {
         let previous = Arc::clone(&objects.borrow());
-        let paths = config.services.clone();
+        let paths = config.files().to_vec();
         let read = tokio::task::spawn_blocking(move || manifests::read(&paths, Some(&previous)));
         match read.await {
             Ok(snapshot) => drop(objects.send_replace(Arc::new(snapshot))),

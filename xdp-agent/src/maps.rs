@@ -174,6 +174,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         frontends: image.frontends_capacity(),
         backends: image.backends_capacity(),
         ring_slots: image.rings_capacity(),
+        networks: wanted.networks,
     };
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
