@@ -1,6 +1,10 @@
 //! Arguments and settings, against the flags that the agent has.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    path::Path,
+};
 
 use clap::{CommandFactory, Parser};
 use serde_json::Value;
@@ -75,6 +79,20 @@ fn the_agent_takes_every_command_line() {
     let lines = command_lines();
     assert_eq!(lines.len(), 3, "of the agent, of the clean-up, and of the overlay for kubeadm");
     lines.iter().for_each(|line| parse(line));
+}
+
+#[test]
+fn the_overlay_for_kubeadm_understands_what_kubeadm_writes() {
+    let written = files::root().join("xdp-agent/src/config/testdata/kubeadm.yaml");
+    let line = command_lines().into_iter().find(|line| line.iter().any(|arg| arg.starts_with("--config=")));
+    let words = line.expect("a command line with a configuration file").into_iter().map(|arg| {
+        if arg.starts_with("--config=") { format!("--config={}", written.display()) } else { arg }
+    });
+    let words = ["xdp-agent".to_owned()].into_iter().chain(words).map(OsString::from);
+    let (cli, ignored) = Cli::read(words).unwrap_or_else(|error| panic!("{error}"));
+    // Where the overlay mounts the ConfigMap.
+    assert!(format!("{cli:?}").contains("\"/var/lib/kube-proxy/kubeconfig.conf\""), "{cli:?}");
+    assert_eq!(ignored, [], "kubeadm asks for nothing that is not there");
 }
 
 #[test]
