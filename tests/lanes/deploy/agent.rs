@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsString,
-    path::Path,
 };
 
 use clap::{CommandFactory, Parser};
