@@ -11,7 +11,6 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
 };
@@ -30,7 +29,7 @@ use crate::{
     preflight::{self, KernelVersion, PinDir},
     reconcile::{Inlets, Parts, Reconciler},
     serve,
-    status::{Heartbeat, NotReady, Shared, Status},
+    status::{Health, Heartbeat, NotReady, Shared, Status, SyncState},
 };
 
 /// Everything that runs once the programs are attached.
@@ -43,7 +42,7 @@ struct Running {
     heartbeat: Heartbeat,
     follower: Follower,
     objects: watch::Sender<Arc<Snapshot>>,
-    listener: TcpListener,
+    servers: serve::Servers,
     sources: serve::Sources,
     stop: oneshot::Sender<()>,
     not_ready: Vec<NotReady>,
@@ -72,7 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(collector.run(outlets));
     tokio::spawn(follow(follower));
     tokio::spawn(read_again(config.clone(), changes, running.objects));
-    tokio::spawn(serve::serve(running.listener, running.sources));
+    tokio::spawn(running.servers.run(running.sources));
     drop(running.not_ready);
     info!("ready");
     tokio::select! {
@@ -95,7 +94,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running> {
     let origin = Instant::now();
-    let listener = serve::bind(config.listen.metrics.context("metrics need an address")?).await?;
+    let servers = serve::Servers::open(&config.listen).await?;
     let (macs, used_macs) = watch::channel(UsedMacs::default());
     let (follower, feed) = Follower::open(used_macs).context("cannot follow the network by netlink")?;
     let host = Arc::clone(&feed.host.borrow());
@@ -103,10 +102,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     preflight::warn_of_settings(&config.interfaces);
     let snapshot = Arc::new(first_read(config).await?);
     let (pins, loaded) = load(config)?;
-    let (mut registry, metrics) = metrics::registry();
+    let (mut registries, metrics, kube_proxy) = metrics::Registries::new();
     let metrics = Arc::new(metrics);
     metrics.capacities(&loaded.sizes);
-    metrics::Datapath::register(&mut registry, loaded.counters);
+    metrics::Datapath::register(&mut registries.agent, loaded.counters);
     let shared = Shared::new(Status {
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),
@@ -136,6 +135,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     let (objects, snapshots) = watch::channel(snapshot);
     let (stop, stopped) = oneshot::channel();
     let heartbeat = Heartbeat::new(origin);
+    let (_, sync) = watch::channel(SyncState::default());
     Ok(Running {
         reconciler,
         interfaces,
@@ -145,8 +145,14 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         heartbeat: heartbeat.clone(),
         follower,
         objects,
-        listener,
-        sources: serve::Sources { registry: Arc::new(registry), shared, heartbeat },
+        servers,
+        sources: serve::Sources {
+            registries: Arc::new(registries),
+            metrics: kube_proxy,
+            shared,
+            health: Health { sync, heartbeat },
+            config: Arc::new(config.to_json()),
+        },
         stop,
         not_ready,
     })

@@ -7,11 +7,14 @@
 
 pub mod app;
 pub mod attach;
+pub mod awaited;
 pub mod bpf;
 pub mod cleanup;
 pub mod cluster;
 pub mod config;
 pub mod devices;
+#[cfg(test)]
+mod documents;
 pub mod gc;
 pub mod health;
 pub mod host;
