@@ -10,6 +10,15 @@ use crate::files::{self, each, list, string};
 
 const ALERTS: &str = "deploy/components/alerts/alerts.yaml";
 const DASHBOARD: &str = "deploy/components/dashboard/xdp-agent.json";
+/// Written from the agent's registry.
+const METRICS: &str = "docs/metrics.md";
+/// What the watch of the API server registers by itself (`watch::Metrics`).
+const OF_THE_WATCH: [&str; 4] = [
+    "xdp_agent_watch_events_total",
+    "xdp_agent_watch_relists_total",
+    "xdp_agent_watch_failures_total",
+    "xdp_agent_watch_bad_objects_total",
+];
 const RUNBOOK: &str = "https://github.com/xdp-agent/xdp-agent/blob/main/docs/troubleshoot.md#";
 
 fn alerts() -> Vec<Value> {
@@ -30,6 +39,31 @@ fn queries() -> Vec<String> {
         queries.extend(value["definition"].as_str().map(str::to_owned));
     });
     queries
+}
+
+/// Words of a text as metrics and labels are written.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':').filter(|word| !word.is_empty())
+}
+
+#[test]
+fn every_metric_in_a_query_is_one_that_the_agent_has() {
+    let text = files::text(METRICS);
+    let known: BTreeSet<&str> = words(&text).chain(OF_THE_WATCH).collect();
+    let mut used = BTreeSet::new();
+    for query in queries() {
+        for word in
+            words(&query).filter(|word| word.starts_with("xdp_agent_") || word.starts_with("kubeproxy_"))
+        {
+            let parts = ["", "_bucket", "_sum", "_count"].map(|part| word.strip_suffix(part));
+            assert!(
+                parts.into_iter().flatten().any(|name| known.contains(name)),
+                "{METRICS} has no {word}: {query}"
+            );
+            used.insert(word.to_owned());
+        }
+    }
+    assert!(used.len() > 15, "only {used:?}");
 }
 
 #[test]
