@@ -19,8 +19,8 @@ use tracing::{debug, error, info, warn};
 use crate::{
     attach::Attacher,
     config::{Config, ObjectSource},
-    health,
     gc::{Collector, Outlets},
+    health,
     host::Host,
     interfaces::Interfaces,
     maps::{self, Loaded, NewPins},

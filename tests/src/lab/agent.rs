@@ -21,6 +21,8 @@ use super::{block_on, wait_for};
 pub const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9_400);
 /// Where the agent of a test pins its objects, in a file system of the test's own.
 pub const PIN_DIR: &str = "/sys/fs/bpf/xdp-agent-test";
+/// Network of all pods of the lab; clients outside it are masqueraded on their way to ClusterIPs.
+const POD_NETWORK: &str = "10.244.0.0/16";
 
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
@@ -56,6 +58,20 @@ pub enum Source {
     Kubeconfig(PathBuf),
 }
 
+/// What an agent may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privileges {
+    /// Whatever root may.
+    All,
+    /// What the documentation asks for and the manifests grant: [`DOCUMENTED`].
+    Documented,
+    /// Nothing.
+    None,
+}
+
+/// CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF (include/uapi/linux/capability.h).
+pub const DOCUMENTED: [libc::c_ulong; 3] = [12, 38, 39];
+
 /// The command line of an agent.
 #[derive(Clone, Debug)]
 pub struct AgentOptions {
@@ -71,8 +87,8 @@ pub struct AgentOptions {
     pub pin_dir: String,
     /// Further arguments.
     pub extra: Vec<String>,
-    /// Whether the process starts without a single capability.
-    pub unprivileged: bool,
+    /// What the process may do.
+    pub privileges: Privileges,
 }
 
 impl AgentOptions {
@@ -84,8 +100,8 @@ impl AgentOptions {
             mode,
             node: "node".into(),
             pin_dir: PIN_DIR.into(),
-            extra: Vec::new(),
-            unprivileged: false,
+            extra: vec!["--cluster-cidr".into(), POD_NETWORK.into()],
+            privileges: Privileges::All,
         }
     }
 
@@ -102,8 +118,10 @@ impl AgentOptions {
         command.args(["--mode", self.mode.name(), "--node", &self.node, "--pin-dir", &self.pin_dir]);
         command.args(["--metrics-address", &METRICS.to_string()]).args(&self.extra);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        if self.unprivileged {
-            drop_privileges(&mut command);
+        match self.privileges {
+            Privileges::All => {}
+            Privileges::Documented => keep_capabilities(&mut command, &DOCUMENTED),
+            Privileges::None => keep_capabilities(&mut command, &[]),
         }
         Ok(command)
     }
@@ -284,18 +302,22 @@ fn target_directory() -> Result<PathBuf> {
     Ok(profile.and_then(Path::parent).context("no target directory above this executable")?.to_path_buf())
 }
 
-/// Makes exec give root nothing special, so that the process has no capability at all.
+/// Leaves a process of root these capabilities, as a container runtime does: exec grants root no more than its bounding set.
 ///
 /// Another user would not do: the binary may lie in a directory that only its owner can enter.
-fn drop_privileges(command: &mut Command) {
+fn keep_capabilities(command: &mut Command, kept: &'static [libc::c_ulong]) {
     use std::os::unix::process::CommandExt;
-    // From linux/securebits.h: SECBIT_NOROOT and its lock.
-    const NO_ROOT: libc::c_ulong = 0b11;
     // SAFETY: prctl is a plain system call, allowed between fork and exec.
     unsafe {
-        command.pre_exec(|| {
-            if libc::prctl(libc::PR_SET_SECUREBITS, NO_ROOT) != 0 {
-                return Err(std::io::Error::last_os_error());
+        command.pre_exec(move || {
+            // A set has 64 bits; those that no capability has are refused.
+            for capability in (0..64).filter(|capability| !kept.contains(capability)) {
+                if libc::prctl(libc::PR_CAPBSET_DROP, capability) != 0 {
+                    let error = std::io::Error::last_os_error();
+                    if error.raw_os_error() != Some(libc::EINVAL) {
+                        return Err(error);
+                    }
+                }
             }
             Ok(())
         });

@@ -106,7 +106,8 @@ mod tests {
         let mut backlog = Backlog::new(metrics);
         let slice = |trigger: SystemTime| {
             let ms = trigger.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis();
-            let slice = Slice { trigger_ms: Some(ms as i64), ..Slice::default() };
+            let mut slice = Slice::default();
+            slice.trigger_ms = Some(ms as i64);
             Change::Slice(ObjectName::new("shop", "web-1"), Some(Arc::new(slice)))
         };
         let hour = Duration::from_secs(3600);
