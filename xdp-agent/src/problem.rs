@@ -2,6 +2,9 @@
 
 use std::{fmt, path::PathBuf};
 
+/// Longest name of an object; those that the API server takes have 253 bytes, beside a namespace and a kind.
+const NAME_CHARS_MAX: usize = 400;
+
 /// What sort of problem it is; the metric label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ProblemKind {
@@ -90,7 +93,7 @@ pub struct Problem {
 impl Problem {
     /// A problem of an object.
     pub fn of(kind: ProblemKind, object: impl fmt::Display, message: impl Into<String>) -> Self {
-        Self { kind, place: None, object: Some(object.to_string()), message: message.into() }
+        Self { kind, place: None, object: Some(shortened(object.to_string())), message: message.into() }
     }
 
     /// A problem of no single object.
@@ -105,7 +108,7 @@ impl Problem {
 
     /// The same problem, with the object it concerns.
     pub fn with_object(self, object: Option<String>) -> Self {
-        Self { object, ..self }
+        Self { object: object.map(shortened), ..self }
     }
 }
 
@@ -131,6 +134,14 @@ impl fmt::Display for Problem {
             write!(f, "{object}: ")?;
         }
         f.write_str(&self.message)
+    }
+}
+
+/// The name of an object for people, who need not see all of one that is thousands of letters long.
+fn shortened(name: String) -> String {
+    match name.char_indices().nth(NAME_CHARS_MAX) {
+        Some((end, _)) => format!("{}… ({} bytes)", &name[..end], name.len()),
+        None => name,
     }
 }
 

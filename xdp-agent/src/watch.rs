@@ -39,9 +39,6 @@ mod follow;
 mod health;
 mod pace;
 
-/// Longest text of a name in a problem; names of Kubernetes have 253 bytes at most.
-const NAME_CHARS_MAX: usize = 300;
-
 /// What a follower of one kind tells.
 #[derive(Debug)]
 enum Told {
@@ -111,7 +108,7 @@ async fn collect(mut told: mpsc::Receiver<Told>, events: mpsc::Sender<Event>) {
                     problems_changed |= problems.remove(&(kind, name)).is_some();
                 }
                 Told::Bad(kind, name, message) => {
-                    let object = format!("{} {}", kind.name(), shortened(&name));
+                    let object = format!("{} {}", kind.name(), name);
                     let problem = Problem::of(ProblemKind::Invalid, object, message);
                     let before = problems.insert((kind, name), problem.clone());
                     problems_changed |= before.as_ref() != Some(&problem);
@@ -135,14 +132,5 @@ async fn collect(mut told: mpsc::Receiver<Told>, events: mpsc::Sender<Event>) {
                 return; // nobody listens any more
             }
         }
-    }
-}
-
-/// A name for people, who need not see all of one that is thousands of letters long.
-fn shortened(name: &ObjectName) -> String {
-    let text = name.to_string();
-    match text.char_indices().nth(NAME_CHARS_MAX) {
-        Some((end, _)) => format!("{}… ({} bytes)", &text[..end], text.len()),
-        None => text,
     }
 }

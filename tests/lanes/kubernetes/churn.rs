@@ -60,11 +60,10 @@ fn disturb(site: &mut Site, random: &mut Random) -> Result<()> {
 
 /// Waits until what happened so far is in the maps, but for kinds that are held back.
 fn settle(site: &Site, round: usize) -> Result<()> {
-    let port = 1 + round as u16;
-    site.server.put(marker(port));
-    let key = (SocketAddrV4::new(Ipv4Addr::new(10, 96, 2, 1), port), 6);
+    let at = SocketAddrV4::new(Ipv4Addr::new(10, 96, 2, 1), 1 + round as u16);
+    site.server.put(marker(at.port()));
     wait_for("the marker in the maps", APPLY_TIMEOUT, || {
-        ensure!(site.image()?.frontends.contains_key(&key), "{key:?} is not served");
+        ensure!(Image::has(&site.world.bpffs, at, 6)?, "{at} is not served");
         Ok(())
     })
 }
@@ -90,13 +89,25 @@ fn churn(seed: u64, disturbs: bool) -> Result<()> {
         }
         site.server.hold(held, false);
     }
-    let wanted = fresh_image(&site)?;
-    ensure!(wanted.frontends.len() > 30, "the changes leave too little to compare: {wanted:?}");
-    site.wait_image("the maps to be as a fresh agent has them", &wanted)?;
+    let fresh = fresh_image(&site)?;
+    ensure!(fresh.frontends.len() > 30, "the changes leave too little to compare: {fresh:?}");
+    let wanted = fresh.clone().for_new_flows();
+    wait_for("the maps to be as a fresh agent has them", APPLY_TIMEOUT, || {
+        let image = site.image()?;
+        ensure!(image.takes_answers_of(&fresh), "the egress gate does not take every answer");
+        let image = image.for_new_flows();
+        ensure!(image == wanted, "they are not:\n{}", image.difference(&wanted));
+        Ok(())
+    })?;
     site.server.delete_all();
     site.server.put(node(""));
     site.server.put(node2());
-    site.wait_image("the maps to be empty again", &empty)?;
+    // Also of what was kept for flows, once the agent has found that there are none.
+    wait_for("the maps to be empty again", APPLY_TIMEOUT, || {
+        let image = site.image()?;
+        ensure!(image == empty, "they are not:\n{}", image.difference(&empty));
+        Ok(())
+    })?;
     agent.stop()
 }
 

@@ -13,10 +13,13 @@ use xdp_agent_tests::lab::netns::PrivateBpffs;
 use xdp_common::net::Plain;
 use xdp_common::tables::{
     self, BACKENDS_V4, Backend, FRONTENDS_V4, Frontend, FrontendKey, GATE_EGRESS, GATE_INGRESS, MapSpec,
-    NETWORKS_V4, NetworkKey, RINGS, network,
+    NETWORKS_V4, NetworkKey, RINGS, backend, network,
 };
 
 type Addr = [u8; 4];
+
+/// Unused ids in a row after which no more are looked at: ids are given out from the lowest.
+const UNUSED_MAX: usize = 4_096;
 
 /// A plain value of the shared crate as aya wants it.
 #[repr(transparent)]
@@ -51,13 +54,34 @@ pub(crate) struct Served {
     sources: BTreeSet<(Ipv4Addr, u32, u32)>,
 }
 
-/// Address, protocol, flags and whether it is one of its own service: no two alike.
+/// Address, protocol and flags.
 type Endpoint = (SocketAddrV4, u8, u8);
 
 impl Image {
     /// Reads the maps that an agent has pinned.
     pub(crate) fn read(bpffs: &PrivateBpffs) -> Result<Self> {
         Ok(Maps::open(bpffs)?.read()?)
+    }
+
+    /// Whether a frontend is served: one look instead of a whole image.
+    pub(crate) fn has(bpffs: &PrivateBpffs, at: SocketAddrV4, proto: u8) -> Result<bool> {
+        let key = FrontendKey { addr: at.ip().octets(), port: at.port().to_be_bytes(), proto, zero: 0 };
+        Ok(Maps::open(bpffs)?.frontends.get(&Raw(key), 0).is_ok())
+    }
+
+    /// What new connections can meet. Backends in neither list, and what the egress gate holds for them, are there for
+    /// flows of the past, of which a fresh agent knows nothing.
+    pub(crate) fn for_new_flows(mut self) -> Self {
+        self.backends
+            .retain(|(_, _, flags)| flags & (backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST) != 0);
+        self.gates[1].clear();
+        self
+    }
+
+    /// Whether the egress gate takes everything that it takes in the other.
+    pub(crate) fn takes_answers_of(&self, other: &Self) -> bool {
+        let [_, egress] = &self.gates;
+        other.gates[1].iter().all(|(word, bits)| egress.get(word).is_some_and(|own| own & bits == *bits))
     }
 
     /// Says what is not in the other; a whole image would fill the screen.
@@ -136,9 +160,14 @@ impl Maps {
         }
         let ownerless = sources.keys().filter(|owner| !owners.contains(owner)).copied();
         image.networks.extend(ownerless.map(|owner| (owner, Ipv4Addr::UNSPECIFIED, 0, 0)));
+        let mut unused = 0;
         for backend in self.backends.iter() {
             let Raw(backend) = backend?;
-            if backend.addr != [0; 4] {
+            unused = if backend.proto == 0 { unused + 1 } else { 0 };
+            if unused > UNUSED_MAX {
+                break;
+            }
+            if backend.proto != 0 {
                 image.backends.insert(endpoint(&backend));
             }
         }

@@ -205,10 +205,10 @@ fn a_thousand_changes_at_kube_apiserver_end_where_a_fresh_agent_begins() -> Resu
     let empty = Image::read(&world.bpffs)?;
     churn(&mut control, &mut Random::new(4))?;
     // A second agent, of a world of its own, would need a second API server with the same objects; so one after the other.
-    let churned = settled(&world)?;
+    let churned = settled(&world)?.for_new_flows();
     agent.stop()?;
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
-    let fresh = Image::read(&world.bpffs)?;
+    let fresh = Image::read(&world.bpffs)?.for_new_flows();
     ensure!(churned == fresh, "the maps are not as a fresh agent has them:\n{}", churned.difference(&fresh));
     ensure!(fresh.frontends.len() > 30, "the changes leave too little to compare: {fresh:?}");
     control.kubectl(

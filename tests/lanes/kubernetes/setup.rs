@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode, Source};
 use xdp_agent_tests::lab::api_server::{ApiServer, Resource};
-use xdp_agent_tests::lab::wait_for;
 use xdp_agent_tests::lab::world::{World, WorldOptions};
 
 use crate::image::Image;
@@ -58,17 +57,6 @@ impl Site {
     /// What the maps say.
     pub(crate) fn image(&self) -> Result<Image> {
         Image::read(&self.world.bpffs)
-    }
-
-    /// Waits until the maps say this.
-    pub(crate) fn wait_image(&self, what: &str, wanted: &Image) -> Result<()> {
-        wait_for(what, APPLY_TIMEOUT, || {
-            let image = self.image()?;
-            if image != *wanted {
-                bail!("the maps are not as they should be:\n{}", image.difference(wanted));
-            }
-            Ok(())
-        })
     }
 
     /// Makes a change.

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::netns::Namespace;
-use super::runtime;
+use super::{runtime, wait_for};
 use store::{Entry, Store};
 pub use store::{Injection, Resource};
 
@@ -24,6 +24,9 @@ mod http;
 mod selectors;
 mod store;
 mod stream;
+
+/// Longest time for an address to be free again.
+const BIND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running API server; dropping it ends every connection.
 pub struct ApiServer {
@@ -141,11 +144,13 @@ impl ApiServer {
             socket.bind(address)?;
             socket.listen(128)
         };
-        let bound = match &self.namespace {
-            Some(namespace) => namespace.run(bind),
-            None => bind(),
-        };
-        let listener = bound.with_context(|| format!("API server on {address}"))?;
+        // The socket from before closes when its task has noticed that it is over.
+        let listener = wait_for(&format!("an API server on {address}"), BIND_TIMEOUT, || {
+            Ok(match &self.namespace {
+                Some(namespace) => namespace.run(bind)?,
+                None => bind()?,
+            })
+        })?;
         self.address = listener.local_addr()?;
         self.serving = Some(runtime().spawn(http::serve(listener, Arc::clone(&self.shared))));
         Ok(())
