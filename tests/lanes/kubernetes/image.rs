@@ -13,7 +13,7 @@ use xdp_agent_tests::lab::netns::PrivateBpffs;
 use xdp_common::net::Plain;
 use xdp_common::tables::{
     self, BACKENDS_V4, Backend, FRONTENDS_V4, Frontend, FrontendKey, GATE_EGRESS, GATE_INGRESS, MapSpec,
-    NETWORKS_V4, NetworkKey, RINGS, backend, network,
+    NETWORKS_V4, NetworkKey, RINGS, network,
 };
 
 type Addr = [u8; 4];
@@ -69,19 +69,20 @@ impl Image {
         Ok(Maps::open(bpffs)?.frontends.get(&Raw(key), 0).is_ok())
     }
 
-    /// What new connections can meet. Backends in neither list, and what the egress gate holds for them, are there for
-    /// flows of the past, of which a fresh agent knows nothing.
+    /// What new connections can meet. Further backends, and what the gates hold for them and for frontends that are gone, are
+    /// there for flows of the past, of which a fresh agent knows nothing.
     pub(crate) fn for_new_flows(mut self) -> Self {
-        self.backends
-            .retain(|(_, _, flags)| flags & (backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST) != 0);
-        self.gates[1].clear();
+        self.backends.clear();
+        self.gates = Default::default();
         self
     }
 
-    /// Whether the egress gate takes everything that it takes in the other.
-    pub(crate) fn takes_answers_of(&self, other: &Self) -> bool {
-        let [_, egress] = &self.gates;
-        other.gates[1].iter().all(|(word, bits)| egress.get(word).is_some_and(|own| own & bits == *bits))
+    /// Whether the gates take everything that they take in the other.
+    pub(crate) fn takes_what(&self, other: &Self) -> bool {
+        let all = |own: &BTreeMap<u32, u64>, others: &BTreeMap<u32, u64>| {
+            others.iter().all(|(word, bits)| own.get(word).is_some_and(|own| own & bits == *bits))
+        };
+        self.gates.iter().zip(&other.gates).all(|(own, others)| all(own, others))
     }
 
     /// Says what is not in the other; a whole image would fill the screen.

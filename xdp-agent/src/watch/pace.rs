@@ -29,7 +29,7 @@ impl Default for Pace {
         Self {
             first: Duration::from_millis(100),
             cap: Duration::from_secs(30),
-            steady: Duration::from_secs(30),
+            steady: Duration::from_secs(5),
             list: Duration::from_secs(60),
             idle: Duration::from_secs(150),
             watch: Duration::from_secs(300),
