@@ -151,6 +151,7 @@ impl Reconciler {
             snat_port_max: parts.snat_ports.max,
             embryonic_buckets: parts.embryonic_buckets,
             // Until the rules are known.
+            masquerade_wire: 1,
             policy_routing: 1,
         };
         parts.maps.set_config(settings)?;
