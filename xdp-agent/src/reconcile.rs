@@ -150,8 +150,8 @@ impl Reconciler {
             snat_port_min: parts.snat_ports.min,
             snat_port_max: parts.snat_ports.max,
             embryonic_buckets: parts.embryonic_buckets,
-            // Until the rules are known.
             masquerade_wire: 1,
+            // Until the rules are known.
             policy_routing: 1,
         };
         parts.maps.set_config(settings)?;

@@ -100,7 +100,7 @@ impl AgentOptions {
             mode,
             node: "node".into(),
             pin_dir: PIN_DIR.into(),
-            extra: vec!["--cluster-cidr".into(), POD_NETWORK.into()],
+            extra: Vec::new(),
             privileges: Privileges::All,
         }
     }
