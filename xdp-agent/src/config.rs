@@ -147,8 +147,6 @@ pub struct Config {
     pub source: ObjectSource,
     /// What decides, beside the objects, what is served.
     pub cluster: Options,
-    /// Addresses of this node that replace those of its family from the Node object or the interfaces, primary first.
-    pub node_ips: Vec<IpAddr>,
     /// XDP modes allowed.
     pub mode: ModeChoice,
     /// Where the HTTP servers listen.
@@ -243,7 +241,6 @@ impl Config {
         };
         Ok(Self {
             source: source(args.objects)?,
-            node_ips: args.cluster.node_ips(),
             listen: listen(&args.listen, args.cluster.bind_address),
             cluster: args.cluster.options()?,
             interfaces: interfaces(&args.programs.iface)?,
@@ -277,12 +274,12 @@ impl ClusterArgs {
             masquerade_all: self.masquerade_all,
             nodeport_addresses: self.nodeport_addresses()?,
             service_cidrs: all(&self.service_cidr).into_iter().map(Into::into).collect(),
+            node_ips: self.node_ips(),
             zone: self.zone.clone().filter(|zone| !zone.is_empty()),
         })
     }
 
-    /// Addresses of this node that replace those of their family that its Node object or its interfaces have.
-    pub fn node_ips(&self) -> Vec<IpAddr> {
+    fn node_ips(&self) -> Vec<IpAddr> {
         let mut ips = all(&self.node_ip);
         if let Some(primary) = self.bind_address.filter(|ip| !ip.is_unspecified())
             && !ips.iter().any(|ip| ip.is_ipv4() == primary.is_ipv4())
