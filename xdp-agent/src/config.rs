@@ -20,6 +20,7 @@ use xdp_common::conntrack::Timeouts;
 
 use crate::{
     cluster::{DetectLocal, NodePortAddresses, Options},
+    explain::ExplainArgs,
     plan::Limits,
 };
 
@@ -58,6 +59,8 @@ pub struct Cli {
 pub enum Command {
     /// Attach the programs and keep the maps as the Services say, until stopped.
     Run(Box<Args>),
+    /// Answer what a new connection would meet, and why, from files or from the maps of a running agent.
+    Explain(Box<ExplainArgs>),
 }
 
 /// Something the command line or the configuration file asks for that has no effect.
@@ -78,7 +81,7 @@ impl Cli {
     pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<(Self, Vec<Note>), clap::Error> {
         let words: Vec<OsString> = words.into_iter().collect();
         let cli = Self::try_parse_from(&words)?;
-        let Command::Run(args) = &cli.command;
+        let Command::Run(args) = &cli.command else { return Ok((cli, Vec::new())) };
         let given = args.ignored.0.iter();
         let mut notes: Vec<Note> =
             given.map(|ignored| Note { what: format!("--{}", ignored.flag), why: ignored.why }).collect();

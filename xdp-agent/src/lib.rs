@@ -12,6 +12,7 @@ pub mod cleanup;
 pub mod cluster;
 pub mod config;
 pub mod devices;
+pub mod explain;
 pub mod gc;
 pub mod health;
 pub mod host;

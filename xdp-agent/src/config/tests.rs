@@ -7,7 +7,7 @@ use super::*;
 fn read(words: &[&str]) -> Result<(Args, Vec<Note>), clap::Error> {
     let words = ["xdp-agent", "run"].iter().chain(words).map(OsString::from);
     let (cli, notes) = Cli::read(words)?;
-    let Command::Run(args) = cli.command;
+    let Command::Run(args) = cli.command else { panic!("not run") };
     Ok((*args, notes))
 }
 
