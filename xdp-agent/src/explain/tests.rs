@@ -10,6 +10,7 @@ use crate::objects::{ObjectName, Service, Slice};
 mod answers;
 mod cleanup;
 mod flows;
+mod golden;
 
 /// What kube-proxy's own unit tests expect.
 const TABLES: &str = include_str!("../cluster/testdata/kubeproxy_flows.json");
