@@ -23,7 +23,7 @@ use crate::{
     host::Host,
     interfaces::{Interfaces, Picture},
     maps::ImageMaps,
-    metrics::Metrics,
+    metrics::{KubeProxy, Metrics},
     neighbours::Feed,
     plan::{Change, InUse, Limits, Plan},
     preflight,
@@ -32,8 +32,11 @@ use crate::{
     status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
 };
 
+pub use self::names::ServiceNames;
+
 mod backlog;
 mod compare;
+mod names;
 mod report;
 mod sync;
 
@@ -86,6 +89,10 @@ pub struct Parts {
     pub shared: Arc<Shared>,
     /// For Prometheus.
     pub metrics: Arc<Metrics>,
+    /// The same, as far as kube-proxy measures it too.
+    pub kube_proxy: KubeProxy,
+    /// Names for accounts.
+    pub names_of_services: ServiceNames,
 }
 
 /// The writer.
@@ -146,6 +153,7 @@ impl Reconciler {
         parts.maps.set_config(settings)?;
         parts.clock.store(settings.clock, Ordering::Relaxed);
         let first_image = Some(parts.shared.wait_for("the first image in the maps"));
+        let backlog = backlog::Backlog::new(parts.kube_proxy.clone());
         Ok(Self {
             cluster: Cluster::new(parts.cluster.clone()),
             parts,
@@ -160,7 +168,7 @@ impl Reconciler {
             reported: report::Reported::default(),
             untold: sync::Untold::default(),
             pending: VecDeque::new(),
-            backlog: backlog::Backlog::default(),
+            backlog,
             first_image,
             attempts: 0,
             retry_at: None,

@@ -55,6 +55,8 @@ pub(super) struct Side<F: Family> {
     plan: Plan<F::Addr>,
     pub(super) maps: Maps<F::Addr>,
     ports: BTreeMap<ServicePortName, Arc<ServicePort<F::Addr>>>,
+    /// Service ports that are in the maps, by service id.
+    names: BTreeMap<u32, ServicePortName>,
     /// Every step is later than whatever rested at the one before.
     now_ms: u64,
 }
@@ -167,6 +169,7 @@ impl<F: Family<Addr: IpAddress>> Side<F> {
             plan: Plan::new(LIMITS),
             maps: Maps::new(F::Addr::UNSPECIFIED),
             ports: BTreeMap::new(),
+            names: BTreeMap::new(),
             now_ms: 0,
         }
     }
@@ -188,6 +191,9 @@ impl<F: Family<Addr: IpAddress>> Side<F> {
         let snat: Vec<F::Addr> = self.snat().into_iter().collect();
         let update = self.plan.update(delta, true, &snat, self.now_ms);
         update.changes.into_iter().for_each(|change| self.maps.apply(change));
+        // All of them: what did not fit before may have been placed now.
+        let ids = self.ports.keys().filter_map(|name| Some((self.plan.service_id(name)?, name.clone())));
+        self.names = ids.collect();
     }
 
     #[cfg(test)]
@@ -211,7 +217,7 @@ impl<F: Family<Addr: IpAddress>> Side<F> {
         key: &FlowKey<F::Addr>,
         frontend: Option<tables::Frontend>,
     ) -> Option<Claimant<'_, F::Addr>> {
-        let port = self.ports.get(self.plan.service(frontend?.service)?)?;
+        let port = self.ports.get(self.names.get(&frontend?.service)?)?;
         Some((port, frontend_at(port, key.dst, key.dport)?))
     }
 
@@ -223,7 +229,7 @@ impl<F: Family<Addr: IpAddress>> Side<F> {
 
     fn dump(&self) -> String {
         let service =
-            |id| self.plan.service(id).map_or_else(|| format!("service #{id}"), ToString::to_string);
+            |id| self.names.get(&id).map_or_else(|| format!("service #{id}"), ToString::to_string);
         Dump { maps: &self.maps, service: &service }.to_string()
     }
 }
