@@ -6,6 +6,8 @@
 
 #[path = "prog_run/agreement.rs"]
 mod agreement;
+#[path = "prog_run/answers.rs"]
+mod answers;
 #[path = "prog_run/checksums.rs"]
 mod checksums;
 #[path = "prog_run/flows.rs"]
@@ -28,6 +30,8 @@ mod model;
 mod node;
 #[path = "prog_run/not_ours.rs"]
 mod not_ours;
+#[path = "prog_run/policies.rs"]
+mod policies;
 #[path = "prog_run/programs.rs"]
 mod programs;
 #[path = "prog_run/refusals.rs"]

@@ -11,6 +11,7 @@ use crate::{
     frame::{Packet, tcp},
     gate,
     net::{Address, Family, FlowKey, UDP},
+    select::known_bit,
     tables::{Entry, Flow, Insertion, Table, Tables, Work, closing, exit, kind},
     verdict::{Action, Counter, Event, Hop, Reason, Verdict},
 };
@@ -67,14 +68,15 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         Hook::Tc if !offloaded => return Verdict::PASS,
         Hook::Xdp | Hook::Tc | Hook::Host => {}
     }
-    let found = tables.flow(Table::Established, &packet.key);
+    let may_be_known = !opens(packet) || tables.may_know(known_bit(&packet.key));
+    let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };
     if hook == Hook::Xdp
         && let Some(ref entry) = found
         && !is_over(tables, packet, entry)
-        && let Some(action) = by_cache(tables, packet, entry)
+        && let Some(way) = by_cache(tables, packet, entry)
     {
         note(tables, packet, Table::Established, entry);
-        return verdict(tables, packet, action, entry);
+        return verdict(tables, packet, way.action(), entry);
     }
     let Some(mut work) = tables.work() else { return Verdict::PASS };
     let table = if found.is_some() { Table::Established } else { Table::Embryonic };
@@ -88,15 +90,15 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         Next::Pass => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Reject(reason) => Action::Reject(reason),
-        Next::Send(table) => send(tables, packet, hook, table, &mut work.flow),
+        Next::Send(table) => send(tables, packet, hook, table, &mut work.flow).action(),
         Next::Embryo => {
             let is_established = establishes(packet, &work.flow);
             let table =
                 if is_established { establish(tables, &packet.key, &mut work) } else { Table::Embryonic };
-            send(tables, packet, hook, table, &mut work.flow)
+            send(tables, packet, hook, table, &mut work.flow).action()
         }
         Next::Reserve(is_local) => match reserve(tables, &packet.key, &mut work, is_local) {
-            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work.flow),
+            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work.flow).action(),
             Err(reason) => Action::Drop(reason),
         },
     };
@@ -268,6 +270,8 @@ fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &
     let reply_key = opposite(key, flow);
     let (reply_kind, reply_exit) = reply_of(flow);
     mirror(key, flow, reply_kind, reply_exit, reply);
+    tables.note_known(known_bit(&reply_key));
+    tables.note_known(known_bit(key));
     if !tables.store(Table::Established, &reply_key, reply) {
         tables.count(Counter::Event(Event::EstablishedFull));
         return Table::Embryonic;
@@ -277,6 +281,8 @@ fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &
         tables.count(Counter::Event(Event::EstablishedFull));
         return Table::Embryonic;
     }
+    tables.note_known(known_bit(&reply_key));
+    tables.note_known(known_bit(key));
     tables.remove(Table::Embryonic, &reply_key);
     tables.remove(Table::Embryonic, key);
     tables.count(Counter::Event(Event::FlowEstablished));

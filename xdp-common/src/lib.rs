@@ -12,6 +12,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod answer;
 pub mod checksum;
 pub mod conntrack;
 pub mod decide;

@@ -127,6 +127,10 @@ counted! {
         Restored = "restored",
         /// The second half of a slow-path translation, done at egress.
         Finished = "finished",
+        /// A refused packet was answered with a TCP reset or an ICMP port unreachable.
+        Answered = "answered",
+        /// A refused packet was not answered: too many were in this second, or its headers are not plain ones.
+        Unanswered = "unanswered",
         /// Left to the tc program, because its checksum looks like a pseudo-header sum.
         Deferred = "deferred",
         /// Left alone though addressed to a frontend without endpoints, because the address is the node's own.

@@ -16,6 +16,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use xdp_common::{
+    answer::AnswerFrame,
     decide::{self, Hook},
     frame::{self, Parsed},
     net::V4,
@@ -33,6 +34,8 @@ type AddrV4 = [u8; 4];
 #[map]
 static ESTABLISHED_V4: HashMap<xdp_common::net::FlowKey<AddrV4>, tables::Flow<AddrV4>> =
     HashMap::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
+#[map]
+static KNOWN_V4: Array<u64> = Array::with_max_entries(tables::KNOWN_V4.entries, BPF_F_MMAPABLE);
 #[map]
 static EMBRYONIC_V4: Array<tables::Embryo<AddrV4>> =
     Array::with_max_entries(tables::EMBRYONIC_V4.entries, BPF_F_MMAPABLE);
@@ -53,6 +56,8 @@ static AFFINITY_V4: LruHashMap<tables::AffinityKey<AddrV4>, tables::Affinity> =
     LruHashMap::with_max_entries(tables::AFFINITY_V4.entries, 0);
 #[map]
 static ACCOUNTS: PerCpuArray<tables::Account> = PerCpuArray::with_max_entries(tables::ACCOUNTS.entries, 0);
+#[map]
+static ANSWERS: PerCpuArray<tables::Answers> = PerCpuArray::with_max_entries(tables::ANSWERS.entries, 0);
 #[map]
 static DEVICES_V4: HashMap<u32, tables::Device<AddrV4>> =
     HashMap::with_max_entries(tables::DEVICES_V4.entries, 0);
@@ -90,7 +95,10 @@ fn ingress(frame: &XdpFrame) -> u32 {
     trace::verdict(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
-        Action::Drop(_) | Action::Reject(_) => xdp_action::XDP_DROP,
+        Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Reject(_) => {
+            answer(&packet, |packet, area| frame.answer(packet, area)).unwrap_or(xdp_action::XDP_DROP)
+        }
         Action::Stack => {
             frame.rewrite(&packet, &verdict.rewrite);
             xdp_action::XDP_PASS
@@ -135,12 +143,25 @@ fn apply(frame: &TcFrame, _hook: &str, packet: &frame::Packet<AddrV4>, verdict: 
     trace::verdict(frame.ctx(), _hook, &packet.key, &verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
-        Action::Drop(_) | Action::Reject(_) => TC_ACT_SHOT,
+        Action::Drop(_) => TC_ACT_SHOT,
+        Action::Reject(_) => answer(packet, |packet, area| frame.answer(packet, area)).unwrap_or(TC_ACT_SHOT),
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite(packet, &verdict.rewrite);
             TC_ACT_UNSPEC
         }
     }
+}
+
+/// Answers a refused packet, if there have not been too many of late.
+#[inline(always)] // two callers
+fn answer<R>(
+    packet: &frame::Packet<AddrV4>,
+    send: impl FnOnce(&frame::Packet<AddrV4>, &mut AnswerFrame) -> Option<R>,
+) -> Option<R> {
+    let sent = maps::answer_area().and_then(|area| send(packet, area));
+    let event = if sent.is_some() { Event::Answered } else { Event::Unanswered };
+    count(Counter::Event(event));
+    sent
 }
 
 #[inline(always)] // bounds proofs do not survive a call

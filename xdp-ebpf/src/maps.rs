@@ -14,6 +14,7 @@ use aya_ebpf::{
     maps::lpm_trie,
 };
 use xdp_common::{
+    answer::AnswerFrame,
     gate,
     net::{FlowKey, V4},
     tables::{
@@ -24,8 +25,8 @@ use xdp_common::{
 };
 
 use crate::{
-    ACCOUNTS, AFFINITY_V4, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
-    GATE_EGRESS, GATE_INGRESS, HOPS_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
+    ACCOUNTS, AFFINITY_V4, ANSWERS, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
+    GATE_EGRESS, GATE_INGRESS, HOPS_V4, KNOWN_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
 };
 
 type Addr = [u8; 4];
@@ -146,6 +147,23 @@ impl Tables<V4> for Kernel {
     #[inline(always)]
     fn work(self) -> Option<Area> {
         WORK_V4.get_ptr_mut(0).map(Area)
+    }
+
+    #[inline(always)]
+    fn may_know(self, bit: u32) -> bool {
+        let half = KNOWN_V4.get(2 * tables::KNOWN_WORDS).copied().unwrap_or(0) as u32 & 1;
+        let word = KNOWN_V4.get(half * tables::KNOWN_WORDS + bit / 64).copied().unwrap_or(u64::MAX);
+        word >> (bit % 64) & 1 == 1
+    }
+
+    #[inline(always)]
+    fn note_known(self, bit: u32) {
+        for half in [0, tables::KNOWN_WORDS] {
+            if let Some(word) = KNOWN_V4.get_ptr_mut(half + bit / 64) {
+                // SAFETY: a word of the map, in which programs and the agent set bits as atomics do.
+                unsafe { embryonic::set_bits(word, 1 << (bit % 64)) }
+            }
+        }
     }
 
     #[inline(always)]
@@ -302,6 +320,24 @@ impl Kernel {
 }
 
 const AF_INET: u8 = 2;
+
+/// Nanoseconds in a period of answers, as a shift: 1.07 seconds.
+const ANSWERS_PERIOD_SHIFT: u32 = 30;
+
+/// Takes one from this CPU's allowance of answers, and gives the room to put it together; nothing when none is left.
+#[inline(always)] // one caller per program
+pub(crate) fn answer_area() -> Option<&'static mut AnswerFrame> {
+    let slot = ANSWERS.get_ptr_mut(0)?;
+    // SAFETY: the helper takes nothing.
+    let period = (unsafe { helpers::bpf_ktime_get_ns() } >> ANSWERS_PERIOD_SHIFT) as u32;
+    // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
+    let answers = unsafe { &mut *slot };
+    if answers.period != period {
+        (answers.period, answers.spent) = (period, 0);
+    }
+    answers.spent += 1;
+    if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
+}
 
 /// Counts on this CPU.
 #[inline(always)] // an array increment

@@ -4,12 +4,13 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_action},
     helpers,
     programs::{TcContext, XdpContext},
 };
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 use xdp_common::{
+    answer::{self, AnswerFrame, Finisher},
     checksum,
     frame::{Frame, Packet, TCP_CHECK, UDP_CHECK, View},
     net::TCP,
@@ -89,6 +90,42 @@ impl<'a> XdpFrame<'a> {
                 udp.set_pair(UDP_CHECK, checksum::update_udp(packet.check, rewrite.l4_delta).to_ne_bytes());
             }
         }
+    }
+
+    /// Turns a packet into the answer to it, to be sent out where it came in.
+    #[inline(always)]
+    pub(crate) fn answer(&self, packet: &Packet<[u8; 4]>, area: &mut AnswerFrame) -> Option<u32> {
+        if packet.l4_offset != PLAIN_HEADERS_LEN {
+            return None;
+        }
+        let is_sent = if packet.key.proto == TCP {
+            let headers = self.view::<{ answer::RESET_LEN }>(0)?;
+            let out = area.first_chunk_mut()?;
+            answer::reset(&headers, packet.l4_len, Finisher::Nobody, out) && self.replace(out)
+        } else {
+            let headers = self.view::<{ PLAIN_HEADERS_LEN + UdpHdr::LEN }>(0)?;
+            let out = area.first_chunk_mut()?;
+            answer::unreachable(&headers, Finisher::Nobody, out);
+            self.replace(out)
+        };
+        if is_sent { Some(xdp_action::XDP_TX) } else { None }
+    }
+
+    /// Makes the frame these bytes.
+    #[inline(always)]
+    fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool {
+        // SAFETY: the context is the verifier's; the helpers take numbers beside it.
+        let len = match self.has_frags {
+            true => unsafe { helpers::generated::bpf_xdp_get_buff_len(self.ctx.ctx) as usize },
+            false => self.ctx.data_end() - self.ctx.data(),
+        };
+        // SAFETY: as above.
+        if unsafe { helpers::bpf_xdp_adjust_tail(self.ctx.ctx, N as i32 - len as i32) } != 0 {
+            return false;
+        }
+        let Some(frame) = self.view::<N>(0) else { return false };
+        frame.fill(bytes);
+        true
     }
 
     #[inline(always)]
@@ -176,6 +213,43 @@ impl<'a> TcFrame<'a> {
     }
 }
 
+impl TcFrame<'_> {
+    /// Turns a packet into the answer to it and sends it out where it came in. tc programs take packets whose checksum
+    /// the device is to finish, and their answers inherit that.
+    #[inline(always)]
+    pub(crate) fn answer(&self, packet: &Packet<[u8; 4]>, area: &mut AnswerFrame) -> Option<i32> {
+        if packet.l4_offset != PLAIN_HEADERS_LEN {
+            return None;
+        }
+        let is_ready = if packet.key.proto == TCP {
+            let headers = self.view::<{ answer::RESET_LEN }>(0)?;
+            let out = area.first_chunk_mut()?;
+            answer::reset(&headers, packet.l4_len, Finisher::Device, out) && self.replace(out)
+        } else {
+            let headers = self.view::<{ PLAIN_HEADERS_LEN + UdpHdr::LEN }>(0)?;
+            let out = area.first_chunk_mut()?;
+            answer::unreachable(&headers, Finisher::Device, out);
+            self.replace(out)
+        };
+        if !is_ready {
+            return None;
+        }
+        // SAFETY: the helper takes numbers only.
+        Some(unsafe { helpers::bpf_redirect(self.ifindex(), 0) as i32 })
+    }
+
+    /// Makes the frame these bytes.
+    #[inline(always)]
+    fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool {
+        // SAFETY: the context is the verifier's, valid for the whole program.
+        let is_resized = unsafe { helpers::bpf_skb_change_tail(self.skb(), N as u32, 0) } == 0;
+        is_resized && self.ctx.store(0, bytes, 0).is_ok()
+    }
+}
+
+/// Where TCP or UDP begins behind headers without options.
+const PLAIN_HEADERS_LEN: usize = EthHdr::LEN + Ipv4Hdr::LEN;
+
 /// The longest headers the parser reads: Ethernet, IPv4 with options, TCP without.
 const HEADERS_LEN: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
 const _: () = assert!(TcpHdr::LEN >= UdpHdr::LEN);
@@ -228,6 +302,18 @@ impl<const N: usize> Bytes<N> {
         // SAFETY: as in `set_u8`.
         unsafe {
             asm!("*(u32 *)({at} + 0) = {value}", at = in(reg) self.0.add(at), value = in(reg) u32::from_ne_bytes(value) as u64)
+        }
+    }
+}
+
+impl<const N: usize> Bytes<N> {
+    /// Writes all of them.
+    #[inline(always)]
+    fn fill(self, bytes: &[u8; N]) {
+        let mut at = 0;
+        while at < N {
+            self.set_u8(at, bytes[at]);
+            at += 1;
         }
     }
 }

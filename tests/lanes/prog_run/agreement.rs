@@ -328,6 +328,7 @@ impl Twins {
 /// What a verdict makes of a packet; nothing when it leaves it alone.
 fn translated(sent: &Frame, verdict: Verdict<Addr>) -> (Action, Option<Frame>) {
     let is_sent = match verdict.action {
+        verdict::Action::Reject(_) => panic!("every frontend of the sequence has endpoints"),
         verdict::Action::Pass | verdict::Action::Drop(_) => return (action(verdict), None),
         verdict::Action::Stack => false,
         verdict::Action::Transmit | verdict::Action::Redirect => true,
@@ -347,7 +348,7 @@ fn translated(sent: &Frame, verdict: Verdict<Addr>) -> (Action, Option<Frame>) {
 fn action(verdict: Verdict<Addr>) -> Action {
     match verdict.action {
         verdict::Action::Pass | verdict::Action::Stack => Action::Pass,
-        verdict::Action::Drop(_) => Action::Drop,
+        verdict::Action::Drop(_) | verdict::Action::Reject(_) => Action::Drop,
         verdict::Action::Transmit => Action::Transmit,
         verdict::Action::Redirect => Action::Redirect,
     }

@@ -1,12 +1,17 @@
 //! The maps of the object, by their names and types.
 
+use std::cell::RefCell;
+
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, MapData, PerCpuArray},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie},
 };
 use xdp_common::{
     net::{FlowKey, Plain},
-    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, WAYS},
+    tables::{
+        self, Account, Affinity, AffinityKey, Backend, Config, Device, Flow, Frontend, FrontendKey,
+        NetworkKey, WAYS, frontend,
+    },
     verdict::{COUNTERS, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
 
@@ -31,6 +36,9 @@ pub(crate) struct Maps {
     pub(crate) backends: Array<MapData, Raw<Backend<Addr>>>,
     pub(crate) rings: Array<MapData, u32>,
     pub(crate) established: HashMap<MapData, Raw<FlowKey<Addr>>, Raw<Flow<Addr>>>,
+    networks: LpmTrie<MapData, Raw<NetworkKey<Addr>>, u32>,
+    affinities: RefCell<HashMap<MapData, Raw<AffinityKey<Addr>>, Raw<Affinity>>>,
+    accounts: PerCpuArray<MapData, Raw<Account>>,
     tags: Array<MapData, Tags>,
     ingress_gate: Array<MapData, u64>,
     egress_gate: Array<MapData, u64>,
@@ -47,6 +55,9 @@ impl Maps {
             backends: map(object, &tables::BACKENDS_V4),
             rings: map(object, &tables::RINGS),
             established: map(object, &tables::ESTABLISHED_V4),
+            networks: map(object, &tables::NETWORKS_V4),
+            affinities: RefCell::new(map(object, &tables::AFFINITY_V4)),
+            accounts: map(object, &tables::ACCOUNTS),
             tags: map(object, &tables::TAGS_V4),
             ingress_gate: map(object, &tables::GATE_INGRESS),
             egress_gate: map(object, &tables::GATE_EGRESS),
@@ -60,6 +71,44 @@ impl Maps {
 
     pub(crate) fn open_egress(&mut self, bit: u32) {
         open(&mut self.egress_gate, bit);
+    }
+
+    /// Puts a network into an owner's, or excepts it (value 0).
+    pub(crate) fn network(&mut self, owner: u32, addr: Addr, bits: u32, value: u32) {
+        let key = Raw(NetworkKey { owner: owner.to_be_bytes(), addr });
+        self.networks.insert(&lpm_trie::Key::new(32 + bits, key), value, 0).expect("room for a network");
+    }
+
+    /// Makes an address one whose other ports are refused.
+    pub(crate) fn service_address(&mut self, addr: Addr) {
+        let key = FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 };
+        let value = Frontend {
+            service: 0,
+            ring: 0,
+            slots: 0,
+            inner_ring: 0,
+            inner_slots: 0,
+            flags: frontend::ADDRESS,
+            affinity_seconds: 0,
+        };
+        self.frontends.insert(Raw(key), Raw(value), 0).expect("room for an address");
+    }
+
+    /// Empties the table of affinities.
+    pub(crate) fn forget_affinities(&self) {
+        let mut affinities = self.affinities.borrow_mut();
+        let keys: Vec<_> = affinities.keys().flatten().collect();
+        for key in keys {
+            affinities.remove(&key).expect("a client that is there");
+        }
+    }
+
+    /// Packets and bytes of a service port.
+    pub(crate) fn account(&self, service: u32) -> (u64, u64) {
+        let accounts = self.accounts.get(&service, 0).expect("an account");
+        accounts
+            .iter()
+            .fold((0, 0), |(packets, bytes), account| (packets + account.0.packets, bytes + account.0.bytes))
     }
 
     /// An established flow, as it is now.

@@ -159,7 +159,8 @@ impl Node {
     /// Writes a backend under an id.
     pub(crate) fn set_backend(&mut self, id: u32, addr: Addr, proto: u8, is_local: bool, generation: u32) {
         let port = TARGET.to_be_bytes();
-        let flags = if is_local { backend::LOCAL } else { 0 };
+        let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
+        let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
         let backend = Backend { addr, port, proto, flags, generation, service: 1 };
         self.maps.backends.set(id, Raw(backend), 0).expect("room for a backend");
         self.maps.open_egress(gate::backend_source_bit(addr, port, proto));
@@ -170,21 +171,32 @@ impl Node {
 
     /// Makes an address a frontend whose ring holds these backends in turn.
     pub(crate) fn frontend(&mut self, addr: Addr, proto: u8, backends: &[u32], flags: u32) {
-        let ring = self.slots;
+        let (ring, slots) = self.ring(backends);
+        let frontend = Frontend {
+            service: 1,
+            ring,
+            slots,
+            inner_ring: ring,
+            inner_slots: slots,
+            flags: flags | frontend::MASQUERADE_EXTERNAL,
+            affinity_seconds: 0,
+        };
+        self.set_frontend(addr, proto, frontend);
+    }
+
+    /// Writes a ring that holds these backends in turn: its first slot, and how many it has.
+    pub(crate) fn ring(&mut self, backends: &[u32]) -> (u32, u32) {
+        let first = self.slots;
         for &id in backends {
             self.maps.rings.set(self.slots, id, 0).expect("room for a slot of a ring");
             self.slots += 1;
         }
+        (first, backends.len() as u32)
+    }
+
+    /// Makes an address a frontend.
+    pub(crate) fn set_frontend(&mut self, addr: Addr, proto: u8, frontend: Frontend) {
         let port = HTTP.to_be_bytes();
-        let frontend = Frontend {
-            service: 1,
-            ring,
-            slots: backends.len() as u32,
-            inner_ring: ring,
-            inner_slots: backends.len() as u32,
-            flags: flags | frontend::MASQUERADE_EXTERNAL,
-            affinity_seconds: 0,
-        };
         let key = FrontendKey { addr, port, proto, zero: 0 };
         self.maps.frontends.insert(Raw(key), Raw(frontend), 0).expect("room for a frontend");
         self.maps.open_ingress(gate::frontend_bit(addr, port, proto));

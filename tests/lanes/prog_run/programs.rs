@@ -54,7 +54,7 @@ impl Action {
             (Hook::Xdp | Hook::XdpFrags, 1) | (Hook::TcIngress | Hook::TcEgress, 2) => Self::Drop,
             (Hook::Xdp | Hook::XdpFrags, 2) | (Hook::TcIngress | Hook::TcEgress, -1) => Self::Pass,
             (Hook::Xdp | Hook::XdpFrags, 3) => Self::Transmit,
-            (Hook::Xdp | Hook::XdpFrags, 4) => Self::Redirect,
+            (Hook::Xdp | Hook::XdpFrags, 4) | (Hook::TcIngress | Hook::TcEgress, 7) => Self::Redirect,
             (hook, value) => panic!("{hook:?} answered {value}"),
         }
     }

@@ -12,11 +12,10 @@ use xdp_common::{
 use crate::{forwarding::one_remote, frames::*, maps, node::*};
 
 #[test]
-fn without_endpoints_a_node_address_passes_and_others_drop_for_their_reason() {
+fn without_endpoints_a_node_address_passes_and_a_local_policy_drops() {
     Node::each(|node| {
         for proto in [TCP, UDP] {
             for (vip, flags, action, counter) in [
-                (VIP, 0, Action::Drop, Drop(Reason::NoEndpoint)),
                 (VIP_TOO, frontend::HAS_ENDPOINTS, Action::Drop, Drop(Reason::NoLocalEndpoint)),
                 (NODE, frontend::NODE_ADDRESS, Action::Pass, Event(E::NoEndpointPassed)),
             ] {

@@ -8,7 +8,7 @@ use crate::{
     select,
     tables::{
         Affinity, AffinityKey, Device, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work,
-        backend, exit, frontend, kind, network,
+        backend, device, exit, frontend, kind, network,
     },
     verdict::{Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
@@ -37,7 +37,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     if (hook != Hook::Host && entry.mac != packet.dmac) || !key.src.is_unicast() {
         return Next::Pass;
     }
-    let Some(frontend) = found else { return without_frontend(tables, key) };
+    let Some(frontend) = found else { return without_frontend(tables, key, can_answer(hook, &entry)) };
     let origin = match hook {
         Hook::Host => Origin::Host,
         Hook::Xdp | Hook::Tc => {
@@ -53,7 +53,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     }
     let id = choose(tables, key, &frontend, origin);
     if id == 0 {
-        return without_endpoint(tables, &frontend);
+        return without_endpoint(tables, &frontend, can_answer(hook, &entry));
     }
     let Some(backend) = tables.backend(id) else { return Next::Drop(Reason::NoBackend) };
     // Field by field: the compiler would call a function to fill it with zeros first.
@@ -147,13 +147,25 @@ fn choose<F: Family, T: Tables<F>>(
     id
 }
 
+/// Whether answers can go out where their cause came in.
+#[inline(always)]
+fn can_answer<A: Address>(hook: Hook, entry: &Device<A>) -> bool {
+    hook != Hook::Xdp || entry.flags & device::TRANSMIT != 0
+}
+
+/// Refuses a packet, with an answer where that is possible.
+#[inline(always)]
+fn refuse(can_answer: bool, reason: Reason) -> Next {
+    if can_answer { Next::Reject(reason) } else { Next::Drop(reason) }
+}
+
 /// What is addressed to a ClusterIP whose port no service has is refused, and what is addressed to a ServiceCIDR where
 /// no service is, dropped; both as kube-proxy's nftables mode does.
 #[inline(never)] // rare
-fn without_frontend<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> Next {
+fn without_frontend<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, can_answer: bool) -> Next {
     let at = FrontendKey { addr: key.dst, port: [0; 2], proto: 0, zero: 0 };
     if tables.frontend(&at).is_some_and(|address| address.flags & frontend::ADDRESS != 0) {
-        return Next::Reject(Reason::UnknownPort);
+        return refuse(can_answer, Reason::UnknownPort);
     }
     if tables.network(network::SERVICES, key.dst) {
         return Next::Drop(Reason::UnknownServiceAddress);
@@ -163,7 +175,7 @@ fn without_frontend<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) 
 }
 
 #[inline(always)]
-fn without_endpoint<F: Family, T: Tables<F>>(tables: T, frontend: &Frontend) -> Next {
+fn without_endpoint<F: Family, T: Tables<F>>(tables: T, frontend: &Frontend, can_answer: bool) -> Next {
     if frontend.flags & frontend::HAS_ENDPOINTS != 0 {
         return Next::Drop(Reason::NoLocalEndpoint);
     }
@@ -171,7 +183,7 @@ fn without_endpoint<F: Family, T: Tables<F>>(tables: T, frontend: &Frontend) -> 
         tables.count(Counter::Event(Event::NoEndpointPassed));
         return Next::Pass;
     }
-    Next::Reject(Reason::NoEndpoint)
+    refuse(can_answer, Reason::NoEndpoint)
 }
 
 /// Finds the way to a new flow's backend, and with it the source address it needs; false when it needs none.
@@ -309,6 +321,9 @@ fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut 
         return Claim::Refused;
     }
     // Looked up after the insertion, because a flow enters the established table before it leaves this one.
+    if !tables.may_know(select::known_bit(reply_key)) {
+        return Claim::New;
+    }
     let Some(entry) = tables.flow(Table::Established, reply_key) else { return Claim::New };
     tables.remove(Table::Embryonic, reply_key);
     if entry.kind != reply.kind || opposite(reply_key, &entry) != *key {

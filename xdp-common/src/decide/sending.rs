@@ -9,6 +9,32 @@ use crate::{
     verdict::{Action, Counter, Event, Reason},
 };
 
+/// How a packet of a flow leaves: what a function of its own can return in BPF, one number.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Up the stack.
+    Stack,
+    /// Out of the interface it came in by.
+    Transmit,
+    /// Out of another interface.
+    Redirect,
+    /// Not at all: the table of new flows refused an entry.
+    Refused,
+}
+
+impl Way {
+    /// What becomes of the packet.
+    #[inline(always)]
+    pub(super) fn action(self) -> Action {
+        match self {
+            Self::Stack => Action::Stack,
+            Self::Transmit => Action::Transmit,
+            Self::Redirect => Action::Redirect,
+            Self::Refused => Action::Drop(Reason::FlowInsert),
+        }
+    }
+}
+
 /// What the cached next hop allows: nothing when it may be stale, or when the packet is one for the kernel to answer
 /// with ICMP (over the MTU, or on its last hop).
 #[inline(always)] // the fast path itself
@@ -16,16 +42,16 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
     flow: &Flow<F::Addr>,
-) -> Option<Action> {
+) -> Option<Way> {
     if flow.exit == exit::LOCAL {
-        return Some(Action::Stack);
+        return Some(Way::Stack);
     }
     if flow.routing != tables.routing_tag() || packet.ttl <= 1 || packet.total_len > flow.mtu {
         return None;
     }
     match flow.exit {
-        exit::TRANSMIT => Some(Action::Transmit),
-        exit::REDIRECT => Some(Action::Redirect),
+        exit::TRANSMIT => Some(Way::Transmit),
+        exit::REDIRECT => Some(Way::Redirect),
         _ => None,
     }
 }
@@ -39,23 +65,23 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     hook: Hook,
     table: Table,
     flow: &mut Flow<F::Addr>,
-) -> Action {
+) -> Way {
     if flow.exit == exit::LOCAL {
-        return Action::Stack;
+        return Way::Stack;
     }
     if hook == Hook::Xdp {
         if flow.routing != tables.routing_tag() && refresh(tables, packet, table, flow) {
             tables.count(Counter::Event(Event::HopRefreshed));
         }
-        if let Some(action) = by_cache(tables, packet, flow) {
-            return action;
+        if let Some(way) = by_cache(tables, packet, flow) {
+            return way;
         }
     }
     if !hand_up(tables, &packet.key, flow) {
-        return Action::Drop(Reason::FlowInsert);
+        return Way::Refused;
     }
     flow.exit = exit::KERNEL;
-    Action::Stack
+    Way::Stack
 }
 
 /// Asks for the next hop again; true when an established flow keeps the answer.

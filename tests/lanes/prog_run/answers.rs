@@ -1,0 +1,168 @@
+//! Refusals that tell their sender: resets and ICMP errors, byte for byte.
+
+use etherparse::{Icmpv4Header, Icmpv4Type, IpNumber, Ipv4Header, TcpHeader, icmpv4::DestUnreachableHeader};
+use xdp_common::{
+    gate,
+    net::{Address, TCP, UDP},
+    tables::{ANSWERS_PER_PERIOD_MAX, Device, network},
+    verdict::{
+        Counter::{Drop, Event},
+        Event as E, Reason,
+    },
+};
+
+use crate::{frames::*, node::*};
+
+/// Sequence number of every frame that the builders make.
+const SEQUENCE: u32 = 0x0102_0304;
+
+/// A frame back to the client, with a header and payload of its own.
+fn back(node: &Node, vip: Addr, proto: IpNumber, rest: &[u8]) -> Vec<u8> {
+    let mut ip = Ipv4Header::new(rest.len() as u16, 64, proto, vip, CLIENT).expect("frames are short");
+    ip.dont_fragment = true;
+    ip.header_checksum = ip.calc_header_checksum();
+    [&GATEWAY_MAC[..], &node.mac[..], &[0x08, 0x00], &ip.to_bytes()[..], rest].concat()
+}
+
+/// The reset for a segment without payload.
+fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
+    let mut tcp = TcpHeader::new(sent.dst.1, sent.src.1, 0, 0);
+    tcp.rst = true;
+    if sent.flags & ACK == 0 {
+        tcp.ack = true;
+        tcp.acknowledgment_number = SEQUENCE + u32::from(sent.flags & SYN != 0) + sent.payload.len() as u32;
+    }
+    tcp.checksum = tcp.calc_checksum_ipv4_raw(sent.dst.0, CLIENT, &[]).expect("frames are short");
+    back(node, sent.dst.0, IpNumber::TCP, &tcp.to_bytes())
+}
+
+/// The ICMP error for a datagram.
+fn unreachable(node: &Node, sent: &Frame) -> Vec<u8> {
+    let quote = &sent.bytes()[ETHERNET..ETHERNET + 28];
+    let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
+    let icmp = Icmpv4Header::with_checksum(kind, quote);
+    back(node, sent.dst.0, IpNumber::ICMP, &[&icmp.to_bytes()[..], quote].concat())
+}
+
+fn answer_to(node: &Node, sent: &Frame) -> Vec<u8> {
+    if sent.proto == TCP { reset(node, sent) } else { unreachable(node, sent) }
+}
+
+/// Checks that XDP refuses a frame with the right answer.
+fn refuses(node: &Node, name: &str, sent: &Frame, reason: Reason) {
+    let counts = [Drop(reason), Event(E::Answered)];
+    let expected = answer_to(node, sent);
+    node.check(name, node.entry, &sent.bytes(), Action::Transmit, &expected, &counts);
+}
+
+#[test]
+fn a_service_without_endpoints_refuses_at_once() {
+    Node::each(|node| {
+        for proto in [TCP, UDP] {
+            node.frontend(VIP, proto, &[], 0);
+            let opener = node.opener(proto, 40_000, VIP);
+            let forms: [Form; 4] = [
+                ("plain", &|_| {}),
+                ("a payload", &|frame| frame.payload = b"early data".to_vec()),
+                ("padding", &|frame| frame.padding = vec![0xee; 6]),
+                ("a long frame", &|frame| frame.payload = vec![7; 1_400]),
+            ];
+            for (name, form) in forms {
+                refuses(node, name, &opener.with(form), Reason::NoEndpoint);
+            }
+        }
+        for flags in [ACK, SYN | ACK, FIN | ACK] {
+            let segment = node.opener(TCP, 40_000, VIP).flags(flags);
+            refuses(node, "an acknowledgement", &segment, Reason::NoEndpoint);
+        }
+    });
+}
+
+#[test]
+fn a_reset_options_and_a_device_that_cannot_transmit_get_no_answer() {
+    Node::each(|node| {
+        node.frontend(VIP, TCP, &[], 0);
+        node.frontend(VIP, UDP, &[], 0);
+        let counts = [Drop(Reason::NoEndpoint), Event(E::Unanswered)];
+        let reset = node.opener(TCP, 40_000, VIP).flags(RST).bytes();
+        node.check("a reset", node.entry, &reset, Action::Drop, &reset, &counts);
+        for proto in [TCP, UDP] {
+            let optional = node.opener(proto, 40_000, VIP).with(|frame| frame.options = vec![1; 8]).bytes();
+            node.check("options", node.entry, &optional, Action::Drop, &optional, &counts);
+        }
+        node.device(node.ifindex, Device { snat: NODE, flags: 0, mtu: 1500, mac: node.mac, zero: [0; 2] });
+        let plain = node.opener(TCP, 40_000, VIP).bytes();
+        node.check("no way", node.entry, &plain, Action::Drop, &plain, &[Drop(Reason::NoEndpoint)]);
+    });
+}
+
+#[test]
+fn tc_answers_frames_whose_checksum_is_left_to_the_device_in_kind() {
+    Node::each(|node| {
+        for proto in [TCP, UDP] {
+            node.frontend(VIP, proto, &[], 0);
+            let sent = node.opener(proto, 40_000, VIP).looking_offloaded();
+            let mut expected = answer_to(node, &sent);
+            // What the device is to add is not there yet: the sum of the pseudo-header for TCP, nothing for ICMP.
+            if proto == TCP {
+                let header = Frame::new(TCP, (node.mac, GATEWAY_MAC), sent.dst, sent.src);
+                expected[50..52].copy_from_slice(&header.pseudo_sum().to_be_bytes());
+            } else {
+                expected[36..38].fill(0);
+            }
+            let counts = [Drop(Reason::NoEndpoint), Event(E::Answered)];
+            let hook = Hook::TcIngress;
+            node.check("at tc", hook, &sent.bytes(), Action::Redirect, &expected, &counts);
+        }
+    });
+}
+
+#[test]
+fn other_ports_of_a_cluster_ip_are_refused_and_free_addresses_of_a_service_network_drop() {
+    Node::each(|node| {
+        node.frontend(VIP, TCP, &[], 0);
+        node.maps.service_address(VIP);
+        node.maps.open_ingress(gate::service_network_bit(VIP.network()));
+        node.maps.network(network::SERVICES, VIP, 24, 1);
+        let own = [VIP[0], VIP[1], VIP[2], 99];
+        node.maps.network(network::SERVICES, own, 32, 0);
+        for proto in [TCP, UDP] {
+            let to = |addr, port| node.opener(proto, 40_000, VIP).with(|frame| frame.dst = (addr, port));
+            refuses(node, "another port", &to(VIP, 81), Reason::UnknownPort);
+            let free = to(VIP_TOO, 81).bytes();
+            let dropped = [Drop(Reason::UnknownServiceAddress)];
+            node.check("a free address", node.entry, &free, Action::Drop, &free, &dropped);
+            let own = to(own, 81).bytes();
+            node.check("the node's own", node.entry, &own, Action::Pass, &own, &[Event(E::Unclaimed)]);
+            let beyond = to([VIP[0], VIP[1], VIP[2] + 1, 1], 81).bytes();
+            let unclaimed = [Event(E::Unclaimed)];
+            node.check("beyond the network", node.entry, &beyond, Action::Pass, &beyond, &unclaimed);
+            let far = to([VIP[0], VIP[1] + 1, 0, 1], 81).bytes();
+            node.check("another network", node.entry, &far, Action::Pass, &far, &[]);
+        }
+    });
+}
+
+#[test]
+fn answers_are_limited_and_refusals_are_not() {
+    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    node.frontend(VIP, TCP, &[], 0);
+    let frame = node.opener(TCP, 40_000, VIP).bytes();
+    let mut outcomes = (0u32, 0u32);
+    for _ in 0..4 * ANSWERS_PER_PERIOD_MAX {
+        match node.run(node.entry, &frame).action {
+            Action::Transmit => outcomes.0 += 1,
+            Action::Drop => outcomes.1 += 1,
+            other @ (Action::Pass | Action::Redirect) => panic!("{other:?}"),
+        }
+    }
+    // Test runs may move between processors and periods, each of which has an allowance.
+    assert!(outcomes.0 >= ANSWERS_PER_PERIOD_MAX, "{outcomes:?}");
+    let counts = node.maps.counts();
+    let count = |counter: xdp_common::verdict::Counter| counts[counter.index() as usize];
+    assert_eq!(count(Drop(Reason::NoEndpoint)), u64::from(4 * ANSWERS_PER_PERIOD_MAX));
+    assert_eq!(
+        (count(Event(E::Answered)), count(Event(E::Unanswered))),
+        (outcomes.0.into(), outcomes.1.into())
+    );
+}
