@@ -1,6 +1,7 @@
 //! A small network world on one machine, built and taken down by one process.
 
 pub mod agent;
+pub mod api_server;
 pub mod capture;
 pub mod clients;
 pub mod link;

@@ -264,6 +264,22 @@ impl Attacher {
     }
 }
 
+/// Takes off what agents have left on any interface and removes their pins; no agent runs while `pins` is held.
+///
+/// # Errors
+/// When a pin cannot be removed.
+pub fn remove_leftovers(pins: &PinDir, kernel: KernelVersion) -> anyhow::Result<()> {
+    pins.clear()?;
+    if kernel < TCX_SINCE {
+        let host = neighbours::read_host().context("cannot read the interfaces")?;
+        for link in host.links.values() {
+            legacy::remove(&link.name);
+        }
+    }
+    pins.remove();
+    Ok(())
+}
+
 fn take_off(links: impl Iterator<Item = PinnedLink>) {
     for link in links {
         remove_pin(&link.path);

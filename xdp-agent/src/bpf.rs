@@ -183,12 +183,12 @@ impl Link {
 /// Reads or writes entries of a map in one call; returns how many.
 ///
 /// # Safety
-/// `keys` and `values` must have room for `count` keys and values of the map's sizes, `next` for a token of 8 bytes and at
-/// least a key, and what the kernel writes there must be valid values of the caller's types.
+/// `keys` and `values` must have room for `count` keys and values of the map's sizes, a key must fit into a token, and what
+/// the kernel writes there must be valid values of the caller's types. A write changes neither.
 ///
 /// # Errors
-/// `EINVAL` on kernels without batches (before 5.6); `ENOSPC` when a bucket of a hash holds more than `count`. Reads end
-/// with `ENOENT`, beside what they found.
+/// `EINVAL` on kernels without batches (before 5.6), `ENOTSUPP` where a map has none; the count means nothing then.
+/// `ENOSPC` when a bucket of a hash holds more than `count`. Reads end with `ENOENT`, beside what they found.
 pub(crate) unsafe fn map_batch(call: BatchCall<'_>) -> (u32, io::Result<()>) {
     let mut attr = Batch {
         in_batch: call.from.map_or(0, |token| std::ptr::from_ref(token) as u64),
@@ -204,6 +204,9 @@ pub(crate) unsafe fn map_batch(call: BatchCall<'_>) -> (u32, io::Result<()>) {
     (attr.count, result.map(drop))
 }
 
+/// Room for where a read ended: the number of a bucket, or a key.
+pub(crate) const TOKEN_BYTES: usize = 32;
+
 /// The parameters of [`map_batch`].
 pub(crate) struct BatchCall<'a> {
     /// The map.
@@ -211,9 +214,9 @@ pub(crate) struct BatchCall<'a> {
     /// Whether to write.
     pub(crate) writes: bool,
     /// Where the last read ended; `None` for the beginning, and for writes.
-    pub(crate) from: Option<&'a [u8; 8]>,
+    pub(crate) from: Option<&'a [u8; TOKEN_BYTES]>,
     /// Where this read ends.
-    pub(crate) next: *mut [u8; 8],
+    pub(crate) next: *mut [u8; TOKEN_BYTES],
     /// Keys.
     pub(crate) keys: *mut u8,
     /// Values.

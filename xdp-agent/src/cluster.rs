@@ -1,288 +1,395 @@
 //! From Kubernetes objects to what this node should serve: pure, and the same on every node but for what is local.
+//!
+//! [`Cluster`] holds the objects and what follows from them. [`Cluster::apply`] notes what a change touches,
+//! [`Cluster::update`] computes that much anew and tells what differs from what it told before. However changes are
+//! ordered and batched, what has been told adds up to the same, and to nothing once every object is gone.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
-    fmt,
-    net::Ipv4Addr,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    mem,
+    net::IpAddr,
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::Service;
-
 use self::{
-    endpoints::{Slices, categorize},
-    frontends::{Claimant, NodeAddresses},
+    endpoints::{Here, local_ready},
+    family::{Concerned, Served, Side},
+    problems::Problems,
+    site::Site,
+    wanted::Delta,
 };
 use crate::{
-    manifests::{ObjectName, Objects},
-    problem::{Problem, ProblemKind},
+    objects::{Change, Node, ObjectName, Service, ServiceCidr, Slice},
+    problem::Problem,
 };
 
 pub mod address;
+mod claims;
 mod endpoints;
-#[cfg(test)]
-mod flows;
+mod family;
 mod frontends;
+mod problems;
+mod site;
 #[cfg(test)]
 mod tests;
 pub mod wanted;
 
-const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+/// What the operator chooses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Name of this node, as in `nodeName` of endpoints.
+    pub node: String,
+    /// How this node's pods are told from other clients.
+    pub detect_local: DetectLocal,
+    /// Whether every flow to a ClusterIP is masqueraded.
+    pub masquerade_all: bool,
+    /// Where NodePorts are served.
+    pub nodeport_addresses: NodePortAddresses,
+    /// Service networks beside those of ServiceCIDR objects.
+    pub service_cidrs: Vec<(IpAddr, u8)>,
+    /// Zone of this node, in place of what its Node object says.
+    pub zone: Option<String>,
+}
+
+/// How this node's pods are told from other clients.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// Not at all: pods are clients as any other.
+    #[default]
+    None,
+    /// By the networks that all pods of the cluster have their addresses from.
+    ClusterCidr(Vec<(IpAddr, u8)>),
+    /// By the networks that the Node object gives to its pods.
+    NodeCidr,
+    /// By the bridge that they are connected to.
+    BridgeInterface(String),
+    /// By what the names of their interfaces begin with.
+    InterfaceNamePrefix(String),
+}
+
+/// Where NodePorts are served.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// On the first InternalIP of the node in each family, else its first ExternalIP (kube-proxy's nftables default).
+    #[default]
+    Primary,
+    /// On the node's addresses in these networks; on all of a family of which there is none.
+    Cidrs(Vec<(IpAddr, u8)>),
+}
 
 /// What is known of this node beside its Node object.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeFacts {
-    /// Its name, as in `nodeName` of endpoints.
-    pub name: String,
-    /// Where NodePorts are served when there is no Node object of that name with an address.
-    pub addresses: Vec<Ipv4Addr>,
+    /// Stands in for the addresses of the Node object in families of which it has none.
+    pub addresses: Vec<IpAddr>,
     /// Every address of the node's interfaces: nothing addressed to them is ever dropped.
-    pub own: BTreeSet<Ipv4Addr>,
+    pub own: BTreeSet<IpAddr>,
 }
 
-/// A transport protocol that is served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Protocol {
-    /// RFC 9293.
-    Tcp,
-    /// RFC 768.
-    Udp,
-}
-
-/// What identifies a service port.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ServicePortName {
-    /// Namespace of the Service.
-    pub namespace: String,
-    /// Name of the Service.
-    pub service: String,
-    /// Name of the port, empty when it has none.
-    pub port: String,
-    /// Protocol of the port.
-    pub protocol: Protocol,
-}
-
-/// What sort of address a frontend has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum FrontendKind {
-    /// `spec.clusterIP`.
-    ClusterIp,
-    /// `spec.externalIPs`.
-    ExternalIp,
-    /// `status.loadBalancer.ingress`.
-    LoadBalancer,
-    /// `spec.ports[].nodePort` on an address of the node.
-    NodePort,
-}
-
-/// Which endpoint list a frontend uses for clients outside the cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Policy {
-    /// Every usable endpoint.
-    Cluster,
-    /// Only usable endpoints on this node.
-    Local,
-}
-
-/// An address and port where clients connect to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DesiredFrontend {
-    /// Address.
-    pub addr: [u8; 4],
-    /// Port.
-    pub port: u16,
-    /// What sort of address.
-    pub kind: FrontendKind,
-    /// Which list it uses.
-    pub policy: Policy,
-    /// Whether the address is one of the node's own.
-    pub node_address: bool,
-}
-
-/// An endpoint of a service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Endpoint {
-    /// Address.
-    pub addr: [u8; 4],
-    /// Port.
-    pub port: u16,
-    /// Whether it is on this node.
-    pub local: bool,
-}
-
-/// A service port as it should be served.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServicePort {
-    /// Its identity.
-    pub name: ServicePortName,
-    /// Where clients connect to, sorted; no address, port and protocol is in two service ports.
-    pub frontends: Vec<DesiredFrontend>,
-    /// Endpoints for policy Cluster, sorted; empty when no frontend needs them.
-    pub cluster: Vec<Endpoint>,
-    /// Endpoints for policy Local, sorted; empty when no frontend needs them.
-    pub local: Vec<Endpoint>,
-    /// Every endpoint that still serves, whether or not new flows may choose it: their flows stay.
-    pub serving: Vec<Endpoint>,
-    /// Whether any endpoint in the cluster is usable: without one clients are refused, otherwise an empty list drops.
-    pub any_endpoint: bool,
-}
-
-/// What this node should serve.
+/// What has changed since the last update.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Desired {
-    /// Service ports, sorted by name.
-    pub services: Vec<Arc<ServicePort>>,
-    /// What could not be served as asked.
-    pub problems: Vec<Problem>,
+pub struct Update {
+    /// In IPv4.
+    pub v4: Delta<[u8; 4]>,
+    /// In IPv6.
+    pub v6: Delta<[u8; 16]>,
 }
 
-/// Computes what this node should serve.
-pub fn desired(objects: &Objects, node: &NodeFacts) -> Desired {
-    let mut problems = Vec::new();
-    let own = objects.nodes.get(&ObjectName { namespace: String::new(), name: node.name.clone() });
-    let labels = own.and_then(|own| own.metadata.labels.as_ref());
-    let zone =
-        labels.and_then(|labels| labels.get(LABEL_ZONE)).map(String::as_str).filter(|zone| !zone.is_empty());
-    let addresses = NodeAddresses::of(own.map(|own| own.as_ref()), node);
-    let slices = Slices::index(objects, node, zone, &mut problems);
-    let mut drafts = BTreeMap::new();
-    for (name, service) in &objects.services {
-        draft(name, service, &addresses, &mut drafts, &mut problems);
-    }
-    let mut drafts: Vec<_> = drafts.into_iter().collect();
-    settle_duplicates(&mut drafts, &mut problems);
-    let services = drafts.into_iter().filter(|(_, draft)| !draft.frontends.is_empty());
-    let services = services.map(|(name, draft)| Arc::new(serve(name, draft.frontends, &slices))).collect();
-    Desired { services, problems }
+/// A port on which load balancers ask whether this node has endpoints of a Service. It claims nothing: it is the agent's
+/// own, and two Services may ask for the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The Service.
+    pub service: ObjectName,
+    /// The port.
+    pub port: u16,
+    /// Addresses with a ready endpoint on this node, IPv4.
+    pub local_endpoints_v4: u32,
+    /// The same, IPv6.
+    pub local_endpoints_v6: u32,
 }
 
-/// A service port with what it claims, before claims are settled.
-struct Draft {
-    /// Creation time of the Service in seconds; a Service without one is younger than all.
-    created: i64,
-    frontends: Vec<DesiredFrontend>,
+/// Whether load balancers should send anything to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eligibility {
+    /// Nothing speaks against it.
+    Eligible,
+    /// The Node is being deleted, or is about to be.
+    Leaving,
+    /// There is no Node object of this node's name; what that means depends on whether there should be.
+    Absent,
 }
 
-fn draft(
-    name: &ObjectName,
-    service: &Service,
-    addresses: &NodeAddresses,
-    drafts: &mut BTreeMap<ServicePortName, Draft>,
-    problems: &mut Vec<Problem>,
-) {
-    let object = format!("Service {name}");
-    let Some(claimant) = Claimant::read(service, &object, problems) else { return };
-    let created = service.metadata.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second());
-    for port in claimant.ports {
-        let Some(protocol) = frontends::protocol(port, &object, problems) else { continue };
-        let id = ServicePortName {
-            namespace: name.namespace.clone(),
-            service: name.name.clone(),
-            port: port.name.clone().unwrap_or_default(),
-            protocol,
-        };
-        if drafts.contains_key(&id) {
-            let message =
-                format!("port {} has the same name and protocol as another; it is left out", port.port);
-            problems.push(Problem::of(ProblemKind::Invalid, &object, message));
-            continue;
+/// Service ports whose policy asks for local endpoints while there are only others, by that policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyCounts {
+    /// `internalTrafficPolicy`.
+    pub internal: u32,
+    /// `externalTrafficPolicy`.
+    pub external: u32,
+}
+
+/// Service ports that drop for want of local endpoints, by family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NoLocalEndpoints {
+    /// In IPv4.
+    pub v4: PolicyCounts,
+    /// In IPv6.
+    pub v6: PolicyCounts,
+}
+
+/// The objects, and what follows from them for this node.
+#[derive(Debug)]
+pub struct Cluster {
+    options: Options,
+    facts: NodeFacts,
+    /// The object of this node.
+    node: Option<Arc<Node>>,
+    service_cidrs: BTreeMap<String, Arc<ServiceCidr>>,
+    services: BTreeMap<ObjectName, Entry>,
+    /// Every slice that is used, to find the Service that it was of.
+    slices: HashMap<ObjectName, Arc<Slice>>,
+    v4: Side<[u8; 4]>,
+    v6: Side<[u8; 16]>,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
+    problems: Problems,
+    touched: BTreeSet<ObjectName>,
+    /// Whether something of the node, or of networks, has changed.
+    is_site_touched: bool,
+    /// Where the view of the node stood at the last update.
+    zone: String,
+}
+
+/// A Service, as soon as there is an object of it or a slice for it.
+#[derive(Debug, Default)]
+struct Entry {
+    service: Option<Arc<Service>>,
+    slices: BTreeMap<Box<str>, Arc<Slice>>,
+    v4: Served<[u8; 4]>,
+    v6: Served<[u8; 16]>,
+}
+
+impl Cluster {
+    /// A cluster without objects.
+    pub fn new(options: Options) -> Self {
+        Self {
+            options,
+            facts: NodeFacts::default(),
+            node: None,
+            service_cidrs: BTreeMap::new(),
+            services: BTreeMap::new(),
+            slices: HashMap::new(),
+            v4: Side::default(),
+            v6: Side::default(),
+            health_checks: BTreeMap::new(),
+            problems: Problems::default(),
+            touched: BTreeSet::new(),
+            is_site_touched: true,
+            zone: String::new(),
         }
-        let frontends = claimant.frontends(port, addresses, &object, problems);
-        drafts.insert(id, Draft { created, frontends });
     }
-}
 
-/// Gives every address, port and protocol to one service port: to one that names the address before a NodePort (as
-/// kube-proxy's nftables mode does), then to the oldest, then to the first by name.
-fn settle_duplicates(drafts: &mut [(ServicePortName, Draft)], problems: &mut Vec<Problem>) {
-    let mut claims = Vec::new();
-    for (at, (_, draft)) in drafts.iter().enumerate() {
-        for frontend in &draft.frontends {
-            claims.push((
-                frontend.kind == FrontendKind::NodePort,
-                draft.created,
-                at,
-                frontend.addr,
-                frontend.port,
-            ));
-        }
+    /// Takes what is known of this node beside its Node object.
+    pub fn set_node(&mut self, facts: NodeFacts) {
+        self.is_site_touched |= facts != self.facts;
+        self.facts = facts;
     }
-    claims.sort_unstable();
-    let mut owners: HashMap<([u8; 4], u16, Protocol), usize> = HashMap::with_capacity(claims.len());
-    let mut lost = Vec::new();
-    for (_, _, at, addr, port) in claims {
-        match owners.entry((addr, port, drafts[at].0.protocol)) {
-            Entry::Vacant(free) => {
-                free.insert(at);
+
+    /// Takes a change of an object, in time that grows with this object only.
+    pub fn apply(&mut self, change: Change) {
+        match change {
+            Change::Service(name, service) => self.apply_service(name, service),
+            Change::Slice(name, slice) => self.apply_slice(name, slice),
+            Change::Node(name, node) => {
+                if name != self.options.node || node == self.node {
+                    return;
+                }
+                self.problems.set("Node", &name, node.as_ref().map(|node| &*node.flaws));
+                self.node = node;
+                self.is_site_touched = true;
             }
-            Entry::Occupied(owner) => lost.push((at, addr, port, *owner.get())),
+            Change::ServiceCidr(name, cidr) => {
+                self.problems.set("ServiceCIDR", &name, cidr.as_ref().map(|cidr| &*cidr.flaws));
+                match cidr {
+                    Some(cidr) => self.service_cidrs.insert(name, cidr),
+                    None => self.service_cidrs.remove(&name),
+                };
+                self.is_site_touched = true;
+            }
         }
     }
-    lost.sort_unstable();
-    for (at, addr, port, owner) in lost {
-        let (winner, (name, draft)) = (drafts[owner].0.clone(), &mut drafts[at]);
-        draft.frontends.retain(|frontend| (frontend.addr, frontend.port) != (addr, port));
-        let message = format!(
-            "{}:{port} is already served for Service {winner}; give one of the two another address or port",
-            Ipv4Addr::from(addr)
+
+    fn apply_service(&mut self, name: ObjectName, service: Option<Arc<Service>>) {
+        let known = self.services.get(&name).and_then(|entry| entry.service.as_ref());
+        if known == service.as_ref() {
+            return;
+        }
+        self.problems.set("Service", &name, service.as_ref().map(|service| &*service.flaws));
+        self.services.entry(name.clone()).or_default().service = service;
+        self.touched.insert(name);
+    }
+
+    fn apply_slice(&mut self, name: ObjectName, slice: Option<Arc<Slice>>) {
+        let slice = slice.filter(|slice| !slice.service.is_empty());
+        if self.slices.get(&name) == slice.as_ref() {
+            return;
+        }
+        self.problems.set("EndpointSlice", &name, slice.as_ref().map(|slice| &*slice.flaws));
+        if let Some(old) = self.slices.remove(&name) {
+            let service = ObjectName::new(&*name.namespace, &*old.service);
+            if let Some(entry) = self.services.get_mut(&service) {
+                entry.slices.remove(&*name.name);
+            }
+            self.touched.insert(service);
+        }
+        if let Some(slice) = slice {
+            let service = ObjectName::new(&*name.namespace, &*slice.service);
+            let entry = self.services.entry(service.clone()).or_default();
+            entry.slices.insert(name.name.as_str().into(), Arc::clone(&slice));
+            self.slices.insert(name, slice);
+            self.touched.insert(service);
+        }
+    }
+
+    /// Computes what the changes since the last update touch, and tells what differs from what was told before.
+    ///
+    /// Takes time in proportion to the Services touched; a change of the node's zone, name or main addresses touches all.
+    pub fn update(&mut self) -> Update {
+        let mut update = Update::default();
+        let mut touched = mem::take(&mut self.touched);
+        if mem::take(&mut self.is_site_touched) {
+            self.update_site(&mut touched, &mut update);
+        }
+        self.claim(&touched);
+        let (mut v4, mut v6) = (self.v4.claims.news(), self.v6.claims.news());
+        let is_new = v4.cluster_ips.iter().any(|addr| self.v4.site.rules.node_ports.contains(addr))
+            || v6.cluster_ips.iter().any(|addr| self.v6.site.rules.node_ports.contains(addr));
+        if is_new {
+            // An address that serves NodePorts has become a ClusterIP, or is none any more: NodePorts yield to it.
+            touched.extend(self.services.keys().cloned());
+            self.claim(&touched);
+            let (more_v4, more_v6) = (self.v4.claims.news(), self.v6.claims.news());
+            v4.moved.extend(more_v4.moved);
+            v6.moved.extend(more_v6.moved);
+            v4.has_problems |= more_v4.has_problems | more_v6.has_problems;
+        }
+        for name in v4.moved.iter().chain(&v6.moved) {
+            touched.insert(ObjectName::new(&*name.namespace, &*name.service));
+        }
+        if v4.has_problems || v6.has_problems {
+            self.problems.touch();
+        }
+        for name in &touched {
+            self.serve(name, &mut update);
+        }
+        update
+    }
+
+    fn update_site(&mut self, touched: &mut BTreeSet<ObjectName>, update: &mut Update) {
+        let node = self.node.as_deref();
+        let sites = (
+            Site::of(&self.options, &self.facts, node),
+            Site::of(&self.options, &self.facts, node),
         );
-        problems.push(Problem::of(ProblemKind::DuplicateFrontend, format!("Service {name}"), message));
-    }
-}
-
-fn serve(name: ServicePortName, mut frontends: Vec<DesiredFrontend>, slices: &Slices<'_>) -> ServicePort {
-    let candidates = slices.of((&name.namespace, &name.service), &name.port, name.protocol);
-    let mut lists = categorize(&candidates);
-    let uses = |policy| frontends.iter().any(|frontend| frontend.policy == policy);
-    if !uses(Policy::Cluster) {
-        lists.cluster.clear();
-    }
-    if !uses(Policy::Local) {
-        lists.local.clear();
-    }
-    frontends.sort_unstable();
-    ServicePort {
-        name,
-        frontends,
-        cluster: lists.cluster,
-        local: lists.local,
-        serving: lists.serving,
-        any_endpoint: lists.any,
-    }
-}
-
-fn port_number(number: i32) -> Option<u16> {
-    u16::try_from(number).ok().filter(|&number| number != 0)
-}
-
-impl Protocol {
-    /// The IP protocol number.
-    pub const fn number(self) -> u8 {
-        match self {
-            Self::Tcp => xdp_common::net::TCP,
-            Self::Udp => xdp_common::net::UDP,
+        let cidrs = self.service_cidrs.values().map(|cidr| &**cidr);
+        update.v4.networks =
+            self.v4.set_networks(sites.0.networks(&self.options, node, cidrs.clone()));
+        update.v6.networks = self.v6.set_networks(sites.1.networks(&self.options, node, cidrs));
+        let zone = match (&self.options.zone, node) {
+            (Some(zone), _) => zone,
+            (None, Some(node)) => &*node.zone,
+            (None, None) => "",
+        };
+        let mut concerned = vec![self.v4.set_site(sites.0), self.v6.set_site(sites.1)];
+        if zone != self.zone {
+            self.zone = zone.to_owned();
+            concerned.push(Concerned::All);
+        }
+        for concerned in concerned {
+            match concerned {
+                Concerned::All => touched.extend(self.services.keys().cloned()),
+                Concerned::These(names) => touched.extend(names),
+            }
         }
     }
 
-    /// Reads a `protocol` field; none for one that is not served.
-    fn parse(text: Option<&str>) -> Option<Self> {
-        match text {
-            None | Some("TCP") => Some(Self::Tcp),
-            Some("UDP") => Some(Self::Udp),
-            Some(_) => None,
+    fn claim(&mut self, touched: &BTreeSet<ObjectName>) {
+        for name in touched {
+            let Some(entry) = self.services.get_mut(name) else { continue };
+            let service = entry.service.as_deref();
+            self.v4.claim(name, service, &mut entry.v4);
+            self.v6.claim(name, service, &mut entry.v6);
+        }
+    }
+
+    fn serve(&mut self, name: &ObjectName, update: &mut Update) {
+        let Some(entry) = self.services.get_mut(name) else { return };
+        let here = Here { node: &self.options.node, zone: &self.zone };
+        let (service, slices) = (entry.service.as_deref(), entry.slices.values());
+        self.v4.serve(service, slices.clone(), here, &mut entry.v4, &mut update.v4);
+        self.v6.serve(service, slices.clone(), here, &mut entry.v6, &mut update.v6);
+        let port = service.map_or(0, |service| service.health_check_node_port);
+        if port != 0 && (entry.v4.is_claimant() || entry.v6.is_claimant()) {
+            let check = HealthCheck {
+                service: name.clone(),
+                port,
+                local_endpoints_v4: local_ready::<[u8; 4]>(slices.clone(), here),
+                local_endpoints_v6: local_ready::<[u8; 16]>(slices, here),
+            };
+            self.health_checks.insert(name.clone(), check);
+        } else {
+            self.health_checks.remove(name);
+        }
+        if entry.service.is_none() && entry.slices.is_empty() {
+            self.services.remove(name);
+        }
+    }
+
+    /// All current problems, by object. A list of its own: ask for it when [`Self::problems_version`] has changed.
+    pub fn problems(&self) -> Vec<Problem> {
+        let lost = self.v4.claims.problems().chain(self.v6.claims.problems());
+        self.problems.iter().cloned().chain(lost).collect()
+    }
+
+    /// A number that changes whenever the problems do, as of the last update.
+    pub fn problems_version(&self) -> u64 {
+        self.problems.version()
+    }
+
+    /// The health-check ports to open, as of the last update.
+    pub fn health_checks(&self) -> Vec<HealthCheck> {
+        self.health_checks.values().cloned().collect()
+    }
+
+    /// Service ports that drop for want of local endpoints, as of the last update.
+    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+        NoLocalEndpoints { v4: self.v4.no_local, v6: self.v6.no_local }
+    }
+
+    /// How many objects there are, by kind.
+    pub fn objects(&self) -> [(&'static str, usize); 4] {
+        let services = self.services.values().filter(|entry| entry.service.is_some()).count();
+        [
+            ("service", services),
+            ("endpointslice", self.slices.len()),
+            ("node", usize::from(self.node.is_some())),
+            ("servicecidr", self.service_cidrs.len()),
+        ]
+    }
+
+    /// Whether load balancers should send anything to this node.
+    pub fn eligibility(&self) -> Eligibility {
+        match &self.node {
+            Some(node) if node.is_leaving => Eligibility::Leaving,
+            Some(_) => Eligibility::Eligible,
+            None => Eligibility::Absent,
         }
     }
 }
 
-impl fmt::Display for ServicePortName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.service)?;
-        if !self.port.is_empty() {
-            write!(f, ":{}", self.port)?;
-        }
-        f.write_str(match self.protocol {
-            Protocol::Tcp => "/TCP",
-            Protocol::Udp => "/UDP",
-        })
+impl Update {
+    /// Whether nothing has changed.
+    pub fn is_empty(&self) -> bool {
+        self.v4.is_empty() && self.v6.is_empty()
     }
 }

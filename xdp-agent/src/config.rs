@@ -1,16 +1,48 @@
-//! Flags: one structure, whose doc comments are the help, and what they resolve to.
+//! What the command line, the environment and a configuration file ask for, and what they resolve to.
+//!
+//! [`flags`] holds the flags, [`file`] hands the fields of a kube-proxy configuration to them, and [`ignored`] explains
+//! what of kube-proxy's has no effect here.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context, ensure};
-use clap::{Parser, Subcommand, ValueEnum};
-use xdp_common::{conntrack::Timeouts, tables};
+use anyhow::{Context, bail, ensure};
+use clap::{
+    CommandFactory, FromArgMatches, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+use tracing::warn;
+use xdp_common::conntrack::Timeouts;
 
-use crate::plan::Limits;
+use crate::{
+    cluster::{DetectLocal, NodePortAddresses, Options},
+    plan::Limits,
+};
 
+pub use flags::{Args, ClusterArgs, DetectLocalMode, LogFormat, ModeChoice};
 pub use ports::PortRange;
 
+use file::Setting;
+use flags::{ListenArgs, ObjectArgs, SizeArgs, TimeoutArgs};
+use values::{Bind, NodePortAddress, all};
+
+pub mod file;
+pub mod flags;
+pub mod ignored;
 pub mod ports;
+mod show;
+#[cfg(test)]
+mod tests;
+mod uplinks;
+pub mod values;
+
+/// kube-proxy's ports of health and metrics.
+const HEALTHZ_PORT: u16 = 10256;
+const METRICS_PORT: u16 = 10249;
 
 /// Balances Kubernetes Services at XDP, in place of kube-proxy.
 #[derive(Debug, Parser)]
@@ -28,138 +60,101 @@ pub enum Command {
     Run(Box<Args>),
 }
 
-/// The flags of `run`; each has an environment variable of its name.
-#[derive(Clone, Debug, Parser)]
-pub struct Args {
-    /// Interface that clients and other nodes are reached through; repeat it or separate names by commas.
-    #[arg(long, env = "XDP_AGENT_IFACE", value_name = "IFACE", required = true, value_delimiter = ',')]
-    pub iface: Vec<String>,
-
-    /// Service, EndpointSlice and Node objects as `kubectl get -o yaml` or `-o json` prints them: a file or a directory
-    /// of files, followed for changes; repeat it or separate paths by commas.
-    #[arg(long, env = "XDP_AGENT_SERVICES", value_name = "FILE|DIR", required = true, value_delimiter = ',')]
-    pub services: Vec<PathBuf>,
-
-    /// How XDP runs: in the driver (native), in the kernel's stack (generic), or as well as each interface can (auto).
-    #[arg(long, env = "XDP_AGENT_MODE", value_enum, default_value_t = ModeChoice::Auto)]
-    pub mode: ModeChoice,
-
-    /// Name of this node in Kubernetes [default: the hostname in lower case].
-    #[arg(long, env = "XDP_AGENT_NODE", value_name = "NAME")]
-    pub node: Option<String>,
-
-    /// Address of metrics, health and status over HTTP.
-    #[arg(
-        long,
-        env = "XDP_AGENT_METRICS_ADDRESS",
-        value_name = "IP:PORT",
-        default_value = "127.0.0.1:10249"
-    )]
-    pub metrics_address: SocketAddr,
-
-    /// Directory on a BPF file system for pinned maps and links.
-    #[arg(long, env = "XDP_AGENT_PIN_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/xdp-agent")]
-    pub pin_dir: PathBuf,
-
-    /// Leave programs attached and maps pinned when stopped, so that traffic goes on until the next start.
-    #[arg(long, env = "XDP_AGENT_KEEP")]
-    pub keep: bool,
-
-    /// Remove the programs and maps of an earlier agent before starting; its flows end.
-    #[arg(long, env = "XDP_AGENT_FRESH")]
-    pub fresh: bool,
-
-    /// Source ports for translated flows; adopted maps keep theirs without --fresh [default: the widest gap that meets
-    /// neither ip_local_port_range nor NodePorts].
-    #[arg(long, env = "XDP_AGENT_SNAT_PORTS", value_name = "MIN-MAX")]
-    pub snat_ports: Option<PortRange>,
-
-    /// Entries for established flows, two a flow; when full, further flows stay embryonic.
-    #[arg(long, env = "XDP_AGENT_MAX_ESTABLISHED", value_name = "ENTRIES",
-        default_value_t = tables::ESTABLISHED_V4.entries, value_parser = entries())]
-    pub max_established: u32,
-
-    /// Entries for new flows, one a flow until it is answered, then two; when full, unanswered ones go before answered ones and older before newer.
-    #[arg(long, env = "XDP_AGENT_MAX_EMBRYONIC", value_name = "ENTRIES",
-        default_value_t = tables::EMBRYONIC_V4.entries, value_parser = entries())]
-    pub max_embryonic: u32,
-
-    /// Addresses and ports of Services; when full, further ones are not served and are reported.
-    #[arg(long, env = "XDP_AGENT_MAX_FRONTENDS", value_name = "ENTRIES",
-        default_value_t = tables::FRONTENDS_V4.entries, value_parser = entries())]
-    pub max_frontends: u32,
-
-    /// Endpoints; when full, further ones get no traffic and are reported.
-    #[arg(long, env = "XDP_AGENT_MAX_BACKENDS", value_name = "ENTRIES",
-        default_value_t = tables::BACKENDS_V4.entries, value_parser = entries())]
-    pub max_backends: u32,
-
-    /// Slots of all Maglev rings together, 4 bytes each.
-    #[arg(long, env = "XDP_AGENT_MAX_RING_SLOTS", value_name = "SLOTS",
-        default_value_t = tables::RINGS.entries, value_parser = entries())]
-    pub max_ring_slots: u32,
-
-    /// Idle time after which an open TCP connection is forgotten.
-    #[arg(long, env = "XDP_AGENT_TCP_ESTABLISHED_TIMEOUT", value_name = "TIME", default_value = "24h",
-        value_parser = timeout)]
-    pub tcp_established_timeout: Duration,
-
-    /// Idle time after which a TCP connection that one side has closed is forgotten.
-    #[arg(long, env = "XDP_AGENT_TCP_HALF_CLOSED_TIMEOUT", value_name = "TIME", default_value = "1h",
-        value_parser = timeout)]
-    pub tcp_half_closed_timeout: Duration,
-
-    /// Idle time after which a TCP connection that is closed or reset is forgotten.
-    #[arg(long, env = "XDP_AGENT_TCP_CLOSED_TIMEOUT", value_name = "TIME", default_value = "10s",
-        value_parser = timeout)]
-    pub tcp_closed_timeout: Duration,
-
-    /// Idle time after which a UDP flow is forgotten.
-    #[arg(long, env = "XDP_AGENT_UDP_TIMEOUT", value_name = "TIME", default_value = "2m", value_parser = timeout)]
-    pub udp_timeout: Duration,
-
-    /// How log lines look.
-    #[arg(long, env = "XDP_AGENT_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
-    pub log_format: LogFormat,
-
-    /// What is logged: a level, or levels by module as in `info,xdp_agent::attach=debug`.
-    #[arg(long, env = "XDP_AGENT_LOG", value_name = "FILTER", default_value = "info")]
-    pub log: String,
+/// Something the command line or the configuration file asks for that has no effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The flag with its dashes, or the path of the field.
+    pub what: String,
+    /// Why it has none.
+    pub why: &'static str,
 }
 
-/// What `--mode` allows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ModeChoice {
-    /// Native, native with frags, generic: the first that the interface takes.
-    Auto,
-    /// In the driver or not at all.
-    Native,
-    /// In the stack: slower, and works on every interface.
-    Generic,
+impl Cli {
+    /// Reads the words of a command line, the environment, and the configuration file they name. The second value is
+    /// what has no effect, for the log.
+    ///
+    /// # Errors
+    /// For everything the user has to change, and for `--help` and `--version`.
+    pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<(Self, Vec<Note>), clap::Error> {
+        let words: Vec<OsString> = words.into_iter().collect();
+        let cli = Self::try_parse_from(&words)?;
+        let Command::Run(args) = &cli.command;
+        let given = args.ignored.0.iter();
+        let mut notes: Vec<Note> =
+            given.map(|ignored| Note { what: format!("--{}", ignored.flag), why: ignored.why }).collect();
+        let Some(path) = args.objects.config.clone() else { return Ok((cli, notes)) };
+        let text = fs::read_to_string(&path);
+        let file = text.map_err(|error| error.to_string()).and_then(|text| file::read(&text));
+        let file = file.map_err(|error| refuse(&path, &error))?;
+        notes.extend(file.ignored.iter().map(|(field, why)| Note { what: (*field).to_owned(), why }));
+        let matches = with_defaults(&file.settings)
+            .try_get_matches_from(words)
+            .map_err(|error| blame(&path, &file.settings, error))?;
+        Ok((Self::from_arg_matches(&matches)?, notes))
+    }
 }
 
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// One line for people.
-    Text,
-    /// One JSON object a line.
-    Json,
+/// The command line, with a file's values in place of the defaults.
+fn with_defaults(settings: &[Setting]) -> clap::Command {
+    Cli::command().mut_subcommand("run", |run| {
+        run.mut_args(|arg| {
+            let mut of_arg = settings.iter().filter(|setting| setting.flag == arg.get_id().as_str());
+            let Some(setting) = of_arg.next() else { return arg };
+            arg.default_values(setting.values.iter().cloned().map(OsString::from))
+        })
+    })
+}
+
+fn refuse(path: &Path, message: &str) -> clap::Error {
+    Cli::command().error(ErrorKind::ValueValidation, format!("--config {}: {message}", path.display()))
+}
+
+/// Names the field whose value a flag has refused; the command line alone was accepted before.
+fn blame(path: &Path, settings: &[Setting], error: clap::Error) -> clap::Error {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => text.clone(),
+        _ => String::new(),
+    };
+    let (arg, value) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue));
+    let names = |setting: &&Setting| {
+        arg.trim_start_matches('-').split([' ', '=']).next() == Some(&setting.flag.replace('_', "-"))
+    };
+    let Some(setting) = settings.iter().find(names) else { return error };
+    let reason = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+    refuse(path, &format!("{}: invalid value {value:?}{reason}", setting.field))
+}
+
+/// Where objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ObjectSource {
+    /// Files and directories, by whole paths.
+    Files(Vec<PathBuf>),
+    /// The Kubernetes API.
+    Kubernetes {
+        /// Kubeconfig file; the pod's service account without one.
+        kubeconfig: Option<PathBuf>,
+        /// Address in place of the one that those name.
+        master: Option<String>,
+    },
 }
 
 /// The flags, with everything filled in that was left to the agent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Managed interfaces, without repetitions.
     pub interfaces: Vec<String>,
-    /// Manifest files and directories.
-    pub services: Vec<PathBuf>,
+    /// Where objects come from.
+    pub source: ObjectSource,
+    /// What decides, beside the objects, what is served.
+    pub cluster: Options,
+    /// Addresses of this node that replace those of its family from the Node object or the interfaces, primary first.
+    pub node_ips: Vec<IpAddr>,
     /// XDP modes allowed.
     pub mode: ModeChoice,
-    /// Name of this node.
-    pub node: String,
-    /// Address of the HTTP server.
-    pub metrics_address: SocketAddr,
+    /// Where the HTTP servers listen.
+    pub listen: Listen,
+    /// Whether packets and bytes of every service port are exported.
+    pub service_metrics: bool,
     /// Directory of pins.
     pub pin_dir: PathBuf,
     /// Whether a stop leaves the programs attached.
@@ -172,6 +167,17 @@ pub struct Config {
     pub sizes: Sizes,
     /// When idle flows are forgotten.
     pub timeouts: Timeouts,
+}
+
+/// Where the HTTP servers listen; nothing for those that are off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listen {
+    /// Health for load balancers and probes.
+    pub healthz: Option<SocketAddr>,
+    /// Metrics and status.
+    pub metrics: Option<SocketAddr>,
+    /// Whether an address that cannot be had ends the start.
+    pub is_hard_fail: bool,
 }
 
 /// Map sizes in entries.
@@ -187,142 +193,199 @@ pub struct Sizes {
     pub backends: u32,
     /// Ring slots.
     pub ring_slots: u32,
+    /// Networks.
+    pub networks: u32,
 }
 
 impl Sizes {
     /// What the plan has to keep within.
     pub fn limits(&self) -> Limits {
-        Limits { frontends: self.frontends, backends: self.backends, ring_slots: self.ring_slots }
+        Limits {
+            frontends: self.frontends,
+            backends: self.backends,
+            ring_slots: self.ring_slots,
+            networks: self.networks,
+        }
+    }
+}
+
+impl From<SizeArgs> for Sizes {
+    fn from(args: SizeArgs) -> Self {
+        Self {
+            established: args.max_established,
+            embryonic: args.max_embryonic,
+            frontends: args.max_frontends,
+            backends: args.max_backends,
+            ring_slots: args.max_ring_slots,
+            networks: args.max_networks,
+        }
     }
 }
 
 impl Config {
+    /// Files and directories with objects; none when they come from the API.
+    pub fn files(&self) -> &[PathBuf] {
+        match &self.source {
+            ObjectSource::Files(paths) => paths,
+            ObjectSource::Kubernetes { .. } => &[],
+        }
+    }
+
     /// Fills in what the flags left open, from the host.
     ///
     /// # Errors
-    /// When a flag contradicts the host, with what to change.
+    /// When a flag contradicts the host or another flag, with what to change.
     pub fn resolve(args: Args) -> anyhow::Result<Self> {
-        let mut interfaces: Vec<String> = Vec::new();
-        for name in args.iface.into_iter().map(|name| name.trim().to_owned()) {
-            ensure!(!name.is_empty(), "an interface name is empty; give --iface the name of an interface");
-            if !interfaces.contains(&name) {
-                interfaces.push(name);
-            }
-        }
-        // Changes are reported by whole paths.
-        let services = args.services.iter().map(std::path::absolute).collect::<Result<_, _>>();
-        let services = services.context("cannot find the working directory; give --services whole paths")?;
-        let node = match args.node {
-            Some(node) => node,
-            None => hostname().context("cannot read the hostname; give the node's name by --node")?,
-        };
-        ensure!(!node.is_empty(), "the node's name is empty; give it by --node");
         let ephemeral = ports::ephemeral()?;
-        let snat_ports = match args.snat_ports {
+        let snat_ports = match args.programs.snat_ports {
             Some(range) => range.checked_against(ephemeral)?,
             None => ports::choose(ephemeral)?,
         };
         Ok(Self {
-            interfaces,
-            services,
-            mode: args.mode,
-            node,
-            metrics_address: args.metrics_address,
-            pin_dir: args.pin_dir,
-            keep: args.keep,
-            fresh: args.fresh,
+            source: source(args.objects)?,
+            node_ips: args.cluster.node_ips(),
+            listen: listen(&args.listen, args.cluster.bind_address),
+            cluster: args.cluster.options()?,
+            interfaces: interfaces(&args.programs.iface)?,
+            mode: args.programs.mode,
+            service_metrics: args.listen.service_metrics,
+            pin_dir: args.programs.pin_dir,
+            keep: args.programs.keep,
+            fresh: args.programs.fresh,
             snat_ports,
-            sizes: Sizes {
-                established: args.max_established,
-                embryonic: args.max_embryonic,
-                frontends: args.max_frontends,
-                backends: args.max_backends,
-                ring_slots: args.max_ring_slots,
-            },
-            timeouts: Timeouts {
-                tcp_established: args.tcp_established_timeout.as_secs() as u32,
-                tcp_half_closed: args.tcp_half_closed_timeout.as_secs() as u32,
-                tcp_closed: args.tcp_closed_timeout.as_secs() as u32,
-                udp: args.udp_timeout.as_secs() as u32,
-            },
+            sizes: args.sizes.into(),
+            timeouts: timeouts(&args.timeouts),
         })
     }
 }
 
-/// Fewer than a page of entries helps nobody, and more than 2^26 (8 GiB of flows) is a slip of the pen.
-fn entries() -> clap::builder::RangedI64ValueParser<u32> {
-    clap::value_parser!(u32).range(64..=1 << 26)
+impl ClusterArgs {
+    /// What decides, beside the objects, what is served; the node's name comes from the host without `--node`.
+    ///
+    /// # Errors
+    /// When flags contradict each other or one is missing, with what to change.
+    pub fn options(&self) -> anyhow::Result<Options> {
+        let node = match &self.node {
+            Some(node) => node.clone(),
+            None => hostname().context("cannot read the hostname; give the node's name by --node")?,
+        };
+        let node = node.trim().to_lowercase();
+        ensure!(!node.is_empty(), "the node's name is empty; give it by --node");
+        Ok(Options {
+            node,
+            detect_local: self.detect_local()?,
+            masquerade_all: self.masquerade_all,
+            nodeport_addresses: self.nodeport_addresses()?,
+            service_cidrs: all(&self.service_cidr).into_iter().map(Into::into).collect(),
+            zone: self.zone.clone().filter(|zone| !zone.is_empty()),
+        })
+    }
+
+    /// Addresses of this node that replace those of their family that its Node object or its interfaces have.
+    pub fn node_ips(&self) -> Vec<IpAddr> {
+        let mut ips = all(&self.node_ip);
+        if let Some(primary) = self.bind_address.filter(|ip| !ip.is_unspecified())
+            && !ips.iter().any(|ip| ip.is_ipv4() == primary.is_ipv4())
+        {
+            ips.push(primary);
+        }
+        ips
+    }
+
+    fn detect_local(&self) -> anyhow::Result<DetectLocal> {
+        let named = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
+        Ok(match self.detect_local_mode {
+            DetectLocalMode::ClusterCidr => {
+                let networks = all(&self.cluster_cidr);
+                if networks.is_empty() {
+                    warn!(
+                        "no --cluster-cidr: pods are not told from clients outside the cluster; give it, or another \
+                         --detect-local-mode, so that ClusterIPs are masqueraded for outsiders and pods reach Services \
+                         of externalTrafficPolicy Local everywhere"
+                    );
+                    return Ok(DetectLocal::None);
+                }
+                DetectLocal::ClusterCidr(networks.into_iter().map(Into::into).collect())
+            }
+            DetectLocalMode::NodeCidr => DetectLocal::NodeCidr,
+            DetectLocalMode::BridgeInterface => {
+                DetectLocal::BridgeInterface(named(&self.pod_bridge_interface).context(
+                    "--detect-local-mode BridgeInterface needs the bridge by --pod-bridge-interface",
+                )?)
+            }
+            DetectLocalMode::InterfaceNamePrefix => DetectLocal::InterfaceNamePrefix(
+                named(&self.pod_interface_name_prefix)
+                    .context("--detect-local-mode InterfaceNamePrefix needs --pod-interface-name-prefix")?,
+            ),
+        })
+    }
+
+    fn nodeport_addresses(&self) -> anyhow::Result<NodePortAddresses> {
+        let mut networks = Vec::new();
+        let mut is_primary = false;
+        for address in all(&self.nodeport_addresses) {
+            match address {
+                NodePortAddress::Primary => is_primary = true,
+                NodePortAddress::In(cidr) => networks.push(cidr.into()),
+            }
+        }
+        match (is_primary, networks.is_empty()) {
+            (_, true) => Ok(NodePortAddresses::Primary),
+            (false, false) => Ok(NodePortAddresses::Cidrs(networks)),
+            (true, false) => {
+                bail!("--nodeport-addresses primary stands alone; leave out either it or the networks")
+            }
+        }
+    }
 }
 
-fn timeout(text: &str) -> Result<Duration, String> {
-    let time =
-        humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 90s, 3m or 24h"))?;
-    // Flow ages are counted in 32 bits of seconds, half of which are the past.
-    if time.as_secs() == 0 || time.as_secs() > u64::from(u32::MAX / 4) {
-        return Err("a timeout is at least 1s and at most 30 years".to_owned());
+fn source(args: ObjectArgs) -> anyhow::Result<ObjectSource> {
+    if args.services.is_empty() {
+        let master = args.master.filter(|master| !master.is_empty());
+        return Ok(ObjectSource::Kubernetes { kubeconfig: args.kubeconfig, master });
     }
-    Ok(time)
+    // Changes are reported by whole paths.
+    let paths = args.services.iter().map(std::path::absolute).collect::<Result<_, _>>();
+    Ok(ObjectSource::Files(paths.context("cannot find the working directory; give --services whole paths")?))
+}
+
+fn listen(args: &ListenArgs, bind_address: Option<IpAddr>) -> Listen {
+    let is_v6 = bind_address.is_some_and(|ip| ip.is_ipv6());
+    let (everywhere, loopback): (IpAddr, IpAddr) = if is_v6 {
+        (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into())
+    } else {
+        (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into())
+    };
+    Listen {
+        healthz: args.healthz_bind_address.unwrap_or(Bind::Ip(everywhere)).with_port(HEALTHZ_PORT),
+        metrics: args.metrics_bind_address.unwrap_or(Bind::Ip(loopback)).with_port(METRICS_PORT),
+        is_hard_fail: args.bind_address_hard_fail,
+    }
+}
+
+fn interfaces(given: &[String]) -> anyhow::Result<Vec<String>> {
+    if given.is_empty() {
+        return uplinks::names();
+    }
+    let mut interfaces: Vec<String> = Vec::new();
+    for name in given.iter().map(|name| name.trim().to_owned()) {
+        ensure!(!name.is_empty(), "an interface name is empty; give --iface the name of an interface");
+        if !interfaces.contains(&name) {
+            interfaces.push(name);
+        }
+    }
+    Ok(interfaces)
+}
+
+fn timeouts(args: &TimeoutArgs) -> Timeouts {
+    Timeouts {
+        tcp_established: args.tcp_established_timeout.as_secs() as u32,
+        tcp_half_closed: args.tcp_half_closed_timeout.as_secs() as u32,
+        tcp_closed: args.tcp_closed_timeout.as_secs() as u32,
+        udp: args.udp_timeout.as_secs() as u32,
+    }
 }
 
 fn hostname() -> std::io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_ascii_lowercase())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn args(extra: &[&str]) -> Result<Args, clap::Error> {
-        let given = ["xdp-agent", "run", "--iface", "eth0,eth1", "--services", "a.yaml"];
-        Cli::try_parse_from(given.iter().chain(extra)).map(|cli| match cli.command {
-            Command::Run(args) => *args,
-        })
-    }
-
-    #[test]
-    fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn every_flag_has_an_environment_variable_of_its_name() {
-        use clap::CommandFactory;
-        let cli = Cli::command();
-        let run = cli.find_subcommand("run").expect("run exists");
-        for arg in run.get_arguments().filter(|arg| arg.get_id() != "help") {
-            let env = arg.get_env().map(|env| env.to_string_lossy().into_owned());
-            let name = arg.get_id().as_str().to_uppercase();
-            assert_eq!(env, Some(format!("XDP_AGENT_{name}")));
-        }
-    }
-
-    #[test]
-    fn interfaces_are_a_list_without_repetitions() {
-        let args = args(&["--iface", "eth1", "--node", "n"]).expect("valid");
-        let config = Config::resolve(args).expect("valid");
-        assert_eq!(config.interfaces, ["eth0", "eth1"]);
-    }
-
-    #[test]
-    fn times_are_written_for_people() {
-        let args = args(&["--udp-timeout", "90s", "--tcp-established-timeout", "2days"]).expect("valid");
-        assert_eq!(args.udp_timeout, Duration::from_secs(90));
-        assert_eq!(args.tcp_established_timeout, Duration::from_secs(172_800));
-    }
-
-    #[test]
-    fn bad_values_are_refused_with_a_hint() {
-        for (flag, value, hint) in [
-            ("--udp-timeout", "0s", "at least 1s"),
-            ("--udp-timeout", "soon", "3m"),
-            ("--max-backends", "3", "64.."),
-            ("--snat-ports", "9-1", "MIN-MAX"),
-            ("--mode", "fast", "generic"),
-            ("--metrics-address", "here", "invalid"),
-        ] {
-            let message = args(&[flag, value]).expect_err("refused").to_string();
-            assert!(message.contains(hint), "{flag} {value}: {message}");
-        }
-    }
+    fs::read_to_string("/proc/sys/kernel/hostname")
 }

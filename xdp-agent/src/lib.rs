@@ -2,15 +2,18 @@
 //!
 //! [`app`] wires everything. [`manifests`] reads objects, [`cluster`] says what should be, [`plan`] how to get there, and
 //! [`reconcile`] writes it into [`maps`]. [`attach`] puts the programs on the interfaces, [`neighbours`] follows the
-//! kernel's network, [`gc`] ends flows that are over. [`serve`] tells people and Prometheus about all of it.
+//! kernel's network, [`gc`] ends flows that are over. [`serve`] tells people and Prometheus about all of it,
+//! [`health`] tells load balancers where Services have endpoints. [`cleanup`] removes what an agent has left.
 
 pub mod app;
 pub mod attach;
 pub mod bpf;
+pub mod cleanup;
 pub mod cluster;
 pub mod config;
 pub mod devices;
 pub mod gc;
+pub mod health;
 pub mod host;
 pub mod interfaces;
 pub mod manifests;
@@ -25,4 +28,6 @@ pub mod preflight;
 pub mod problem;
 pub mod reconcile;
 pub mod serve;
+pub mod source;
 pub mod status;
+pub mod watch;

@@ -2,21 +2,21 @@
 
 use std::{io::IsTerminal, process::ExitCode};
 
-use clap::Parser;
-use tracing::info;
+use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 use xdp_agent::{
-    app,
-    config::{Args, Cli, Command, Config, LogFormat},
+    app, cleanup,
+    config::{Args, Cli, Command, Config, LogFormat, Note, flags::LogArgs},
 };
 
 fn main() -> ExitCode {
-    let Command::Run(args) = Cli::parse().command;
-    if let Err(message) = start_logging(&args) {
+    let (cli, notes) = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let Command::Run(args) = cli.command;
+    if let Err(message) = start_logging(&args.logs) {
         eprintln!("xdp-agent: {message}");
         return ExitCode::from(2);
     }
-    match run(*args) {
+    match run(*args, &notes) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("xdp-agent: {error:#}");
@@ -25,13 +25,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args) -> anyhow::Result<()> {
+fn run(args: Args, notes: &[Note]) -> anyhow::Result<()> {
+    for Note { what, why } in notes {
+        warn!(%what, why, "has no effect here");
+    }
+    if args.instead.init_only {
+        info!("nothing to prepare");
+        return Ok(());
+    }
+    if args.instead.cleanup {
+        return cleanup::run(&args.programs.pin_dir);
+    }
     let config = Config::resolve(args)?;
     info!(version = env!("CARGO_PKG_VERSION"), ?config, "starting");
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))
 }
 
-fn start_logging(args: &Args) -> Result<(), String> {
+fn start_logging(args: &LogArgs) -> Result<(), String> {
     let filter = EnvFilter::try_new(&args.log).map_err(|error| format!("--log {}: {error}", args.log))?;
     let logger = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -1,4 +1,4 @@
-//! Services, EndpointSlices and Nodes from files, as `kubectl get -o yaml|json` prints them.
+//! Services, EndpointSlices, Nodes and ServiceCIDRs from files, as `kubectl get -o yaml|json` prints them.
 //!
 //! Bad input loses nothing: a document, file or directory that cannot be read keeps the objects that it had before, and
 //! everything else is read as usual.
@@ -11,24 +11,17 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Node, Service},
-        discovery::v1::EndpointSlice,
-    },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
+use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use serde_json::Value;
 
-pub use self::objects::{ObjectName, Objects};
-use self::{
-    document::{Document, documents, label},
-    objects::Kind,
-};
+use self::document::{Document, documents, label};
 pub use crate::problem::{Place, Problem, ProblemKind};
+use crate::{
+    objects::{Change, Node, ObjectName, Objects, Service, ServiceCidr, Slice},
+    source::Kind,
+};
 
 mod document;
-mod objects;
 #[cfg(test)]
 mod tests;
 pub mod watcher;
@@ -154,7 +147,8 @@ impl Reader<'_> {
                 self.report(Problem::at(ProblemKind::Syntax, place, broken.message).with_object(object));
                 match (found, kind) {
                     (Some(label), Some(kind)) => {
-                        let name = kind.object_name(label.namespace.as_deref(), &label.name);
+                        let name =
+                            kind.object_name(label.namespace.as_deref().unwrap_or_default(), &label.name);
                         self.kept.push((path.to_owned(), kind, name));
                     }
                     // An object of another kind is no loss; a list or something unknown may have held anything.
@@ -210,20 +204,20 @@ impl Reader<'_> {
 
     fn object(&mut self, path: &Path, place: &Place, kind: Kind, api_version: &str, value: Value) {
         let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-        let named = kind.object_name(Some(text("/metadata/namespace")), text("/metadata/name"));
+        let named = kind.object_name(text("/metadata/namespace"), text("/metadata/name"));
         let object = format!("{} {named}", kind.name());
         let result = if named.name.is_empty() {
             Err("metadata.name is missing".to_owned())
         } else if api_version != kind.api_version() {
             Err(format!("apiVersion {api_version} is not known; write it as {}", kind.api_version()))
-        } else if self.now.objects.contains(kind, &named) {
+        } else if self.now.objects.get(kind, &named).is_some() {
             let message =
                 "the object was already read from another place, which counts; remove one of the two";
             let problem = Problem::at(ProblemKind::DuplicateObject, place.clone(), message);
             self.report(problem.with_object(Some(object)));
             return;
         } else {
-            self.insert(kind, &named, value)
+            read_object(kind, &named, value).map(|change| self.now.objects.apply(change))
         };
         match result {
             Ok(()) => {
@@ -240,32 +234,6 @@ impl Reader<'_> {
                 }
             }
         }
-    }
-
-    fn insert(&mut self, kind: Kind, name: &ObjectName, value: Value) -> Result<(), String> {
-        let objects = &mut self.now.objects;
-        match kind {
-            Kind::Service => {
-                let mut service: Service = document::object(value)?;
-                set_name(&mut service.metadata, name);
-                objects.services.insert(name.clone(), Arc::new(service));
-            }
-            Kind::EndpointSlice => {
-                let mut slice: EndpointSlice = document::object(value)?;
-                set_name(&mut slice.metadata, name);
-                for port in slice.ports.iter_mut().flatten() {
-                    // What the API server fills in before anybody sees the object.
-                    port.name.get_or_insert_default();
-                    port.protocol.get_or_insert_with(|| "TCP".to_owned());
-                }
-                objects.slices.insert(name.clone(), Arc::new(slice));
-            }
-            Kind::Node => {
-                let node: Node = document::object(value)?;
-                objects.nodes.insert(name.clone(), Arc::new(node));
-            }
-        }
-        Ok(())
     }
 
     fn unreadable(&mut self, path: &Path, error: &io::Error) {
@@ -298,8 +266,11 @@ impl Reader<'_> {
         for (path, kind, name) in self.kept {
             let was_there =
                 previous.files.get(&path).is_some_and(|file| file.contains(&(kind, name.clone())));
-            if was_there && !self.now.objects.contains(kind, &name) {
-                self.now.objects.copy(&previous.objects, kind, &name);
+            if !was_there || self.now.objects.get(kind, &name).is_some() {
+                continue;
+            }
+            if let Some(object) = previous.objects.get(kind, &name) {
+                self.now.objects.apply(object);
                 self.now.files.entry(path).or_default().insert((kind, name));
             }
         }
@@ -327,7 +298,28 @@ fn content(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-fn set_name(meta: &mut ObjectMeta, name: &ObjectName) {
-    meta.namespace = Some(name.namespace.clone());
-    meta.name = Some(name.name.clone());
+/// Reads an object, of which the name is known, and keeps what matters of it.
+fn read_object(kind: Kind, name: &ObjectName, value: Value) -> Result<Change, String> {
+    match kind {
+        Kind::Service => {
+            let service: v1::Service = document::object(value)?;
+            Ok(Change::Service(name.clone(), Some(Arc::new(Service::read(&service)))))
+        }
+        Kind::EndpointSlice => {
+            let mut slice: discovery::EndpointSlice = document::object(value)?;
+            for port in slice.ports.iter_mut().flatten() {
+                // What the API server fills in before anybody sees the object.
+                port.name.get_or_insert_default();
+            }
+            Ok(Change::Slice(name.clone(), Some(Arc::new(Slice::read(&slice)))))
+        }
+        Kind::Node => {
+            let node: v1::Node = document::object(value)?;
+            Ok(Change::Node(name.name.clone(), Some(Arc::new(Node::read(&node)))))
+        }
+        Kind::ServiceCidr => {
+            let cidr: networking::ServiceCIDR = document::object(value)?;
+            Ok(Change::ServiceCidr(name.name.clone(), Some(Arc::new(ServiceCidr::read(&cidr)))))
+        }
+    }
 }

@@ -9,23 +9,29 @@ use std::{
 use anyhow::{Context, bail};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    maps::{Map, MapData, MapError, MapInfo, PerCpuArray},
+    maps::{Map, MapData, MapError, MapInfo, PerCpuArray, lpm_trie},
 };
 use tracing::{info, warn};
 use xdp_common::{
     net::{FlowKey, Plain},
-    tables::{self, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey, MapSpec, WAYS},
+    tables::{
+        self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey, MapSpec,
+        NetworkKey, WAYS,
+    },
 };
 
 use crate::{attach::Programs, config::Sizes};
 
+pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use image::ImageMaps;
 
+mod accounts;
 mod batch;
 pub mod embryonic;
 pub mod established;
+mod handles;
 pub mod image;
 mod known;
 mod mapping;
@@ -60,6 +66,8 @@ pub struct Loaded {
     pub embryonic: EmbryonicTable,
     /// Counters of the programs.
     pub counters: Counters,
+    /// Accounts of service ports.
+    pub accounts: Accounts,
     /// The programs, not yet loaded.
     pub programs: Programs,
     /// Sizes as the maps have them, which are those of an earlier agent where its maps were adopted.
@@ -128,7 +136,7 @@ const fn of<K, V>() -> Layout {
 }
 
 /// Maps that outlive the agent. The others hold nothing that the next packet could not make again.
-const PINNED: [(&MapSpec, Layout); 12] = [
+const PINNED: [(&MapSpec, Layout); 15] = [
     (&tables::ESTABLISHED_V4, of::<FlowKey<Addr>, Flow<Addr>>()),
     (&tables::KNOWN_V4, of::<u32, u64>()),
     (&tables::EMBRYONIC_V4, of::<u32, Embryo<Addr>>()),
@@ -136,6 +144,9 @@ const PINNED: [(&MapSpec, Layout); 12] = [
     (&tables::FRONTENDS_V4, of::<FrontendKey<Addr>, Frontend>()),
     (&tables::BACKENDS_V4, of::<u32, Backend<Addr>>()),
     (&tables::RINGS, of::<u32, u32>()),
+    (&tables::NETWORKS_V4, of::<lpm_trie::Key<Raw<NetworkKey<Addr>>>, u32>()),
+    (&tables::AFFINITY_V4, of::<AffinityKey<Addr>, Affinity>()),
+    (&tables::ACCOUNTS, of::<u32, Account>()),
     (&tables::DEVICES_V4, of::<u32, Device<Addr>>()),
     (&tables::GATE_INGRESS, of::<u32, u64>()),
     (&tables::GATE_EGRESS, of::<u32, u64>()),
@@ -167,6 +178,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let image = ImageMaps::open(&mut ebpf)?;
     let established = EstablishedTable::open(&mut ebpf)?;
     let embryonic = EmbryonicTable::open(&ebpf)?;
+    let accounts = Accounts::open(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     let sizes = Sizes {
         established: established.capacity(),
@@ -174,12 +186,13 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         frontends: image.frontends_capacity(),
         backends: image.backends_capacity(),
         ring_slots: image.rings_capacity(),
+        networks: image.networks_capacity(),
     };
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
     }
     let programs = Programs::new(ebpf);
-    Ok(Loaded { image, established, embryonic, counters, programs, sizes, is_adopted, pins })
+    Ok(Loaded { image, established, embryonic, counters, accounts, programs, sizes, is_adopted, pins })
 }
 
 /// Entries of the pinned map, if there is one that can be adopted.
@@ -220,6 +233,7 @@ fn entries(spec: &MapSpec, sizes: &Sizes) -> u32 {
         name if name == tables::FRONTENDS_V4.name => sizes.frontends,
         name if name == tables::BACKENDS_V4.name => sizes.backends,
         name if name == tables::RINGS.name => sizes.ring_slots,
+        name if name == tables::NETWORKS_V4.name => sizes.networks,
         _ => spec.entries,
     }
 }
@@ -270,15 +284,21 @@ pub(crate) fn io_error(error: MapError) -> io::Error {
 
 /// A descriptor of a map, for calls that the typed handles do not offer.
 fn descriptor(map: &Map) -> anyhow::Result<OwnedFd> {
-    let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data)) = map else {
-        bail!("the BPF object is of another version, build it with `cargo xtask build`");
-    };
-    data.fd().as_fd().try_clone_to_owned().context("cannot keep a map open")
+    data(map)?.fd().as_fd().try_clone_to_owned().context("cannot keep a map open")
 }
 
 fn capacity(map: &Map) -> anyhow::Result<u32> {
-    let (Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data)) = map else {
+    Ok(data(map)?.info().context("cannot look at a map")?.max_entries())
+}
+
+fn data(map: &Map) -> anyhow::Result<&MapData> {
+    let (Map::Array(data)
+    | Map::HashMap(data)
+    | Map::LruHashMap(data)
+    | Map::LpmTrie(data)
+    | Map::PerCpuArray(data)) = map
+    else {
         bail!("the BPF object is of another version, build it with `cargo xtask build`");
     };
-    Ok(data.info().context("cannot look at a map")?.max_entries())
+    Ok(data)
 }

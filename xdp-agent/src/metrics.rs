@@ -113,9 +113,12 @@ impl Metrics {
 
     /// Writes how full the maps of the image are.
     pub fn fill(&self, fill: Fill) {
-        for (table, entries) in
-            [("frontends", fill.frontends), ("backends", fill.backends), ("ring_slots", fill.ring_slots)]
-        {
+        for (table, entries) in [
+            ("frontends", fill.frontends),
+            ("backends", fill.backends),
+            ("ring_slots", fill.ring_slots),
+            ("networks", fill.networks),
+        ] {
             self.table_entries.get_or_create(&[("table", table)]).set(entries.into());
         }
     }
@@ -128,6 +131,7 @@ impl Metrics {
             ("frontends", sizes.frontends),
             ("backends", sizes.backends),
             ("ring_slots", sizes.ring_slots),
+            ("networks", sizes.networks),
         ] {
             self.table_capacity.get_or_create(&[("table", table)]).set(entries.into());
         }

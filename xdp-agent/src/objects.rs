@@ -1,8 +1,28 @@
 //! Objects of Kubernetes, as much of them as matters here: read once, small enough to keep a hundred thousand.
+//!
+//! Reading applies what Kubernetes says of one object alone: defaults, fields that depend on each other, objects that no
+//! proxy serves. Values that cannot be used are left out, and the object keeps a sentence about each as its flaws.
+//! Everything that takes a second object or the node is the business of [`cluster`](crate::cluster).
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
+pub use self::{
+    node::{Node, ServiceCidr},
+    service::{Service, ServicePort},
+    slice::{HintsId, NameId, Slice, SliceEndpoint, SlicePort},
+};
+
+mod changes;
+mod node;
+mod service;
+mod slice;
+#[cfg(test)]
+mod tests;
+
+/// Sentences that are kept about one object; of further flaws only their number is.
+const FLAWS_MAX: usize = 8;
+/// Characters of a text that are quoted in a sentence.
+const QUOTED_MAX: usize = 80;
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,6 +59,13 @@ pub enum Change {
     ServiceCidr(String, Option<Arc<ServiceCidr>>),
 }
 
+impl ObjectName {
+    /// A name from its two parts.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
 impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.namespace.is_empty() {
@@ -48,46 +75,34 @@ impl fmt::Display for ObjectName {
     }
 }
 
-/// What matters of a Service.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Service {}
+/// Collects what cannot be used of one object.
+#[derive(Debug, Default)]
+struct Flaws {
+    sentences: Vec<Box<str>>,
+    more: usize,
+}
 
-impl Service {
-    /// Reads an object; values that cannot be used are kept as such, for `cluster` to report.
-    pub fn read(_object: &v1::Service) -> Self {
-        Self {}
+impl Flaws {
+    fn push(&mut self, sentence: impl FnOnce() -> String) {
+        if self.sentences.len() < FLAWS_MAX {
+            self.sentences.push(sentence().into());
+        } else {
+            self.more += 1;
+        }
+    }
+
+    fn finish(mut self) -> Box<[Box<str>]> {
+        if self.more > 0 {
+            self.sentences.push(format!("{} more values cannot be used", self.more).into());
+        }
+        self.sentences.into()
     }
 }
 
-/// What matters of an EndpointSlice.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Slice {}
-
-impl Slice {
-    /// Reads an object; values that cannot be used are kept as such, for `cluster` to report.
-    pub fn read(_object: &discovery::EndpointSlice) -> Self {
-        Self {}
-    }
-}
-
-/// What matters of a Node.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Node {}
-
-impl Node {
-    /// Reads an object; values that cannot be used are kept as such, for `cluster` to report.
-    pub fn read(_object: &v1::Node) -> Self {
-        Self {}
-    }
-}
-
-/// What matters of a ServiceCIDR.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ServiceCidr {}
-
-impl ServiceCidr {
-    /// Reads an object; values that cannot be used are kept as such, for `cluster` to report.
-    pub fn read(_object: &networking::ServiceCIDR) -> Self {
-        Self {}
+/// A text of an object for people: quoted, and not longer than a line.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(QUOTED_MAX) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?} and so on", &text[..end]),
     }
 }

@@ -1,7 +1,7 @@
 //! What has to be true before anything is loaded, each with one message that says what to do.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, OsStr},
     fs::{self, File},
     io,
     net::Ipv4Addr,
@@ -143,40 +143,55 @@ impl PinDir {
         self.path.join(format!("v{}/links", xdp_common::tables::LAYOUT_VERSION))
     }
 
-    /// Takes the programs of every pinned link off and removes every pin; maps that nobody holds any more go with them.
+    /// Takes the programs of every pinned link off and removes every pin, of every layout; maps that nobody holds any more
+    /// go with them.
     ///
     /// # Errors
     /// When a pin cannot be removed.
     pub fn clear(&self) -> anyhow::Result<()> {
-        for path in pins_in(&self.links())? {
-            // Without this the program stays for as long as the kernel takes to notice.
-            if let Err(error) = Link::open(&path).and_then(|link| link.detach()) {
-                debug!(pin = %path.display(), %error, "a pinned link was not detached");
+        for version in self.versions()? {
+            for path in pins_in(&version.join("links"))? {
+                // Without this the program stays for as long as the kernel takes to notice.
+                if let Err(error) = Link::open(&path).and_then(|link| link.detach()) {
+                    debug!(pin = %path.display(), %error, "a pinned link was not detached");
+                }
+                fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
-            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
-        for path in pins_in(&self.maps())? {
-            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            for path in pins_in(&version.join("maps"))? {
+                fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            }
         }
         Ok(())
     }
 
     /// Removes the directories, as far as they are empty.
     pub fn remove(&self) {
-        let version = self.maps();
-        let version = version.parent().map(Path::to_path_buf);
-        for dir in
-            [Some(self.maps()), Some(self.links()), version, Some(self.path.clone())].into_iter().flatten()
-        {
-            // What somebody else has put there stays, and its directory with it.
-            let _ = fs::remove_dir(dir);
+        // What somebody else has put there stays, and its directory with it.
+        for version in self.versions().unwrap_or_default() {
+            for dir in [version.join("maps"), version.join("links"), version] {
+                let _ = fs::remove_dir(dir);
+            }
         }
+        let _ = fs::remove_dir(&self.path);
+    }
+
+    /// The directory of every layout that there has been.
+    fn versions(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let mut versions = pins_in(&self.path)?;
+        versions.retain(|path| {
+            let name = path.file_name().and_then(OsStr::to_str).and_then(|name| name.strip_prefix('v'));
+            name.is_some_and(|number| number.parse::<u32>().is_ok())
+        });
+        Ok(versions)
     }
 }
 
 fn pins_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries =
-        fs::read_dir(dir).and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect());
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
     entries.with_context(|| format!("cannot read {}", dir.display()))
 }
 

@@ -23,11 +23,15 @@ pub enum ProblemKind {
     BackendsFull,
     /// The map of rings is full.
     RingsFull,
+    /// The map of rings is so full that rings are smaller than they should be.
+    RingsReduced,
+    /// The map of networks is full.
+    NetworksFull,
 }
 
 impl ProblemKind {
     /// Every one of them, for metrics that start at zero.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Unreadable,
         Self::Syntax,
         Self::Invalid,
@@ -37,6 +41,8 @@ impl ProblemKind {
         Self::FrontendsFull,
         Self::BackendsFull,
         Self::RingsFull,
+        Self::RingsReduced,
+        Self::NetworksFull,
     ];
 
     /// The metric label.
@@ -51,6 +57,8 @@ impl ProblemKind {
             Self::FrontendsFull => "frontends_full",
             Self::BackendsFull => "backends_full",
             Self::RingsFull => "rings_full",
+            Self::RingsReduced => "rings_reduced",
+            Self::NetworksFull => "networks_full",
         }
     }
 }
@@ -83,6 +91,11 @@ impl Problem {
     /// A problem of an object.
     pub fn of(kind: ProblemKind, object: impl fmt::Display, message: impl Into<String>) -> Self {
         Self { kind, place: None, object: Some(object.to_string()), message: message.into() }
+    }
+
+    /// A problem of no single object.
+    pub fn general(kind: ProblemKind, message: impl Into<String>) -> Self {
+        Self { kind, place: None, object: None, message: message.into() }
     }
 
     /// A problem of a place in the input.
@@ -119,6 +132,13 @@ impl fmt::Display for Problem {
         }
         f.write_str(&self.message)
     }
+}
+
+/// The message of an error of `serde_json` without the place that it appends, which nobody sees where there are no lines,
+/// and which differs for the same mistake.
+pub(crate) fn without_place(error: &serde_json::Error) -> String {
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    error.to_string().replace(&place, "")
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The only writer of the maps that say what is served: applies planned changes in order, and keeps the settings.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::VecDeque,
     io,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -14,26 +15,28 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant as TokioInstant, MissedTickBehavior, interval, sleep_until},
 };
-use tracing::{debug, info, warn};
+use tracing::warn;
 use xdp_common::tables::Config;
 
 use crate::{
-    cluster::{self, Desired, NodeFacts},
+    cluster::{Cluster, NodeFacts, Options},
     config::{PortRange, ports},
     host::Host,
     interfaces::{Interfaces, Picture},
-    manifests::Snapshot,
     maps::ImageMaps,
     metrics::Metrics,
     neighbours::Feed,
-    plan::{Change, InUse, Limits, Plan, Update},
+    plan::{Change, InUse, Limits, Plan},
     preflight,
     problem::Problem,
-    status::{Heartbeat, Shared, SnatStatus},
+    source::Event,
+    status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
 };
 
+mod backlog;
 mod compare;
 mod report;
+mod sync;
 
 /// Time between two comparisons of the maps with the plan.
 const COMPARE_PERIOD: Duration = Duration::from_secs(60);
@@ -41,14 +44,12 @@ const COMPARE_PERIOD: Duration = Duration::from_secs(60);
 const EPOCH_PAUSE: Duration = Duration::from_millis(5);
 /// Time before refused writes are repeated.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
-/// A write that is refused more often is left to the next comparison, so that those behind it go on.
-const ATTEMPTS_MAX: u32 = 5;
 
 /// What the writer hears.
 #[derive(Debug)]
 pub struct Inlets {
-    /// Objects.
-    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// What a source says of objects.
+    pub events: mpsc::Receiver<Event>,
     /// The kernel's network.
     pub feed: Feed,
     /// What flows still need.
@@ -68,8 +69,12 @@ pub struct Parts {
     pub embryonic_buckets: u32,
     /// Whether they hold an earlier agent's contents.
     pub is_adopted: bool,
-    /// Name of this node.
-    pub node: String,
+    /// What decides, beside the objects, what is served.
+    pub cluster: Options,
+    /// Whether the source has the Node object of every node.
+    pub expects_node: bool,
+    /// Addresses of this node that stand in for those of its interfaces, primary first.
+    pub node_ips: Vec<IpAddr>,
     /// Managed interfaces by name.
     pub names: Vec<String>,
     /// Source ports of translated flows.
@@ -78,6 +83,8 @@ pub struct Parts {
     pub clock: Arc<AtomicU32>,
     /// Zero of the plan's clock.
     pub origin: Instant,
+    /// For health and for load balancers.
+    pub sync: watch::Sender<SyncState>,
     /// For people.
     pub shared: Arc<Shared>,
     /// For Prometheus.
@@ -88,24 +95,30 @@ pub struct Parts {
 #[derive(Debug)]
 pub struct Reconciler {
     parts: Parts,
-    plan: Plan,
+    plan: Plan<[u8; 4]>,
+    cluster: Cluster,
+    /// Whether everything that exists has been told.
+    is_complete: bool,
+    source_problems: Vec<Problem>,
+    source_problems_version: u64,
     settings: Config,
     /// Agent time when this agent began.
     clock_base: u32,
     facts: NodeFacts,
-    desired: Desired,
-    snapshot: Arc<Snapshot>,
     picture: Picture,
-    plan_problems: Vec<Problem>,
-    /// Problems that were logged and are still there.
-    said: BTreeSet<Problem>,
+    reported: report::Reported,
+    untold: sync::Untold,
     /// Changes that wait for one that was refused.
-    pending: VecDeque<Change>,
+    pending: VecDeque<Change<[u8; 4]>>,
+    backlog: backlog::Backlog,
+    /// Until the maps first are as everything known asks.
+    first_image: Option<NotReady>,
     attempts: u32,
     retry_at: Option<TokioInstant>,
     update_at: Option<TokioInstant>,
     epoch_at: Option<TokioInstant>,
     last_epoch: Option<Instant>,
+    comparison: Option<compare::Comparison>,
     comparisons: u32,
 }
 
@@ -135,42 +148,40 @@ impl Reconciler {
         };
         parts.maps.set_config(settings)?;
         parts.clock.store(settings.clock, Ordering::Relaxed);
+        let first_image = Some(parts.shared.wait_for("the first image in the maps"));
         Ok(Self {
+            cluster: Cluster::new(parts.cluster.clone()),
             parts,
             plan,
+            is_complete: false,
+            source_problems: Vec::new(),
+            source_problems_version: 0,
             settings,
             clock_base: settings.clock,
             facts: NodeFacts::default(),
-            desired: Desired::default(),
-            snapshot: Arc::default(),
             picture: Picture::default(),
-            plan_problems: Vec::new(),
-            said: BTreeSet::new(),
+            reported: report::Reported::default(),
+            untold: sync::Untold::default(),
             pending: VecDeque::new(),
+            backlog: backlog::Backlog::default(),
+            first_image,
             attempts: 0,
             retry_at: None,
             update_at: None,
             epoch_at: None,
             last_epoch: None,
+            comparison: None,
             comparisons: 0,
         })
     }
 
-    /// Brings the maps to what the objects and the node ask for, before any program is attached.
-    ///
-    /// # Errors
-    /// When the kernel refuses a write.
-    pub fn start(&mut self, snapshot: Arc<Snapshot>, host: &Host) -> anyhow::Result<()> {
-        self.snapshot = snapshot;
+    /// Takes what is known of the node, before any program is attached.
+    pub fn start(&mut self, host: &Host) {
         self.picture.snat =
             preflight::node_addresses(&self.parts.names, host).iter().map(|addr| addr.octets()).collect();
         self.note_policy(host);
-        self.sync(host);
-        anyhow::ensure!(
-            self.pending.is_empty(),
-            "the kernel refuses to fill the maps; raise their sizes (--max-frontends, --max-backends, --max-ring-slots)"
-        );
-        Ok(())
+        self.set_facts(host);
+        self.publish();
     }
 
     /// Writes what the interfaces are like.
@@ -206,6 +217,7 @@ impl Reconciler {
         let mut compare = interval(COMPARE_PERIOD);
         compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
         compare.reset();
+        let mut events = Vec::with_capacity(sync::EVENTS_MAX);
         loop {
             tokio::select! {
                 biased;
@@ -216,19 +228,13 @@ impl Reconciler {
                     let host = Arc::clone(&inlets.feed.host.borrow_and_update());
                     self.host_changed(&host, &mut interfaces);
                 }
-                Ok(()) = inlets.snapshots.changed() => {
-                    self.snapshot = Arc::clone(&inlets.snapshots.borrow_and_update());
-                    let host = Arc::clone(&inlets.feed.host.borrow());
-                    self.sync(&host);
-                }
-                Some(in_use) = inlets.in_use.recv() => self.collect(&in_use),
-                () = at(self.retry_at) => self.drain(),
-                () = at(self.update_at) => {
-                    let host = Arc::clone(&inlets.feed.host.borrow());
-                    self.sync(&host);
-                }
                 _ = seconds.tick() => self.tick(),
+                Some(in_use) = inlets.in_use.recv() => self.collect(&in_use),
+                () = at(self.retry_at) => self.retry(),
+                () = at(self.update_at) => self.sync(),
                 _ = compare.tick() => self.compare(),
+                1.. = inlets.events.recv_many(&mut events, sync::EVENTS_MAX) => self.take_events(&mut events),
+                () = std::future::ready(()), if self.comparison.is_some() => self.compare_step(),
             }
             heartbeat.beat();
         }
@@ -240,8 +246,10 @@ impl Reconciler {
         self.note_policy(host);
         self.devices(interfaces, host);
         // Addresses decide which NodePorts there are and which of the frontends are the node's own.
-        if before != self.picture.snat || self.facts != self.facts_of(host) {
-            self.sync(host);
+        let facts = self.facts.clone();
+        self.set_facts(host);
+        if before != self.picture.snat || self.facts != facts {
+            self.sync();
         }
     }
 
@@ -251,67 +259,6 @@ impl Reconciler {
         if policy_routing != self.settings.policy_routing {
             self.settings.policy_routing = policy_routing;
             self.write_settings();
-        }
-    }
-
-    fn facts_of(&self, host: &Host) -> NodeFacts {
-        NodeFacts {
-            name: self.parts.node.clone(),
-            addresses: preflight::node_addresses(&self.parts.names, host),
-            own: host.own_addresses(),
-        }
-    }
-
-    /// Plans and writes the way to what should be.
-    fn sync(&mut self, host: &Host) {
-        let began = Instant::now();
-        self.facts = self.facts_of(host);
-        self.desired = cluster::desired(&self.snapshot.objects, &self.facts);
-        let update = self.plan.update(&self.desired, &self.picture.snat, self.now_ms());
-        let changes = update.changes.len();
-        self.plan_problems.clone_from(&update.problems);
-        self.take(update);
-        self.parts.metrics.sync_duration.observe(began.elapsed().as_secs_f64());
-        self.report();
-        if changes > 0 {
-            info!(services = self.desired.services.len(), changes, took = ?began.elapsed(), "synced");
-        }
-    }
-
-    fn collect(&mut self, in_use: &InUse) {
-        let update = self.plan.collect(in_use, self.now_ms());
-        self.take(update);
-        self.parts.metrics.fill(self.plan.fill());
-    }
-
-    fn take(&mut self, update: Update) {
-        self.pending.extend(update.changes);
-        self.update_at = update.retry_in_ms.map(|ms| TokioInstant::now() + Duration::from_millis(ms.max(1)));
-        if self.retry_at.is_none() {
-            self.drain();
-        }
-    }
-
-    /// Writes what is pending, in order; stops at a refusal, because later writes may count on the refused one.
-    fn drain(&mut self) {
-        self.retry_at = None;
-        while let Some(change) = self.pending.front() {
-            self.parts.metrics.map_writes.inc();
-            let Err(error) = self.parts.maps.apply(change) else {
-                self.pending.pop_front();
-                self.attempts = 0;
-                continue;
-            };
-            self.parts.metrics.map_write_failures.inc();
-            self.attempts += 1;
-            if self.attempts < ATTEMPTS_MAX {
-                debug!(%error, ?change, "a write to a map was refused");
-                self.retry_at = Some(TokioInstant::now() + RETRY_PAUSE);
-                return;
-            }
-            warn!(%error, ?change, "a write to a map is refused again and again; leaving it to the next comparison");
-            self.pending.pop_front();
-            self.attempts = 0;
         }
     }
 
@@ -341,6 +288,8 @@ impl Reconciler {
             self.write_settings();
             self.parts.clock.store(clock, Ordering::Relaxed);
         }
+        self.tell_writes();
+        self.report_objects();
     }
 
     fn write_settings(&mut self) {

@@ -2,17 +2,26 @@
 
 use std::{
     collections::BTreeSet,
+    net::IpAddr,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::Serialize;
+use tokio::sync::watch;
 
-use crate::devices::{Mode, Transmit};
+use crate::{
+    cluster::{HealthCheck, NoLocalEndpoints},
+    devices::{Mode, Transmit},
+};
+
+/// A writer that has not moved for this long, or lets changes wait for so long, is stuck: twice the period after which
+/// kube-proxy tries again.
+pub const STUCK_AFTER: Duration = Duration::from_secs(60);
 
 /// Everything `/status` shows.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -179,6 +188,53 @@ impl Heartbeat {
     }
 }
 
+/// What the writer of the maps says of its work, for health and metrics.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SyncState {
+    /// Since when the oldest change waits that is not in the maps, or that they have refused.
+    pub queued_since: Option<Instant>,
+    /// When the maps were last as everything known asks.
+    pub last_synced: Option<SystemTime>,
+    /// Whether load balancers should send anything to this node; so it is until something says otherwise.
+    pub node_eligible: bool,
+    /// Ports on which load balancers ask for endpoints of single Services.
+    pub health_checks: Vec<HealthCheck>,
+    /// Every address of the node's interfaces, of which health-check node ports may be restricted to some.
+    pub own_addresses: BTreeSet<IpAddr>,
+    /// Service ports that drop for want of local endpoints.
+    pub no_local_endpoints: NoLocalEndpoints,
+}
+
+impl Default for SyncState {
+    fn default() -> Self {
+        Self {
+            queued_since: None,
+            last_synced: None,
+            node_eligible: true,
+            health_checks: Vec::new(),
+            own_addresses: BTreeSet::new(),
+            no_local_endpoints: NoLocalEndpoints::default(),
+        }
+    }
+}
+
+/// Whether the writer of the maps does its work.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// What it says of it.
+    pub sync: watch::Receiver<SyncState>,
+    /// When it last moved.
+    pub heartbeat: Heartbeat,
+}
+
+impl Health {
+    /// Whether it keeps up at `now`; so it does while it starts. This node's eligibility is another matter.
+    pub fn is_good(&self, now: Instant) -> bool {
+        let is_late = |since: Instant| now.saturating_duration_since(since) >= STUCK_AFTER;
+        self.heartbeat.age(now) < STUCK_AFTER && !self.sync.borrow().queued_since.is_some_and(is_late)
+    }
+}
+
 /// A panic elsewhere does not make plain data unreadable.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -207,6 +263,19 @@ mod tests {
         let heartbeat = Heartbeat::new(origin);
         assert!(heartbeat.age(Instant::now()) < Duration::from_secs(1));
         assert!(heartbeat.age(origin + Duration::from_secs(90)) > Duration::from_secs(89));
+    }
+
+    #[test]
+    fn a_change_that_waits_for_a_minute_is_bad_health() {
+        let origin = Instant::now();
+        let (state, sync) = watch::channel(SyncState::default());
+        let health = Health { sync, heartbeat: Heartbeat::new(origin) };
+        let second = Duration::from_secs(1);
+        assert!(health.is_good(origin), "while it starts");
+        assert!(!health.is_good(origin + STUCK_AFTER + second), "the writer itself is stuck");
+        state.send_modify(|state| state.queued_since = Some(origin));
+        assert!(health.is_good(origin + STUCK_AFTER - second));
+        assert!(!health.is_good(origin + STUCK_AFTER));
     }
 
     #[test]

@@ -48,6 +48,16 @@ pub(super) fn attach(
     Ok(())
 }
 
+/// Removes the filters that an agent has left on an interface.
+pub(super) fn remove(interface: &str) {
+    for at in [TcAttachType::Ingress, TcAttachType::Egress] {
+        // Dropping the link removes the filter; there is none on most interfaces.
+        if let Err(error) = left_behind(interface, at) {
+            debug!(interface, %error, "no filter was removed");
+        }
+    }
+}
+
 fn left_behind(interface: &str, at: TcAttachType) -> anyhow::Result<SchedClassifierLink> {
     SchedClassifierLink::attached(interface, at, PRIORITY, HANDLE, None)
         .with_context(|| format!("cannot find {interface}"))

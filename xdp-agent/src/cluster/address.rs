@@ -13,7 +13,7 @@ pub fn parse_ip_sloppy(text: &str) -> Option<IpAddr> {
 }
 
 /// Reads a network like Kubernetes' `ParseCIDRSloppy`, as its address and prefix length.
-pub(crate) fn parse_cidr_sloppy(text: &str) -> Option<(IpAddr, u8)> {
+pub fn parse_cidr_sloppy(text: &str) -> Option<(IpAddr, u8)> {
     let (address, length) = text.split_once('/')?;
     let address = parse_ip_sloppy(address)?;
     let length: u8 = length.parse().ok()?;
@@ -21,18 +21,26 @@ pub(crate) fn parse_cidr_sloppy(text: &str) -> Option<(IpAddr, u8)> {
     (length <= longest).then_some((address, length))
 }
 
-/// What an address is that no endpoint can have, because it means something else or nothing beyond one link
-/// (`ValidateEndpointIP` in Kubernetes' pkg/apis/core/validation; all of multicast and broadcast beside).
-pub(crate) fn special(address: Ipv4Addr) -> Option<&'static str> {
+/// What an address is that no client can connect to on a network.
+pub(crate) fn unreachable(address: IpAddr) -> Option<&'static str> {
     [
         (address.is_unspecified(), "unspecified"),
         (address.is_loopback(), "loopback"),
-        (address.is_link_local(), "link-local"),
         (address.is_multicast(), "multicast"),
-        (address.is_broadcast(), "broadcast"),
+        (address == IpAddr::V4(Ipv4Addr::BROADCAST), "broadcast"),
     ]
     .into_iter()
     .find_map(|(is_it, what)| is_it.then_some(what))
+}
+
+/// What an address is that no endpoint can have, because it means something else or nothing beyond one link
+/// (`ValidateEndpointIP` in Kubernetes' pkg/apis/core/validation; all of multicast and broadcast beside).
+pub(crate) fn special(address: IpAddr) -> Option<&'static str> {
+    let is_link_local = match address {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    if is_link_local { Some("link-local") } else { unreachable(address) }
 }
 
 fn parse_ipv4_sloppy(text: &str) -> Option<Ipv4Addr> {

@@ -1,21 +1,36 @@
 //! From EndpointSlices to the endpoint lists of a service port (Kubernetes: endpointslicecache.go, topology.go).
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{collections::BTreeSet, sync::Arc};
 
-use k8s_openapi::api::discovery::v1::{self, EndpointSlice};
+use super::wanted::{Endpoint, IpAddress, Protocol};
+use crate::objects::{HintsId, NameId, Slice, SliceEndpoint};
 
-use super::{
-    Endpoint, NodeFacts, Protocol,
-    address::{parse_ip_sloppy, special},
-    port_number,
-};
-use crate::{
-    manifests::Objects,
-    problem::{Problem, ProblemKind},
-};
+/// This node in the words of slices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Here<'a> {
+    /// Its name.
+    pub(super) node: &'a str,
+    /// Its zone, empty when it is in none.
+    pub(super) zone: &'a str,
+}
 
-const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
-const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
+/// An address family, as slices have it.
+pub(super) trait Family: IpAddress {
+    /// The endpoints of a slice that are of this family.
+    fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>];
+}
+
+impl Family for [u8; 4] {
+    fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>] {
+        &slice.v4
+    }
+}
+
+impl Family for [u8; 16] {
+    fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>] {
+        &slice.v6
+    }
+}
 
 /// Whether the hints of an endpoint name this node, or this node's zone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,8 +45,8 @@ pub(super) enum Hint {
 
 /// An endpoint before policies choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Candidate {
-    pub(super) endpoint: Endpoint,
+pub(super) struct Candidate<A> {
+    pub(super) endpoint: Endpoint<A>,
     pub(super) ready: bool,
     pub(super) serving: bool,
     pub(super) terminating: bool,
@@ -40,151 +55,79 @@ pub(super) struct Candidate {
 }
 
 /// The endpoint lists of a service port, each in the order of its input.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Lists {
-    pub(super) cluster: Vec<Endpoint>,
-    pub(super) local: Vec<Endpoint>,
-    pub(super) serving: Vec<Endpoint>,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lists<A> {
+    pub(super) cluster: Vec<Endpoint<A>>,
+    pub(super) local: Vec<Endpoint<A>>,
+    pub(super) serving: Vec<Endpoint<A>>,
     pub(super) any: bool,
 }
 
-/// A slice with its texts read once, for all the service ports that use it.
-struct Parsed<'a> {
-    ports: Vec<(&'a str, Protocol, u16)>,
-    /// Ports are filled in when a service port asks.
-    endpoints: Vec<Candidate>,
-}
-
-/// The slices of every Service.
-pub(super) struct Slices<'a> {
-    by_service: HashMap<(&'a str, &'a str), Vec<Parsed<'a>>>,
-}
-
-impl<'a> Slices<'a> {
-    /// Sorts the slices by Service and reads them.
-    pub(super) fn index(
-        objects: &'a Objects,
-        node: &NodeFacts,
-        zone: Option<&str>,
-        problems: &mut Vec<Problem>,
-    ) -> Self {
-        let mut by_service: HashMap<_, Vec<_>> = HashMap::new();
-        for (name, slice) in &objects.slices {
-            let labels = slice.metadata.labels.as_ref();
-            let Some(service) = labels.and_then(|labels| labels.get(LABEL_SERVICE_NAME)) else { continue };
-            let headless = labels.is_some_and(|labels| labels.contains_key(LABEL_HEADLESS));
-            if headless || slice.address_type != "IPv4" || service.is_empty() {
-                continue;
-            }
-            let parsed = parse(slice, &format!("EndpointSlice {name}"), node, zone, problems);
-            by_service.entry((name.namespace.as_str(), service.as_str())).or_default().push(parsed);
+/// Every endpoint of a service port over all the slices of its Service, sorted, each address and port once.
+pub(super) fn candidates<'a, A: Family>(
+    slices: impl Iterator<Item = &'a Arc<Slice>>,
+    here: Here<'_>,
+    port: &str,
+    protocol: Protocol,
+) -> Vec<Candidate<A>> {
+    let mut all = Vec::new();
+    for slice in slices {
+        let names = (slice.name(here.node), slice.name(here.zone));
+        for own in slice.ports.iter().filter(|own| *own.name == *port && own.protocol == protocol) {
+            let endpoints = A::endpoints(slice).iter();
+            all.extend(endpoints.map(|endpoint| candidate(slice, endpoint, own.port, names)));
         }
-        Self { by_service }
     }
-
-    /// Every endpoint of a service port over all its slices, sorted, each address and port once.
-    pub(super) fn of(&self, service: (&str, &str), port: &str, protocol: Protocol) -> Vec<Candidate> {
-        let mut all = Vec::new();
-        let slices = self.by_service.get(&service).map_or(&[][..], Vec::as_slice);
-        for slice in slices {
-            for &(_, _, number) in slice.ports.iter().filter(|(n, p, _)| *n == port && *p == protocol) {
-                all.extend(slice.endpoints.iter().map(|candidate| Candidate {
-                    endpoint: Endpoint { port: number, ..candidate.endpoint },
-                    ..*candidate
-                }));
-            }
-        }
-        // While an address moves to another Pod both may be listed: the one that is not terminating counts.
-        all.sort_by_key(|c| {
-            let place = (c.endpoint.addr, c.endpoint.port);
-            (place, c.terminating, !c.ready, !c.serving, !c.endpoint.local, c.node_hint, c.zone_hint)
-        });
-        all.dedup_by_key(|c| (c.endpoint.addr, c.endpoint.port));
-        all
-    }
+    // While an address moves to another Pod both may be listed: the one that is not terminating counts.
+    all.sort_unstable_by_key(|c: &Candidate<A>| {
+        let place = (c.endpoint.addr, c.endpoint.port);
+        (place, c.terminating, !c.ready, !c.serving, !c.endpoint.local, c.node_hint, c.zone_hint)
+    });
+    all.dedup_by_key(|c| (c.endpoint.addr, c.endpoint.port));
+    all
 }
 
-fn parse<'a>(
-    slice: &'a EndpointSlice,
-    object: &str,
-    node: &NodeFacts,
-    zone: Option<&str>,
-    problems: &mut Vec<Problem>,
-) -> Parsed<'a> {
-    let mut ports = Vec::new();
-    for port in slice.ports.iter().flatten() {
-        let (Some(name), Some(number)) = (&port.name, port.port) else { continue };
-        let Some(number) = port_number(number) else {
-            if number != 0 {
-                problems.push(Problem::of(
-                    ProblemKind::Invalid,
-                    object,
-                    format!("port {number} is not 1 to 65535"),
-                ));
-            }
-            continue;
-        };
-        let Some(protocol) = Protocol::parse(port.protocol.as_deref()) else { continue };
-        ports.push((name.as_str(), protocol, number));
+/// How many addresses have a ready endpoint on this node, on any port (kube-proxy's `LocalReadyEndpoints`).
+pub(super) fn local_ready<'a, A: Family>(
+    slices: impl Iterator<Item = &'a Arc<Slice>> + Clone,
+    here: Here<'_>,
+) -> u32 {
+    let ports: BTreeSet<_> = slices.clone().flat_map(|slice| &slice.ports).map(|p| (&*p.name, p.protocol)).collect();
+    let mut ready = BTreeSet::new();
+    for (port, protocol) in ports {
+        let candidates = candidates::<A>(slices.clone(), here, port, protocol);
+        ready.extend(candidates.iter().filter(|c| c.ready && c.endpoint.local).map(|c| c.endpoint.addr));
     }
-    let mut endpoints = Vec::new();
-    for endpoint in slice.endpoints.iter().flatten() {
-        // Further addresses of an endpoint are not used by anyone (see the API's documentation of the field).
-        let Some(address) = endpoint.addresses.first() else { continue };
-        let Some(IpAddr::V4(addr)) = parse_ip_sloppy(address) else {
-            let message =
-                format!("endpoint address {address:?} is not an IPv4 address; the endpoint is left out");
-            problems.push(Problem::of(ProblemKind::Invalid, object, message));
-            continue;
-        };
-        if let Some(what) = special(addr) {
-            let message = format!(
-                "endpoint address {addr} is {what} and cannot be an endpoint's; the endpoint is left out"
-            );
-            problems.push(Problem::of(ProblemKind::Invalid, object, message));
-            continue;
-        }
-        endpoints.push(candidate(endpoint, addr.octets(), node, zone));
-    }
-    Parsed { ports, endpoints }
+    ready.len() as u32
 }
 
-fn candidate(endpoint: &v1::Endpoint, addr: [u8; 4], node: &NodeFacts, zone: Option<&str>) -> Candidate {
-    let conditions = endpoint.conditions.as_ref();
-    let hints = endpoint.hints.as_ref();
-    let nodes = hints.and_then(|hints| hints.for_nodes.as_deref()).unwrap_or_default();
-    let zones = hints.and_then(|hints| hints.for_zones.as_deref()).unwrap_or_default();
+fn candidate<A: IpAddress>(
+    slice: &Slice,
+    endpoint: &SliceEndpoint<A>,
+    port: u16,
+    (node, zone): (Option<NameId>, Option<NameId>),
+) -> Candidate<A> {
+    let hint = |list: HintsId, own: Option<NameId>| match slice.hints(list) {
+        [] => Hint::Missing,
+        names if own.is_some_and(|own| names.contains(&own)) => Hint::Here,
+        [..] => Hint::Elsewhere,
+    };
     Candidate {
-        endpoint: Endpoint {
-            addr,
-            port: 0,
-            local: endpoint.node_name.as_deref() == Some(node.name.as_str()),
-        },
-        ready: conditions.and_then(|c| c.ready).unwrap_or(true),
-        serving: conditions.and_then(|c| c.serving).unwrap_or(true),
-        terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
-        node_hint: hint(nodes.is_empty(), nodes.iter().any(|hint| hint.name == node.name)),
-        zone_hint: hint(
-            zones.is_empty(),
-            zone.is_some_and(|zone| zones.iter().any(|hint| hint.name == zone)),
-        ),
-    }
-}
-
-fn hint(missing: bool, here: bool) -> Hint {
-    match (missing, here) {
-        (true, _) => Hint::Missing,
-        (false, true) => Hint::Here,
-        (false, false) => Hint::Elsewhere,
+        endpoint: Endpoint { addr: endpoint.addr, port, local: Some(endpoint.node) == node },
+        ready: endpoint.ready,
+        serving: endpoint.serving,
+        terminating: endpoint.terminating,
+        node_hint: hint(endpoint.node_hints, node),
+        zone_hint: hint(endpoint.zone_hints, zone),
     }
 }
 
 /// Chooses the endpoints for either policy (`CategorizeEndpoints` in Kubernetes' pkg/proxy/topology.go).
-pub(super) fn categorize(candidates: &[Candidate]) -> Lists {
-    let ready = |c: &&Candidate| c.ready;
+pub(super) fn categorize<A: IpAddress>(candidates: &[Candidate<A>]) -> Lists<A> {
+    let ready = |c: &&Candidate<A>| c.ready;
     // Endpoints on their way out are better than none.
-    let fallback = |c: &&Candidate| c.serving && c.terminating;
-    let local = |c: &&Candidate| c.endpoint.local;
+    let fallback = |c: &&Candidate<A>| c.serving && c.terminating;
+    let local = |c: &&Candidate<A>| c.endpoint.local;
     let chosen = topology(candidates);
     let mut lists = Lists {
         cluster: list(candidates.iter().filter(ready).filter(|c| chosen(c))),
@@ -201,13 +144,15 @@ pub(super) fn categorize(candidates: &[Candidate]) -> Lists {
     lists
 }
 
-fn list<'a>(candidates: impl Iterator<Item = &'a Candidate>) -> Vec<Endpoint> {
-    candidates.map(|candidate| candidate.endpoint).collect()
+fn list<'a, A: IpAddress>(candidates: impl Iterator<Item = &'a Candidate<A>>) -> Vec<Endpoint<A>> {
+    let mut list: Vec<_> = candidates.map(|candidate| candidate.endpoint).collect();
+    list.shrink_to_fit();
+    list
 }
 
 /// Hints count only when every ready endpoint has them and one names this node or, failing that, this zone.
-fn topology(candidates: &[Candidate]) -> fn(&Candidate) -> bool {
-    let usable = |hint: fn(&Candidate) -> Hint| {
+fn topology<A: IpAddress>(candidates: &[Candidate<A>]) -> fn(&Candidate<A>) -> bool {
+    let usable = |hint: fn(&Candidate<A>) -> Hint| {
         let mut hints = candidates.iter().filter(|c| c.ready).map(hint);
         let mut here = false;
         hints.all(|hint| {

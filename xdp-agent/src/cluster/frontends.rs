@@ -1,247 +1,160 @@
-//! From a Service to the addresses and ports that it claims (Kubernetes: serviceport.go, nodeport_addresses.go).
+//! From a Service to the addresses and ports that it claims in one family (Kubernetes: pkg/proxy/serviceport.go).
 
-use std::{
-    collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr},
-};
-
-use k8s_openapi::api::core::v1::{self, Node, Service, ServiceSpec};
+use std::sync::Arc;
 
 use super::{
-    DesiredFrontend, FrontendKind, NodeFacts, Policy, Protocol,
-    address::{parse_cidr_sloppy, parse_ip_sloppy},
-    port_number,
+    site::{Site, networks, of_family},
+    wanted::{DesiredFrontend, FrontendKind, IpAddress, Masquerade, Network, Policy, ServicePortName},
 };
-use crate::problem::{Problem, ProblemKind};
+use crate::objects::{ObjectName, Service};
 
-const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-
-/// The addresses of this node.
-pub(super) struct NodeAddresses {
-    /// Where NodePorts are served.
-    pub(super) node_ports: Vec<Ipv4Addr>,
-    /// Every address that is its own.
-    pub(super) own: BTreeSet<Ipv4Addr>,
+/// What a Service claims in one family, before claims are settled.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Draft<A> {
+    /// When it was created, in seconds; a Service that does not say is younger than all.
+    pub(super) created_seconds: i64,
+    /// Its ports, by name.
+    pub(super) ports: Box<[PortDraft<A>]>,
+    /// Who may open flows to restricted frontends.
+    pub(super) sources: Box<[Network<A>]>,
 }
 
-impl NodeAddresses {
-    /// The primary address as kube-proxy's nftables mode takes it: the first InternalIP, else the first ExternalIP.
-    pub(super) fn of(node: Option<&Node>, facts: &NodeFacts) -> Self {
-        let listed =
-            node.and_then(|node| node.status.as_ref()).and_then(|status| status.addresses.as_deref());
-        let of_type = |wanted: &str| {
-            let addresses = listed.unwrap_or_default().iter().filter(|address| address.type_ == wanted);
-            addresses.filter_map(|address| ipv4(&address.address)).collect::<Vec<_>>()
+/// What a service port claims in one family.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct PortDraft<A> {
+    pub(super) name: Arc<ServicePortName>,
+    /// Sorted, no address and port twice.
+    pub(super) frontends: Box<[DesiredFrontend<A>]>,
+}
+
+/// What all the ports of a Service share.
+struct Claimant<'a, A> {
+    service: &'a Service,
+    site: &'a Site<A>,
+    cluster_ip: A,
+    load_balancer_ips: Vec<A>,
+    is_restricted: bool,
+}
+
+impl<A: IpAddress> Draft<A> {
+    /// Reads what a Service claims; `is_cluster_ip` tells an address that some Service has as its ClusterIP.
+    pub(super) fn of(
+        name: &ObjectName,
+        service: &Service,
+        site: &Site<A>,
+        is_cluster_ip: impl Fn(A) -> bool,
+    ) -> Self {
+        let created_seconds = service.created_seconds.unwrap_or(i64::MAX);
+        // Without a ClusterIP of the family there is nothing of it in the family.
+        let Some(cluster_ip) = of_family(&service.cluster_ips).next() else {
+            return Self { created_seconds, ports: Box::default(), sources: Box::default() };
         };
-        let (internal, external) = (of_type("InternalIP"), of_type("ExternalIP"));
-        let primary = internal.first().or(external.first()).copied();
-        let node_ports = primary.map_or_else(|| facts.addresses.clone(), |primary| vec![primary]);
-        let mut own = facts.own.clone();
-        own.extend(internal.iter().chain(&external).chain(&facts.addresses));
-        Self { node_ports, own }
+        let load_balancer_ips: Vec<A> = of_family(&service.load_balancer_ips).collect();
+        let sources = sources(service, site, &load_balancer_ips);
+        let is_restricted = sources.is_some();
+        let claimant = Claimant { service, site, cluster_ip, load_balancer_ips, is_restricted };
+        let mut ports: Vec<_> = (service.ports.iter())
+            .map(|port| PortDraft {
+                name: Arc::new(ServicePortName {
+                    namespace: name.namespace.clone(),
+                    service: name.name.clone(),
+                    port: port.name.to_string(),
+                    protocol: port.protocol,
+                }),
+                frontends: claimant.frontends(port.port, port.node_port, &is_cluster_ip),
+            })
+            .collect();
+        ports.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        Self { created_seconds, ports: ports.into(), sources: sources.unwrap_or_default().into() }
     }
 }
 
-/// A Service that is proxied here, with what all its ports share.
-pub(super) struct Claimant<'a> {
-    pub(super) ports: &'a [v1::ServicePort],
-    cluster_ip: Ipv4Addr,
-    external_ips: Vec<Ipv4Addr>,
-    load_balancer_ips: Vec<Ipv4Addr>,
-    internal: Policy,
-    external: Policy,
-}
-
-impl<'a> Claimant<'a> {
-    /// Reads a Service; none when it is not proxied (headless, ExternalName, another proxy's, another family's).
-    pub(super) fn read(service: &'a Service, object: &str, problems: &mut Vec<Problem>) -> Option<Self> {
-        let spec = service.spec.as_ref()?;
-        let labels = service.metadata.labels.as_ref();
-        if labels.is_some_and(|labels| labels.contains_key(LABEL_PROXY_NAME)) {
-            return None;
-        }
-        if spec.type_.as_deref() == Some("ExternalName")
-            || matches!(spec.cluster_ip.as_deref(), None | Some("" | "None"))
-        {
-            return None;
-        }
-        let cluster_ip = cluster_ip(spec)?;
-        let Some(cluster_ip) = parse_ip_sloppy(cluster_ip) else {
-            let message = format!("clusterIP {cluster_ip:?} is not an IP address; the Service is left out");
-            problems.push(Problem::of(ProblemKind::Invalid, object, message));
-            return None;
-        };
-        let IpAddr::V4(cluster_ip) = cluster_ip else { return None };
-        if spec.session_affinity.as_deref() == Some("ClientIP") {
-            let message =
-                "sessionAffinity ClientIP is not kept by this version: its clients may meet any endpoint";
-            problems.push(Problem::of(ProblemKind::Unsupported, object, message));
-        }
-        let mut external_ips = Vec::new();
-        for text in spec.external_ips.iter().flatten() {
-            external_ips.extend(address(text, "external IP", object, problems));
-        }
-        let mut load_balancer_ips = load_balancer_ips(service, object, problems);
-        if is_restricted(spec) && !load_balancer_ips.is_empty() {
-            let message = "loadBalancerSourceRanges is not enforced by this version, so its load-balancer addresses \
-                           are not served; remove the ranges or list 0.0.0.0/0 to open them to everyone";
-            problems.push(Problem::of(ProblemKind::Unsupported, object, message));
-            // The ranges guard an address, whichever field it stands in.
-            external_ips.retain(|ip| !load_balancer_ips.contains(ip));
-            load_balancer_ips.clear();
-        }
-        Some(Self {
-            ports: spec.ports.as_deref().unwrap_or_default(),
-            cluster_ip,
-            external_ips,
-            load_balancer_ips,
-            internal: policy(spec.internal_traffic_policy.as_deref()),
-            external: external_policy(spec),
-        })
-    }
-
-    /// What a port of it claims: exact addresses before NodePorts, each once.
-    pub(super) fn frontends(
+impl<A: IpAddress> Claimant<'_, A> {
+    /// What a port claims: the first kind of an address counts.
+    fn frontends(
         &self,
-        port: &v1::ServicePort,
-        node: &NodeAddresses,
-        object: &str,
-        problems: &mut Vec<Problem>,
-    ) -> Vec<DesiredFrontend> {
-        let mut frontends: Vec<DesiredFrontend> = Vec::new();
-        let mut add = |ip: Ipv4Addr, port: u16, kind: FrontendKind, policy: Policy| {
-            let addr = ip.octets();
-            if !frontends.iter().any(|other| other.addr == addr && other.port == port) {
-                frontends.push(DesiredFrontend {
-                    addr,
-                    port,
-                    kind,
-                    policy,
-                    node_address: node.own.contains(&ip),
-                });
+        port: u16,
+        node_port: u16,
+        is_cluster_ip: impl Fn(A) -> bool,
+    ) -> Box<[DesiredFrontend<A>]> {
+        let mut frontends = vec![self.frontend(self.cluster_ip, port, FrontendKind::ClusterIp)];
+        let mut add = |frontend: DesiredFrontend<A>| {
+            let is_there = |other: &DesiredFrontend<A>| {
+                (other.addr, other.port) == (frontend.addr, frontend.port)
+            };
+            if !frontends.iter().any(is_there) {
+                frontends.push(frontend);
             }
         };
-        match port_number(port.port) {
-            Some(number) => {
-                add(self.cluster_ip, number, FrontendKind::ClusterIp, self.internal);
-                for &ip in &self.external_ips {
-                    add(ip, number, FrontendKind::ExternalIp, self.external);
-                }
-                for &ip in &self.load_balancer_ips {
-                    add(ip, number, FrontendKind::LoadBalancer, self.external);
-                }
-            }
-            None => {
-                let message = format!("port {} is not 1 to 65535; the port is left out", port.port);
-                problems.push(Problem::of(ProblemKind::Invalid, object, message));
-                return frontends;
+        for ip in of_family(&self.service.external_ips) {
+            add(self.frontend(ip, port, FrontendKind::ExternalIp));
+        }
+        for &ip in &self.load_balancer_ips {
+            add(self.frontend(ip, port, FrontendKind::LoadBalancer));
+        }
+        if node_port != 0 {
+            // A ClusterIP on an interface of this node is a Service's all the same.
+            for &ip in self.site.rules.node_ports.iter().filter(|ip| !is_cluster_ip(**ip)) {
+                add(self.frontend(ip, node_port, FrontendKind::NodePort));
             }
         }
-        match port.node_port {
-            None | Some(0) => {}
-            Some(number) => match port_number(number) {
-                Some(number) => {
-                    for &ip in &node.node_ports {
-                        add(ip, number, FrontendKind::NodePort, self.external);
-                    }
-                }
-                None => {
-                    let message = format!("nodePort {number} is not 1 to 65535; it is not served");
-                    problems.push(Problem::of(ProblemKind::Invalid, object, message));
-                }
-            },
-        }
-        frontends
+        frontends.sort_unstable();
+        frontends.into()
     }
-}
 
-/// The protocol of a service port; none, with a problem, when it is not served.
-pub(super) fn protocol(
-    port: &v1::ServicePort,
-    object: &str,
-    problems: &mut Vec<Problem>,
-) -> Option<Protocol> {
-    let protocol = Protocol::parse(port.protocol.as_deref());
-    if protocol.is_none() {
-        let given = port.protocol.as_deref().unwrap_or_default();
-        let kind = if given == "SCTP" { ProblemKind::Unsupported } else { ProblemKind::Invalid };
-        let message = format!("protocol {given} of port {} is not served; only TCP and UDP are", port.port);
-        problems.push(Problem::of(kind, object, message));
-    }
-    protocol
-}
-
-/// The cluster IP of this family (`GetClusterIPByFamily` in Kubernetes' pkg/proxy/util/utils.go).
-fn cluster_ip(spec: &ServiceSpec) -> Option<&str> {
-    let families = spec.ip_families.as_deref().unwrap_or_default();
-    let primary = spec.cluster_ip.as_deref();
-    if families.is_empty() {
-        return primary;
-    }
-    let at = families.iter().position(|family| family == "IPv4")?;
-    let ips = spec.cluster_ips.as_deref().unwrap_or_default();
-    match ips.get(at) {
-        Some(ip) => Some(ip.as_str()),
-        // Objects written by hand often have the first form only.
-        None if ips.is_empty() && at == 0 => primary,
-        None => None,
-    }
-}
-
-fn load_balancer_ips(service: &Service, object: &str, problems: &mut Vec<Problem>) -> Vec<Ipv4Addr> {
-    let status = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-    let mut ips = Vec::new();
-    for ingress in status.and_then(|status| status.ingress.as_deref()).unwrap_or_default() {
-        // With ipMode Proxy the balancer wants its traffic back; an entry with a host name has no address.
-        let is_vip = matches!(ingress.ip_mode.as_deref(), None | Some("VIP"));
-        let Some(text) = ingress.ip.as_deref().filter(|ip| is_vip && !ip.is_empty()) else { continue };
-        ips.extend(address(text, "load-balancer IP", object, problems));
-    }
-    ips
-}
-
-/// Whether only some IPv4 sources may reach the load-balancer addresses. Ranges of the other family do not count, and
-/// one that cannot be read counts as a restriction.
-fn is_restricted(spec: &ServiceSpec) -> bool {
-    let mut restricted = false;
-    for text in spec.load_balancer_source_ranges.iter().flatten() {
-        match parse_cidr_sloppy(text.trim()) {
-            Some((IpAddr::V4(_), 0)) => return false,
-            Some((IpAddr::V6(_), _)) => {}
-            Some((IpAddr::V4(_), _)) | None => restricted = true,
+    fn frontend(&self, addr: A, port: u16, kind: FrontendKind) -> DesiredFrontend<A> {
+        let (external, internal, masquerade) = match kind {
+            FrontendKind::ClusterIp => self.inside(),
+            FrontendKind::ExternalIp | FrontendKind::LoadBalancer | FrontendKind::NodePort => self.outside(),
+        };
+        // The ranges guard an address, whichever field it stands in beside the load balancer's.
+        let is_guarded = kind != FrontendKind::NodePort && self.load_balancer_ips.contains(&addr);
+        DesiredFrontend {
+            addr,
+            port,
+            kind,
+            external,
+            internal,
+            masquerade,
+            is_restricted: self.is_restricted && is_guarded,
+            is_node_address: self.site.own.contains(&addr),
         }
     }
-    restricted
-}
 
-/// Ignored unless the Service can be reached from outside at all (pkg/api/v1/service/util.go).
-fn external_policy(spec: &ServiceSpec) -> Policy {
-    let reachable = match spec.type_.as_deref() {
-        Some("NodePort" | "LoadBalancer") => true,
-        _ => spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty()),
-    };
-    if reachable { policy(spec.external_traffic_policy.as_deref()) } else { Policy::Cluster }
-}
-
-fn policy(text: Option<&str>) -> Policy {
-    if text == Some("Local") { Policy::Local } else { Policy::Cluster }
-}
-
-fn address(text: &str, what: &str, object: &str, problems: &mut Vec<Problem>) -> Option<Ipv4Addr> {
-    let parsed = parse_ip_sloppy(text);
-    if parsed.is_none() {
-        let message = format!("{what} {text:?} is not an IP address; it is not served");
-        problems.push(Problem::of(ProblemKind::Invalid, object, message));
+    /// Policies and masquerading of the ClusterIP: the internal policy is everybody's.
+    fn inside(&self) -> (Policy, Policy, Masquerade) {
+        let rules = &self.site.rules;
+        let others = rules.masquerade_all || rules.has_detector;
+        let masquerade = Masquerade { external: others, pod: rules.masquerade_all, host: others };
+        (self.service.internal, self.service.internal, masquerade)
     }
-    match parsed? {
-        IpAddr::V4(ip) => Some(ip),
-        IpAddr::V6(_) => None,
+
+    /// Policies and masquerading of addresses for clients outside: with policy Local their addresses are kept, and pods
+    /// and processes of this node reach every endpoint, as if they had used the ClusterIP.
+    fn outside(&self) -> (Policy, Policy, Masquerade) {
+        let is_cluster = self.service.external == Policy::Cluster;
+        let masquerade = Masquerade { external: is_cluster, pod: is_cluster, host: true };
+        (self.service.external, Policy::Cluster, masquerade)
     }
 }
 
-fn ipv4(text: &str) -> Option<Ipv4Addr> {
-    match parse_ip_sloppy(text)? {
-        IpAddr::V4(ip) => Some(ip),
-        IpAddr::V6(_) => None,
+/// Who may reach the load-balancer addresses; none when everybody may.
+fn sources<A: IpAddress>(
+    service: &Service,
+    site: &Site<A>,
+    load_balancer_ips: &[A],
+) -> Option<Vec<Network<A>>> {
+    let mut sources: Vec<Network<A>> = networks(&service.source_ranges);
+    let is_open = sources.is_empty() && !service.has_bad_source_range;
+    if load_balancer_ips.is_empty() || is_open || sources.iter().any(|range| range.len == 0) {
+        return None;
     }
+    // Where the balancer's address is also on this node, the node's own packets to it come from that address.
+    if sources.iter().any(|range| site.rules.node_ips.iter().any(|&ip| range.contains(ip))) {
+        let longest = (A::LEN * 8) as u8;
+        sources.extend(load_balancer_ips.iter().map(|&ip| Network::of(ip, longest)));
+        sources.sort_unstable();
+        sources.dedup();
+    }
+    Some(sources)
 }

@@ -87,9 +87,10 @@ pub enum FrontendKind {
 }
 
 /// Which endpoint list a frontend uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Policy {
     /// Every usable endpoint.
+    #[default]
     Cluster,
     /// Only usable endpoints on this node.
     Local,
@@ -164,7 +165,7 @@ pub struct ServicePort<A> {
     pub any_endpoint: bool,
     /// Client-IP affinity in seconds, 0 for none.
     pub affinity_seconds: u32,
-    /// Sources that may open flows to restricted frontends, sorted; empty when none is restricted.
+    /// Sources that may open flows to restricted frontends, sorted; empty when none is restricted, or nobody may.
     pub sources: Vec<Network<A>>,
 }
 
@@ -194,7 +195,47 @@ impl<A> Default for Delta<A> {
     }
 }
 
+impl<A> Delta<A> {
+    /// Whether nothing has changed.
+    pub fn is_empty(&self) -> bool {
+        self.ports.is_empty() && self.networks.is_none()
+    }
+}
+
+impl<A: IpAddress> Network<A> {
+    /// The network of so many leading bits that an address is in.
+    pub fn of(addr: A, len: u8) -> Self {
+        let bits = |longest: u32| longest.saturating_sub(u32::from(len));
+        let masked: IpAddr = match addr.to_ip() {
+            IpAddr::V4(ip) => {
+                let mask = u32::MAX.checked_shl(bits(32)).unwrap_or(0);
+                Ipv4Addr::from_bits(ip.to_bits() & mask).into()
+            }
+            IpAddr::V6(ip) => {
+                let mask = u128::MAX.checked_shl(bits(128)).unwrap_or(0);
+                Ipv6Addr::from_bits(ip.to_bits() & mask).into()
+            }
+        };
+        // Masking keeps the family.
+        Self { addr: A::from_ip(masked).unwrap_or(addr), len }
+    }
+
+    /// Whether an address is in it.
+    pub fn contains(&self, addr: A) -> bool {
+        Self::of(addr, self.len).addr == self.addr
+    }
+}
+
 impl Protocol {
+    /// Reads a `protocol` field; none for one that is not served.
+    pub fn parse(text: Option<&str>) -> Option<Self> {
+        match text {
+            // What the API server fills in.
+            None | Some("") => Some(Self::Tcp),
+            Some(text) => [Self::Tcp, Self::Udp, Self::Sctp].into_iter().find(|p| p.name() == text),
+        }
+    }
+
     /// The IP protocol number.
     pub const fn number(self) -> u8 {
         match self {

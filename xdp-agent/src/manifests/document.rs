@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use crate::problem::without_place;
+
 /// How deep YAML may nest; Kubernetes' own objects stay far below.
 const DEPTH_MAX: usize = 64;
 /// How many aliases YAML may use; `kubectl` prints none.
@@ -140,12 +142,6 @@ fn json(text: &str, first: usize) -> Vec<Document<'_>> {
 
 fn newlines(text: &str) -> usize {
     text.bytes().filter(|&byte| byte == b'\n').count()
-}
-
-/// The message of an error of `serde_json` without the place that it appends.
-pub(super) fn without_place(error: &serde_json::Error) -> String {
-    let place = format!(" at line {} column {}", error.line(), error.column());
-    error.to_string().replace(&place, "")
 }
 
 /// Reads an object, naming the field that does not fit.

@@ -1,6 +1,7 @@
 use std::os::unix::fs::symlink;
 
 use super::*;
+use crate::cluster::wanted::Protocol;
 
 struct Files {
     dir: tempfile::TempDir,
@@ -33,9 +34,7 @@ fn service(name: &str, ip: &str) -> String {
 
 /// Every Service as `namespace/name clusterIP`.
 fn services(snapshot: &Snapshot) -> Vec<String> {
-    let ip = |service: &Service| {
-        service.spec.as_ref().and_then(|spec| spec.cluster_ip.clone()).unwrap_or_default()
-    };
+    let ip = |service: &Service| service.cluster_ips.first().map(ToString::to_string).unwrap_or_default();
     snapshot.objects.services.iter().map(|(name, service)| format!("{name} {}", ip(service))).collect()
 }
 
@@ -62,7 +61,10 @@ fn every_form_that_kubectl_prints_is_read() {
         "3.json",
         r#"{"apiVersion": "v1", "kind": "ServiceList", "items": [{"metadata": {"name": "d"}}]}
            {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSliceList", "items": [
-              {"metadata": {"name": "s"}, "addressType": "IPv4", "endpoints": null, "ports": [{"port": 80}]}]}
+              {"metadata": {"name": "s", "labels": {"kubernetes.io/service-name": "d"}}, "addressType": "IPv4",
+               "endpoints": null, "ports": [{"port": 80}]}]}
+           {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+            "spec": {"cidrs": ["10.96.0.0/16"]}}
            {"apiVersion": "v1", "kind": "NodeList", "items": [{"metadata": {"name": "n2"}}]}
            {"apiVersion": "v1", "kind": "PodList", "items": [{}, {}]}
            {"apiVersion": "v1", "kind": "ServiceList", "items": null}"#,
@@ -76,10 +78,10 @@ fn every_form_that_kubectl_prints_is_read() {
         services(&snapshot),
         ["default/c 10.0.0.3", "default/d ", "shop/a 10.0.0.1", "shop/b 10.0.0.2"]
     );
-    assert_eq!(snapshot.objects.nodes.keys().map(ToString::to_string).collect::<Vec<_>>(), ["n1", "n2"]);
+    assert_eq!(snapshot.objects.nodes.keys().collect::<Vec<_>>(), ["n1", "n2"]);
+    assert_eq!(snapshot.objects.service_cidrs.keys().collect::<Vec<_>>(), ["kubernetes"]);
     let slice = snapshot.objects.slices.values().next().unwrap();
-    let port = &slice.ports.as_ref().unwrap()[0];
-    assert_eq!((port.name.as_deref(), port.protocol.as_deref()), (Some(""), Some("TCP")));
+    assert_eq!((&*slice.ports[0].name, slice.ports[0].protocol), ("", Protocol::Tcp));
     assert_eq!(snapshot.ignored, 4);
 }
 

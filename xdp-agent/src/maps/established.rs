@@ -56,7 +56,7 @@ impl EstablishedTable {
         });
         match result {
             // One by one, entries that move meanwhile may be missed, so nothing is forgotten.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.walk_one_by_one(visit),
+            Err(error) if batch::is_missing(&error) => self.walk_one_by_one(visit),
             Ok(()) if notes => {
                 // Batches take whole buckets, so no entry that was there all the time is missed.
                 self.known.finish();

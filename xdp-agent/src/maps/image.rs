@@ -1,59 +1,27 @@
 //! The maps that say what is served: one writer.
 
-use std::{io, os::fd::OwnedFd};
+use std::{collections::HashMap, io, mem::discriminant, ops::Range};
 
-use aya::{
-    Ebpf,
-    maps::{Array, HashMap, MapData},
+use aya::Ebpf;
+use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS};
+
+use super::{
+    Addr, Raw, batch,
+    handles::{Hash, NetworkTrie, OwnedNetwork, Slots, Written},
+    io_error, raw,
 };
-use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS, MapSpec};
+use crate::plan::{Adopted, Change};
 
-use super::{Addr, Raw, batch, capacity, descriptor, io_error, raw, take};
-use crate::plan::{Adopted, Change, Image};
-
-/// Frontends, backends, rings, gates, devices and settings.
+/// Frontends, backends, rings, networks, gates, devices and settings.
 pub struct ImageMaps {
     frontends: Hash<Raw<FrontendKey<Addr>>, Raw<Frontend>>,
     backends: Slots<Raw<Backend<Addr>>>,
     rings: Slots<u32>,
+    networks: NetworkTrie,
     ingress_gate: Slots<u64>,
     egress_gate: Slots<u64>,
     devices: Hash<u32, Raw<Device<Addr>>>,
     config: Slots<Raw<Config>>,
-}
-
-struct Hash<K, V> {
-    map: HashMap<MapData, K, V>,
-    fd: OwnedFd,
-    capacity: u32,
-}
-
-struct Slots<V: aya::Pod> {
-    map: Array<MapData, V>,
-    fd: OwnedFd,
-    capacity: u32,
-}
-
-/// What a comparison with the plan has mended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Repairs {
-    /// Frontends that were missing or different.
-    pub frontends: u32,
-    /// Frontends that should not have been there.
-    pub strangers: u32,
-    /// Backend slots.
-    pub backends: u32,
-    /// Ring slices.
-    pub rings: u32,
-    /// Words of the gates.
-    pub gate_words: u32,
-}
-
-impl Repairs {
-    /// How many there were.
-    pub fn total(self) -> u32 {
-        self.frontends + self.strangers + self.backends + self.rings + self.gate_words
-    }
 }
 
 impl std::fmt::Debug for ImageMaps {
@@ -68,6 +36,7 @@ impl ImageMaps {
             frontends: Hash::open(ebpf, &tables::FRONTENDS_V4)?,
             backends: Slots::open(ebpf, &tables::BACKENDS_V4)?,
             rings: Slots::open(ebpf, &tables::RINGS)?,
+            networks: NetworkTrie::open(ebpf)?,
             ingress_gate: Slots::open(ebpf, &tables::GATE_INGRESS)?,
             egress_gate: Slots::open(ebpf, &tables::GATE_EGRESS)?,
             devices: Hash::open(ebpf, &tables::DEVICES_V4)?,
@@ -90,24 +59,71 @@ impl ImageMaps {
         self.rings.capacity
     }
 
+    /// Networks there is room for.
+    pub fn networks_capacity(&self) -> u32 {
+        self.networks.capacity
+    }
+
     /// What an earlier agent has left.
     ///
     /// # Errors
     /// When the kernel refuses a read.
-    pub fn read(&self) -> io::Result<Adopted> {
+    pub fn read(&self) -> io::Result<Adopted<Addr>> {
+        let backends = (0..).zip(self.backends.read(raw(ZERO_BACKEND))?).map(|(id, Raw(slot))| (id, slot));
         Ok(Adopted {
             frontends: self.read_frontends()?,
-            backends: self.read_backends()?,
+            backends: backends.filter(|(_, backend)| *backend != ZERO_BACKEND).collect(),
             ingress_gate: self.ingress_gate.read(0)?,
             egress_gate: self.egress_gate.read(0)?,
+            rings: self.rings.read(0)?,
+            networks: self.networks.read()?,
         })
     }
 
-    /// Makes one change.
+    /// Makes changes in their order; how many are made, which are all of them unless one was refused.
     ///
     /// # Errors
-    /// When the kernel refuses it: `E2BIG` for a full map.
-    pub fn apply(&mut self, change: &Change) -> io::Result<()> {
+    /// What the kernel has against the first that is not made: `E2BIG` or `ENOSPC` for a full map.
+    pub fn apply(&mut self, changes: &[Change<Addr>]) -> (usize, io::Result<()>) {
+        let mut done = 0;
+        let alike = changes.chunk_by(|one, next| discriminant(one) == discriminant(next));
+        for group in alike.flat_map(|group| group.chunks(batch::BATCH)) {
+            let (made, result) = self.apply_group(group);
+            done += made;
+            if result.is_err() {
+                return (done, result);
+            }
+        }
+        (done, Ok(()))
+    }
+
+    /// Makes changes that are all of the same kind.
+    fn apply_group(&mut self, group: &[Change<Addr>]) -> Written {
+        match group.first() {
+            None => (0, Ok(())),
+            Some(Change::Backend { .. }) => self.backends.set_all(group.iter().filter_map(|change| {
+                let Change::Backend { id, value } = change else { return None };
+                Some((*id, raw(*value)))
+            })),
+            Some(Change::IngressGate { .. }) => self.ingress_gate.set_all(group.iter().filter_map(|change| {
+                let Change::IngressGate { word, bits } = change else { return None };
+                Some((*word, *bits))
+            })),
+            Some(Change::EgressGate { .. }) => self.egress_gate.set_all(group.iter().filter_map(|change| {
+                let Change::EgressGate { word, bits } = change else { return None };
+                Some((*word, *bits))
+            })),
+            Some(Change::Frontend { .. }) => self.frontends.insert_all(group.iter().filter_map(|change| {
+                let Change::Frontend { key, value } = change else { return None };
+                Some((raw(*key), raw(*value)))
+            })),
+            Some(Change::Ring { .. } | Change::RemoveFrontend { .. } | Change::Network { .. }) => {
+                batch::each(group, |change| self.apply_one(change))
+            }
+        }
+    }
+
+    fn apply_one(&mut self, change: &Change<Addr>) -> io::Result<()> {
         match change {
             Change::Backend { id, value } => self.backends.set(*id, raw(*value)),
             Change::Ring { offset, slots } => self.rings.write(*offset, slots),
@@ -115,40 +131,83 @@ impl ImageMaps {
             Change::EgressGate { word, bits } => self.egress_gate.set(*word, *bits),
             Change::Frontend { key, value } => self.frontends.insert(raw(*key), raw(*value)),
             Change::RemoveFrontend { key } => self.frontends.remove(&raw(*key)),
+            Change::Network { owner, network, value: Some(value) } => {
+                self.networks.insert(*owner, *network, *value)
+            }
+            Change::Network { owner, network, value: None } => self.networks.remove(*owner, *network),
         }
     }
 
-    /// Compares everything but the rings with what is planned, and mends what differs.
+    /// Mends the gates; how many words were not as wanted.
     ///
     /// # Errors
     /// When the kernel refuses a read or a write.
-    pub fn repair(&mut self, image: &Image) -> io::Result<Repairs> {
-        let mut repairs = Repairs {
-            gate_words: mend(&mut self.ingress_gate, &image.ingress_gate)?
-                + mend(&mut self.egress_gate, &image.egress_gate)?,
-            ..Repairs::default()
-        };
-        let there: std::collections::HashMap<u32, Backend<Addr>> =
-            self.read_backends()?.into_iter().collect();
-        for (id, wanted) in &image.backends {
-            if *wanted != there.get(id).copied().unwrap_or(ZERO_BACKEND) {
-                self.backends.set(*id, raw(*wanted))?;
-                repairs.backends += 1;
+    pub fn repair_gates(&mut self, ingress: &[u64], egress: &[u64]) -> io::Result<u32> {
+        Ok(mend(&mut self.ingress_gate, ingress)? + mend(&mut self.egress_gate, egress)?)
+    }
+
+    /// Mends some of the backends, given with what they should be; how many were not.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read or a write.
+    pub fn repair_backends(
+        &mut self,
+        ids: Range<u32>,
+        wanted: impl Iterator<Item = (u32, Backend<Addr>)>,
+    ) -> io::Result<u32> {
+        let there = self.backends.read_part(ids.clone(), raw(ZERO_BACKEND))?;
+        let mut mended = 0;
+        for (id, wanted) in wanted.filter(|(id, _)| ids.contains(id)) {
+            if there.get((id - ids.start) as usize).is_none_or(|Raw(there)| *there != wanted) {
+                self.backends.set(id, raw(wanted))?;
+                mended += 1;
             }
         }
-        let mut there: std::collections::HashMap<FrontendKey<Addr>, Frontend> =
-            self.read_frontends()?.into_iter().collect();
-        for (key, wanted) in &image.frontends {
-            if there.remove(key) != Some(*wanted) {
-                self.frontends.insert(raw(*key), raw(*wanted))?;
-                repairs.frontends += 1;
+        Ok(mended)
+    }
+
+    /// Mends the frontends: there must be these and no other; how many were not as wanted.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read or a write.
+    pub fn repair_frontends(
+        &mut self,
+        wanted: impl Iterator<Item = (FrontendKey<Addr>, Frontend)>,
+    ) -> io::Result<u32> {
+        let mut there: HashMap<_, _> = self.read_frontends()?.into_iter().collect();
+        let mut mended = 0;
+        for (key, wanted) in wanted {
+            if there.remove(&key) != Some(wanted) {
+                self.frontends.insert(raw(key), raw(wanted))?;
+                mended += 1;
             }
         }
         for key in there.keys() {
             self.frontends.remove(&raw(*key))?;
-            repairs.strangers += 1;
+            mended += 1;
         }
-        Ok(repairs)
+        Ok(mended)
+    }
+
+    /// Mends the networks: there must be these and no other; how many were not as wanted.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read or a write.
+    pub fn repair_networks(&mut self, wanted: impl Iterator<Item = OwnedNetwork>) -> io::Result<u32> {
+        let there = self.networks.read()?.into_iter();
+        let mut there: HashMap<_, _> = there.map(|(owner, network, value)| ((owner, network), value)).collect();
+        let mut mended = 0;
+        for (owner, network, value) in wanted {
+            if there.remove(&(owner, network)) != Some(value) {
+                self.networks.insert(owner, network, value)?;
+                mended += 1;
+            }
+        }
+        for (owner, network) in there.into_keys() {
+            self.networks.remove(owner, network)?;
+            mended += 1;
+        }
+        Ok(mended)
     }
 
     /// Compares a ring with what is planned, and mends it; whether it differed.
@@ -156,7 +215,7 @@ impl ImageMaps {
     /// # Errors
     /// When the kernel refuses a read or a write.
     pub fn repair_ring(&mut self, offset: u32, slots: &[u32]) -> io::Result<bool> {
-        if self.rings.read_at(offset, slots.len())? == slots {
+        if self.rings.read_part(offset..offset + slots.len() as u32, 0)? == slots {
             return Ok(false);
         }
         self.rings.write(offset, slots)?;
@@ -209,23 +268,8 @@ impl ImageMaps {
     }
 
     fn read_frontends(&self) -> io::Result<Vec<(FrontendKey<Addr>, Frontend)>> {
-        let mut found = Vec::new();
-        let zero = (raw(ZERO_FRONTEND_KEY), raw(ZERO_FRONTEND));
-        match batch::walk(&self.frontends.fd, zero, |key, value| found.push((key.0, value.0))) {
-            Ok(()) => Ok(found),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                let entries = self.frontends.map.iter().take(2 * self.frontends.capacity as usize);
-                entries.map(|entry| entry.map(|(key, value)| (key.0, value.0)).map_err(io_error)).collect()
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Backend slots that are not empty for good.
-    fn read_backends(&self) -> io::Result<Vec<(u32, Backend<Addr>)>> {
-        let slots = self.backends.read(raw(ZERO_BACKEND))?;
-        let used = slots.into_iter().zip(0..).map(|(slot, id)| (id, slot.0));
-        Ok(used.filter(|(_, backend)| *backend != ZERO_BACKEND).collect())
+        let found = self.frontends.read((raw(ZERO_FRONTEND_KEY), raw(ZERO_FRONTEND)))?;
+        Ok(found.into_iter().map(|(key, value)| (key.0, value.0)).collect())
     }
 }
 
@@ -238,70 +282,6 @@ fn mend(gate: &mut Slots<u64>, wanted: &[u64]) -> io::Result<u32> {
         }
     }
     Ok(mended)
-}
-
-impl<K: aya::Pod, V: aya::Pod> Hash<K, V> {
-    fn open(ebpf: &mut Ebpf, spec: &MapSpec) -> anyhow::Result<Self> {
-        let map = take(ebpf, spec)?;
-        let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
-        Ok(Self { map: HashMap::try_from(map)?, fd, capacity })
-    }
-
-    fn insert(&mut self, key: K, value: V) -> io::Result<()> {
-        self.map.insert(key, value, 0).map_err(io_error)
-    }
-
-    fn remove(&mut self, key: &K) -> io::Result<()> {
-        match self.map.remove(key).map_err(io_error) {
-            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl<V: aya::Pod> Slots<V> {
-    fn open(ebpf: &mut Ebpf, spec: &MapSpec) -> anyhow::Result<Self> {
-        let map = take(ebpf, spec)?;
-        let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
-        Ok(Self { map: Array::try_from(map)?, fd, capacity })
-    }
-
-    fn set(&mut self, index: u32, value: V) -> io::Result<()> {
-        self.map.set(index, value, 0).map_err(io_error)
-    }
-
-    /// All of it, in order.
-    fn read(&self, zero: V) -> io::Result<Vec<V>> {
-        let mut found = Vec::with_capacity(self.capacity as usize);
-        match batch::walk(&self.fd, (0u32, zero), |_, value| found.push(value)) {
-            Ok(()) => Ok(found),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                self.map.iter().map(|value| value.map_err(io_error)).collect()
-            }
-            Err(error) => Err(error),
-        }
-    }
-}
-
-impl Slots<u32> {
-    fn read_at(&self, first: u32, count: usize) -> io::Result<Vec<u32>> {
-        let mut found = vec![0; count];
-        match batch::read_array(&self.fd, first, &mut found) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                (first..).take(count).map(|at| self.map.get(&at, 0).map_err(io_error)).collect()
-            }
-            result => result.map(|()| found),
-        }
-    }
-
-    fn write(&mut self, first: u32, values: &[u32]) -> io::Result<()> {
-        match batch::write_array(&self.fd, first, &mut values.to_vec()) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                (first..).zip(values).try_for_each(|(at, value)| self.set(at, *value))
-            }
-            result => result,
-        }
-    }
 }
 
 const ZERO_BACKEND: Backend<Addr> =

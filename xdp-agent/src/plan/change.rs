@@ -4,10 +4,7 @@ use std::collections::HashSet;
 
 use xdp_common::tables::{Backend, Frontend, FrontendKey};
 
-use crate::problem::Problem;
-
-/// An IPv4 address as it is in the maps.
-pub type Addr = [u8; 4];
+use crate::cluster::wanted::{IpAddress, Network};
 
 /// Entries of the maps, as the flags set them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,17 +15,19 @@ pub struct Limits {
     pub backends: u32,
     /// Ring slots.
     pub ring_slots: u32,
+    /// Networks.
+    pub networks: u32,
 }
 
 /// One write to a map; changes are applied in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum Change<A> {
     /// Writes a backend slot; protocol 0 empties it.
     Backend {
         /// Backend id.
         id: u32,
         /// New value.
-        value: Backend<Addr>,
+        value: Backend<A>,
     },
     /// Writes a ring.
     Ring {
@@ -54,39 +53,91 @@ pub enum Change {
     /// Inserts or replaces a frontend.
     Frontend {
         /// Key.
-        key: FrontendKey<Addr>,
+        key: FrontendKey<A>,
         /// New value.
         value: Frontend,
     },
     /// Removes a frontend.
     RemoveFrontend {
         /// Key.
-        key: FrontendKey<Addr>,
+        key: FrontendKey<A>,
+    },
+    /// Inserts, replaces or removes a network.
+    Network {
+        /// Whose it is, one of [`network`](xdp_common::tables::network).
+        owner: u32,
+        /// The network.
+        network: Network<A>,
+        /// 1 for what is in, 0 for an exception, nothing to remove it.
+        value: Option<u32>,
     },
 }
 
-/// What is to be written now, and what does not fit.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Update {
+impl<A: IpAddress> Change<A> {
+    /// The change for the log: which entry it concerns.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Backend { id, value } => format!("backend {id} at {}", value.addr.to_ip()),
+            Self::Ring { offset, slots } => format!("ring of {} slots at {offset}", slots.len()),
+            Self::IngressGate { word, .. } => format!("word {word} of the ingress gate"),
+            Self::EgressGate { word, .. } => format!("word {word} of the egress gate"),
+            Self::Frontend { key, .. } => format!("frontend {}", place(key)),
+            Self::RemoveFrontend { key } => format!("removal of frontend {}", place(key)),
+            Self::Network { owner, network, value: Some(_) } => format!("network {network} of {owner:#x}"),
+            Self::Network { owner, network, value: None } => {
+                format!("removal of network {network} of {owner:#x}")
+            }
+        }
+    }
+}
+
+fn place<A: IpAddress>(key: &FrontendKey<A>) -> String {
+    format!("{} port {} protocol {}", key.addr.to_ip(), u16::from_be_bytes(key.port), key.proto)
+}
+
+/// What is to be written now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Update<A> {
     /// Writes, in the order in which they must be applied.
-    pub changes: Vec<Change>,
-    /// Services that could not be planned; they stay as they were and are tried again at the next update.
-    pub problems: Vec<Problem>,
+    pub changes: Vec<Change<A>>,
     /// Set when a service that did not fit may fit soon: call [`Plan::update`](super::Plan::update) again after this time.
     pub retry_in_ms: Option<u64>,
 }
 
+impl<A> Default for Update<A> {
+    fn default() -> Self {
+        Self { changes: Vec::new(), retry_in_ms: None }
+    }
+}
+
 /// What the maps of a previous agent hold.
-#[derive(Clone, Debug, Default)]
-pub struct Adopted {
-    /// Frontends.
-    pub frontends: Vec<(FrontendKey<Addr>, Frontend)>,
+#[derive(Clone, Debug)]
+pub struct Adopted<A> {
+    /// Frontends, with the addresses of ClusterIPs.
+    pub frontends: Vec<(FrontendKey<A>, Frontend)>,
     /// Backend slots, also the empty ones with a generation above zero (so that generations never repeat).
-    pub backends: Vec<(u32, Backend<Addr>)>,
+    pub backends: Vec<(u32, Backend<A>)>,
     /// Every word of the ingress gate; bits of flows that outlive their frontend are known from nowhere else.
     pub ingress_gate: Vec<u64>,
     /// Every word of the egress gate.
     pub egress_gate: Vec<u64>,
+    /// Every ring slot: rings that are as they should be stay where they are.
+    pub rings: Vec<u32>,
+    /// Networks with their owners and values.
+    pub networks: Vec<(u32, Network<A>, u32)>,
+}
+
+impl<A> Default for Adopted<A> {
+    fn default() -> Self {
+        Self {
+            frontends: Vec::new(),
+            backends: Vec::new(),
+            ingress_gate: Vec::new(),
+            egress_gate: Vec::new(),
+            rings: Vec::new(),
+            networks: Vec::new(),
+        }
+    }
 }
 
 /// What the flow tables still need, as a walk over them found it.
@@ -111,17 +162,6 @@ pub struct Fill {
     pub backends: u32,
     /// Ring slots in use or waiting to be used again.
     pub ring_slots: u32,
-}
-
-/// The complete intended contents of the maps, for a comparison with what they hold.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Image {
-    /// Every frontend; there must be no other.
-    pub frontends: Vec<(FrontendKey<Addr>, Frontend)>,
-    /// Every backend slot that was ever used; all others are zero.
-    pub backends: Vec<(u32, Backend<Addr>)>,
-    /// Every word of the ingress gate.
-    pub ingress_gate: Vec<u64>,
-    /// Every word of the egress gate.
-    pub egress_gate: Vec<u64>,
+    /// Networks.
+    pub networks: u32,
 }

@@ -15,6 +15,8 @@ pub(super) struct Gate {
     /// Bits that are set although no item needs them, as flows may: since when, once the change that ended the need has
     /// surely been applied.
     idle: HashMap<u32, Option<u64>>,
+    /// Those of them whose wait has not begun.
+    leaving: Vec<u32>,
     dirty: BTreeSet<u32>,
 }
 
@@ -26,7 +28,8 @@ impl Gate {
         for (word, bits) in (0..).zip(&words).filter(|(_, bits)| **bits != 0) {
             idle.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| (word * 64 + bit, None)));
         }
-        Self { words, needed: HashMap::new(), idle, dirty: BTreeSet::new() }
+        let leaving = idle.keys().copied().collect();
+        Self { words, needed: HashMap::new(), idle, leaving, dirty: BTreeSet::new() }
     }
 
     /// An item needs a bit from now on.
@@ -44,7 +47,7 @@ impl Gate {
     /// An item needs a bit no more, but flows may.
     pub(super) fn leave(&mut self, bit: u32) {
         if self.forget(bit) {
-            self.idle.insert(bit, None);
+            self.idle(bit);
         }
     }
 
@@ -52,7 +55,7 @@ impl Gate {
     pub(super) fn drop(&mut self, bit: u32, in_use: &HashSet<u32>) {
         if self.forget(bit) {
             if in_use.contains(&bit) {
-                self.idle.insert(bit, None);
+                self.idle(bit);
             } else {
                 self.clear(bit);
             }
@@ -61,8 +64,10 @@ impl Gate {
 
     /// Starts the wait for bits that were left in earlier calls.
     pub(super) fn tick(&mut self, now_ms: u64) {
-        for since in self.idle.values_mut() {
-            since.get_or_insert(now_ms);
+        for bit in self.leaving.drain(..) {
+            if let Some(since) = self.idle.get_mut(&bit) {
+                since.get_or_insert(now_ms);
+            }
         }
     }
 
@@ -88,6 +93,11 @@ impl Gate {
     /// Every word.
     pub(super) fn words(&self) -> &[u64] {
         &self.words
+    }
+
+    fn idle(&mut self, bit: u32) {
+        self.idle.insert(bit, None);
+        self.leaving.push(bit);
     }
 
     /// Takes one need back; true when it was the last.

@@ -3,8 +3,10 @@
 
 use xdp_common::net::Address;
 
-/// Slots per backend: the shares then differ by a few per cent.
+/// Slots per backend: shares differ by one slot at most, which is one per cent of a share then.
 pub const SLOTS_PER_BACKEND: u32 = 100;
+/// Slots per backend where room is scarce, down to shares that differ by up to a tenth.
+pub const SCARCE_SLOTS_PER_BACKEND: [u32; 3] = [50, 25, 10];
 /// Largest ring, the larger of the paper's two table sizes; beyond 6,553 backends each has fewer slots.
 pub const RING_SLOTS_MAX: u32 = 655_373;
 
@@ -23,28 +25,32 @@ pub struct Member<A> {
     pub id: u32,
 }
 
-/// The number of slots for a number of backends: one for a single backend, none without, else a prime with room for
-/// [`SLOTS_PER_BACKEND`] each.
+/// The number of backends that a ring of so many has room for, at a number of slots each.
 ///
 /// A ring of another size is another permutation of everything, so sizes go in steps of a third to a half (2, 3, 4, 6,
 /// 8, 12, 16, … backends): mostly a ring keeps its size, and few slots move, when one backend comes or goes.
-pub fn slots(backends: usize) -> u32 {
+pub fn room(backends: usize) -> u32 {
+    let step = u32::try_from(backends).unwrap_or(u32::MAX).min(RING_SLOTS_MAX).next_power_of_two();
+    let three_quarters = step / 4 * 3;
+    if three_quarters as usize >= backends { three_quarters } else { step }
+}
+
+/// The number of slots for a number of backends: one for a single backend, none without, else a prime with [`room`] for
+/// them at so many slots each.
+pub fn slots(backends: usize, per_backend: u32) -> u32 {
     match backends {
         0 => 0,
         1 => 1,
         _ => {
-            let step = u32::try_from(backends).unwrap_or(u32::MAX).min(RING_SLOTS_MAX).next_power_of_two();
-            let three_quarters = step / 4 * 3;
-            let room = if three_quarters as usize >= backends { three_quarters } else { step };
-            let wanted = room.saturating_mul(SLOTS_PER_BACKEND).min(RING_SLOTS_MAX);
+            let wanted = room(backends).saturating_mul(per_backend).min(RING_SLOTS_MAX);
             (wanted..=RING_SLOTS_MAX).find(|&number| is_prime(number)).unwrap_or(RING_SLOTS_MAX)
         }
     }
 }
 
-/// Fills a ring; it depends on addresses, ports and protocol only, neither on the ids nor on the order of the members.
-pub fn ring<A: Address>(members: &[Member<A>], protocol: u8) -> Vec<u32> {
-    let size = slots(members.len());
+/// Fills a ring of `size` slots, a number that [`slots`] gives; it depends on addresses, ports and protocol only, neither
+/// on the ids nor on the order of the members.
+pub fn ring<A: Address>(members: &[Member<A>], protocol: u8, size: u32) -> Vec<u32> {
     if size <= 1 {
         return members.iter().map(|member| member.id).collect();
     }
@@ -122,6 +128,10 @@ mod tests {
         (1..=count).map(|n| Member { addr: (0x0a00_0000 + n).to_be_bytes(), port: 8080, id: n }).collect()
     }
 
+    fn full(members: &[Member<[u8; 4]>]) -> Vec<u32> {
+        ring(members, 6, slots(members.len(), SLOTS_PER_BACKEND))
+    }
+
     fn shares(ring: &[u32]) -> HashMap<u32, usize> {
         let mut shares = HashMap::new();
         ring.iter().for_each(|id| *shares.entry(*id).or_default() += 1);
@@ -145,19 +155,19 @@ mod tests {
             (4000, 409_609),
         ];
         for (backends, expected) in cases {
-            assert_eq!(slots(backends), expected, "{backends} backends");
+            assert_eq!(slots(backends, SLOTS_PER_BACKEND), expected, "{backends} backends");
         }
         for backends in 2..=6_000 {
-            assert!(slots(backends) >= backends as u32 * SLOTS_PER_BACKEND && is_prime(slots(backends)));
+            assert!(slots(backends, SLOTS_PER_BACKEND) >= backends as u32 * SLOTS_PER_BACKEND && is_prime(slots(backends, SLOTS_PER_BACKEND)));
         }
-        assert_eq!([slots(6_554), slots(1_000_000), slots(usize::MAX)], [RING_SLOTS_MAX; 3]);
+        assert_eq!([6_554, 1_000_000, usize::MAX].map(|backends| slots(backends, SLOTS_PER_BACKEND)), [RING_SLOTS_MAX; 3]);
         assert!(is_prime(RING_SLOTS_MAX));
     }
 
     #[test]
     fn every_backend_gets_a_nearly_equal_share() {
         for count in [2, 3, 5, 10, 50, 100, 500, 1000] {
-            let ring = ring(&members(count), 6);
+            let ring = full(&members(count));
             let shares = shares(&ring);
             let mean = ring.len() as f64 / f64::from(count);
             assert_eq!(shares.len(), count as usize);
@@ -168,14 +178,27 @@ mod tests {
     }
 
     #[test]
+    fn where_slots_are_scarce_shares_differ_by_one_slot_at_most() {
+        for per_backend in SCARCE_SLOTS_PER_BACKEND {
+            for count in [2, 3, 5, 10, 50, 500] {
+                let size = slots(count as usize, per_backend);
+                assert!(is_prime(size) && size >= count * per_backend);
+                let shares = shares(&ring(&members(count), 6, size));
+                let (most, least) = (shares.values().max().unwrap(), shares.values().min().unwrap());
+                assert!(shares.len() == count as usize && most - least <= 1, "{count}: {least} to {most}");
+            }
+        }
+    }
+
+    #[test]
     fn few_slots_move_when_a_backend_comes_or_goes() {
         for count in [4, 6, 8, 12, 48, 100, 384, 1000, 5000] {
             let most = members(count);
-            let before = ring(&most, 6);
+            let before = full(&most);
             for at in [0, count as usize / 2, count as usize - 1] {
                 let mut fewer = most.clone();
                 let gone = fewer.remove(at).id;
-                let after = ring(&fewer, 6);
+                let after = full(&fewer);
                 if before.len() != after.len() {
                     continue;
                 }
@@ -188,7 +211,7 @@ mod tests {
 
     #[test]
     fn the_ring_of_three_backends_never_changes() {
-        let ring = ring(&members(3), 6);
+        let ring = full(&members(3));
         assert_eq!(&ring[..24], &GOLDEN, "nodes of different versions would disagree");
     }
 
@@ -202,18 +225,18 @@ mod tests {
                 .prop_map(|list| list.iter().enumerate().map(|(n, &(addr, port))| Member { addr, port, id: n as u32 }).collect::<Vec<_>>()),
             seed: u64,
         ) {
-            let before = ring(&members, 17);
+            let before = full(&members);
             members.sort_by_key(|member| mix(u64::from(member.id) ^ seed));
-            prop_assert_eq!(&ring(&members, 17), &before);
-            prop_assert_eq!(before.len(), slots(members.len()) as usize);
+            prop_assert_eq!(&full(&members), &before);
+            prop_assert_eq!(before.len(), slots(members.len(), SLOTS_PER_BACKEND) as usize);
             prop_assert_eq!(shares(&before).len(), members.len());
         }
 
         #[test]
         fn the_ids_do_not_decide_where_a_backend_stands(count in 1u32..20, shift in 1u32..1000) {
-            let before = ring(&members(count), 6);
+            let before = full(&members(count));
             let moved: Vec<_> = members(count).iter().map(|m| Member { id: m.id + shift, ..*m }).collect();
-            let after = ring(&moved, 6);
+            let after = full(&moved);
             prop_assert!(before.iter().zip(&after).all(|(a, b)| a + shift == *b));
         }
     }

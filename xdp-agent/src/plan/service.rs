@@ -1,208 +1,201 @@
-//! One service port in the plan: its rings, its backends and the values of its frontends.
+//! One service port: what it needs in the maps.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use xdp_common::tables::{Frontend, FrontendKey, frontend};
+use xdp_common::tables::{Frontend, FrontendKey, backend, frontend};
 
 use super::{
-    Addr, Refusal,
-    backends::Backends,
+    backends::{Backends, Identity},
     maglev::{self, Member},
-    slices::Slices,
+    slices::Slice,
 };
-use crate::cluster::{DesiredFrontend, Endpoint, Policy, ServicePort, ServicePortName};
+use crate::cluster::wanted::{DesiredFrontend, Endpoint, FrontendKind, IpAddress, Policy, ServicePort};
+
+/// Both lists, in the order in which their rings are made.
+pub(super) const POLICIES: [Policy; 2] = [Policy::Cluster, Policy::Local];
 
 /// A service port as it is in the maps once the changes given out so far are applied.
 #[derive(Debug)]
-pub(super) struct Planned {
-    /// Service id; 0 until it has one.
-    pub(super) id: u32,
+pub(super) struct Planned<A> {
     /// What it was planned from.
-    pub(super) port: Arc<ServicePort>,
-    /// Number of the last update that wanted it.
-    pub(super) round: u64,
-    /// Whether a later wish did not fit.
-    pub(super) is_behind: bool,
-    /// Rings of the lists in use; one serves both policies when their lists are the same.
-    rings: Vec<Ring>,
-    /// Backends that no list names but that still serve: their flows stay.
-    kept: Vec<(u32, bool)>,
+    pub(super) port: Arc<ServicePort<A>>,
+    pub(super) rings: Rings,
 }
 
-/// A ring and what it is made of.
-#[derive(Debug)]
-struct Ring {
-    offset: u32,
-    slots: u32,
-    /// Endpoints with their backend ids, sorted.
-    members: Vec<(Endpoint, u32)>,
-    /// Whether its slice was taken over from the planned state before.
-    is_reused: bool,
+/// The rings of the lists in use; the same one twice when their lists are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Rings {
+    cluster: Slice,
+    local: Slice,
 }
 
-/// The key of a frontend; this version serves clients outside the cluster.
-pub(super) fn key(name: &ServicePortName, frontend: &DesiredFrontend) -> FrontendKey<Addr> {
-    FrontendKey {
-        addr: frontend.addr,
-        port: frontend.port.to_be_bytes(),
-        proto: name.protocol.number(),
-        zero: 0,
-    }
-}
-
-impl Ring {
-    fn slots(&self, proto: u8) -> Vec<u32> {
-        let member =
-            |&(endpoint, id): &(Endpoint, u32)| Member { addr: endpoint.addr, port: endpoint.port, id };
-        maglev::ring(&self.members.iter().map(member).collect::<Vec<_>>(), proto)
+impl Rings {
+    pub(super) fn of(&self, policy: Policy) -> Slice {
+        match policy {
+            Policy::Cluster => self.cluster,
+            Policy::Local => self.local,
+        }
     }
 
-    fn is_of(&self, list: &[Endpoint]) -> bool {
-        let same =
-            |(one, _): &(Endpoint, u32), other: &Endpoint| (one.addr, one.port) == (other.addr, other.port);
-        self.members.len() == list.len() && self.members.iter().zip(list).all(|(one, other)| same(one, other))
+    pub(super) fn set(&mut self, policy: Policy, slice: Slice) {
+        match policy {
+            Policy::Cluster => self.cluster = slice,
+            Policy::Local => self.local = slice,
+        }
+    }
+
+    /// Every ring once, with the list that it is of.
+    pub(super) fn each(self) -> impl Iterator<Item = (Policy, Slice)> {
+        let is_shared = self.local == self.cluster;
+        POLICIES
+            .into_iter()
+            .map(move |policy| (policy, self.of(policy)))
+            .filter(move |(policy, slice)| slice.slots > 0 && !(is_shared && *policy == Policy::Local))
     }
 }
 
-impl Planned {
-    /// Takes what a service port needs, from the state before where nothing changed; on refusal nothing is taken.
-    pub(super) fn build(
-        port: &Arc<ServicePort>,
-        before: Option<&Self>,
-        backends: &mut Backends,
-        slices: &mut Slices,
-    ) -> Result<Self, Refusal> {
-        let (rings, kept) = (Vec::new(), Vec::new());
-        let mut new = Self { id: 0, port: Arc::clone(port), round: 0, is_behind: false, rings, kept };
-        let proto = port.name.protocol.number();
-        for policy in [Policy::Cluster, Policy::Local] {
-            let list = endpoints(port, policy);
-            let is_used = port.frontends.iter().any(|frontend| frontend.policy == policy);
-            if !is_used || list.is_empty() || new.ring(list).is_some() {
-                continue;
-            }
-            let reused = before.and_then(|before| before.ring(list));
-            if let Err(why) = new.add_ring(list, reused, proto, backends, slices) {
-                new.undo(backends, slices);
-                return Err(why);
-            }
-        }
-        for endpoint in &port.serving {
-            if let Some(id) = backends.acquire_known(endpoint, proto) {
-                new.kept.push((id, endpoint.local));
-            }
-        }
-        Ok(new)
-    }
-
-    fn add_ring(
-        &mut self,
-        list: &[Endpoint],
-        reused: Option<&Ring>,
-        proto: u8,
-        backends: &mut Backends,
-        slices: &mut Slices,
-    ) -> Result<(), Refusal> {
-        let mut ring =
-            Ring { offset: 0, slots: 0, members: Vec::with_capacity(list.len()), is_reused: false };
-        for endpoint in list {
-            let Some(id) = backends.acquire(endpoint, proto) else {
-                // Without slots the ring gives back only its backends.
-                self.rings.push(ring);
-                return Err(Refusal::Backends { wanted: list.len() });
-            };
-            ring.members.push((*endpoint, id));
-        }
-        if let Some(reused) = reused {
-            (ring.offset, ring.slots, ring.is_reused) = (reused.offset, reused.slots, true);
-            self.rings.push(ring);
-            return Ok(());
-        }
-        let wanted = maglev::slots(list.len());
-        let offset = slices.allocate(wanted);
-        if let Some(offset) = offset {
-            (ring.offset, ring.slots) = (offset, wanted);
-        }
-        self.rings.push(ring);
-        offset.map(|_| ()).ok_or(Refusal::Rings { wanted })
-    }
-
-    /// The ring of a list, if it has one.
-    fn ring(&self, list: &[Endpoint]) -> Option<&Ring> {
-        self.rings.iter().find(|ring| ring.is_of(list))
-    }
-
-    /// Rings that have to be written, each with its first slot.
-    pub(super) fn new_rings(&self) -> impl Iterator<Item = (u32, Vec<u32>)> {
-        self.rings.iter().filter(|ring| !ring.is_reused).map(|ring| (ring.offset, ring.slots(self.proto())))
-    }
-
-    /// Every ring, each with its first slot.
-    pub(super) fn rings(&self) -> impl Iterator<Item = (u32, Vec<u32>)> {
-        self.rings.iter().map(|ring| (ring.offset, ring.slots(self.proto())))
-    }
-
-    /// The value of one of its frontends.
-    pub(super) fn frontend(&self, wanted: &DesiredFrontend) -> Frontend {
-        let list = endpoints(&self.port, wanted.policy);
-        let (ring, slots) = self.ring(list).map_or((0, 0), |ring| (ring.offset, ring.slots));
-        let mut flags = frontend::MASQUERADE_EXTERNAL | frontend::MASQUERADE_POD | frontend::MASQUERADE_HOST;
-        if wanted.node_address {
-            flags |= frontend::NODE_ADDRESS;
-        }
-        if list.is_empty() && self.port.any_endpoint {
-            flags |= frontend::HAS_ENDPOINTS;
-        }
+impl<A: IpAddress> Planned<A> {
+    /// The value of one of its frontends; `knows_pods` says whether pods are told from other clients by their network.
+    pub(super) fn frontend(&self, id: u32, wanted: &DesiredFrontend<A>, knows_pods: bool) -> Frontend {
+        let (outer, inner) = (self.rings.of(wanted.external), self.rings.of(wanted.internal));
+        let masquerade = wanted.masquerade;
+        let treats_pods_otherwise =
+            masquerade.pod != masquerade.external || wanted.internal != wanted.external;
+        let flags = [
+            (wanted.is_node_address, frontend::NODE_ADDRESS),
+            (self.port.any_endpoint, frontend::HAS_ENDPOINTS),
+            (wanted.is_restricted, frontend::RESTRICTED),
+            (treats_pods_otherwise && knows_pods, frontend::DISTINGUISHES_PODS),
+            (masquerade.external, frontend::MASQUERADE_EXTERNAL),
+            (masquerade.pod, frontend::MASQUERADE_POD),
+            (masquerade.host, frontend::MASQUERADE_HOST),
+            (wanted.external == Policy::Local, frontend::LOCAL),
+            (wanted.internal == Policy::Local, frontend::INNER_LOCAL),
+        ];
         Frontend {
-            service: self.id,
-            ring,
-            slots,
-            inner_ring: ring,
-            inner_slots: slots,
-            flags,
-            affinity_seconds: 0,
+            service: id,
+            ring: outer.offset,
+            slots: outer.slots,
+            inner_ring: inner.offset,
+            inner_slots: inner.slots,
+            flags: flags.into_iter().filter(|(is_set, _)| *is_set).fold(0, |all, (_, flag)| all | flag),
+            affinity_seconds: self.port.affinity_seconds,
         }
     }
 
-    /// Gives everything back but the slices that `after` goes on with.
-    pub(super) fn release(self, after: Option<&Self>, backends: &mut Backends, slices: &mut Slices) {
-        for ring in &self.rings {
-            let goes_on = after.is_some_and(|after| {
-                after.rings.iter().any(|new| new.is_reused && new.offset == ring.offset)
-            });
-            if !goes_on {
-                slices.release(ring.offset, ring.slots);
-            }
-        }
-        self.release_backends(backends);
+    /// Whether a ring is smaller than it should be.
+    pub(super) fn is_reduced(&self) -> bool {
+        self.rings.each().any(|(policy, slice)| {
+            slice.slots < maglev::slots(list(&self.port, policy).len(), maglev::SLOTS_PER_BACKEND)
+        })
     }
 
-    /// Gives everything back of a state that was never given out.
-    fn undo(self, backends: &mut Backends, slices: &mut Slices) {
-        for ring in self.rings.iter().filter(|ring| !ring.is_reused && ring.slots > 0) {
-            slices.undo(ring.offset, ring.slots);
-        }
-        self.release_backends(backends);
-    }
-
-    fn release_backends(&self, backends: &mut Backends) {
-        for (endpoint, id) in self.rings.iter().flat_map(|ring| &ring.members) {
-            backends.release(*id, endpoint.local);
-        }
-        for &(id, local) in &self.kept {
-            backends.release(id, local);
-        }
-    }
-
-    fn proto(&self) -> u8 {
-        self.port.name.protocol.number()
+    /// Every ring with its first slot.
+    pub(super) fn contents(&self, id: u32, backends: &Backends<A>) -> impl Iterator<Item = (u32, Vec<u32>)> {
+        self.rings.each().filter_map(move |(policy, slice)| {
+            Some((slice.offset, content(&self.port, policy, slice.slots, id, backends)?))
+        })
     }
 }
 
-/// The endpoints that a policy chooses from.
-fn endpoints(port: &ServicePort, policy: Policy) -> &[Endpoint] {
+/// The key of a frontend.
+pub(super) fn key<A: IpAddress>(port: &ServicePort<A>, frontend: &DesiredFrontend<A>) -> FrontendKey<A> {
+    let proto = port.name.protocol.number();
+    FrontendKey { addr: frontend.addr, port: frontend.port.to_be_bytes(), proto, zero: 0 }
+}
+
+/// Under which an address of a ClusterIP stands as such.
+pub(super) fn address_key<A: IpAddress>(addr: A) -> FrontendKey<A> {
+    FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 }
+}
+
+/// The value of an address as such.
+pub(super) const ADDRESS: Frontend = Frontend {
+    service: 0,
+    ring: 0,
+    slots: 0,
+    inner_ring: 0,
+    inner_slots: 0,
+    flags: frontend::ADDRESS,
+    affinity_seconds: 0,
+};
+
+/// The addresses that are nobody's but this service's, so that all their other ports may be refused.
+pub(super) fn addresses<A: IpAddress>(port: &ServicePort<A>) -> BTreeSet<A> {
+    let own = port.frontends.iter();
+    own.filter(|f| f.kind == FrontendKind::ClusterIp && !f.is_node_address).map(|f| f.addr).collect()
+}
+
+/// The endpoints that a policy chooses from, if a frontend asks for them.
+pub(super) fn list<A: IpAddress>(port: &ServicePort<A>, policy: Policy) -> &[Endpoint<A>] {
+    let is_used = port.frontends.iter().any(|f| f.external == policy || f.internal == policy);
     match policy {
-        Policy::Cluster => &port.cluster,
-        Policy::Local => &port.local,
+        Policy::Cluster if is_used => &port.cluster,
+        Policy::Local if is_used => &port.local,
+        Policy::Cluster | Policy::Local => &[],
     }
+}
+
+/// Whether two lists name the same addresses and ports, so that one ring serves for both.
+pub(super) fn is_same<A: IpAddress>(one: &[Endpoint<A>], other: &[Endpoint<A>]) -> bool {
+    let place = |endpoint: &Endpoint<A>| (endpoint.addr, endpoint.port);
+    one.len() == other.len() && one.iter().map(place).eq(other.iter().map(place))
+}
+
+/// How many backends its rings have to have room for.
+pub(super) fn room<A: IpAddress>(port: &ServicePort<A>) -> u64 {
+    let (cluster, local) = (list(port, Policy::Cluster), list(port, Policy::Local));
+    let local = if is_same(cluster, local) { 0 } else { local.len() };
+    [cluster.len(), local].into_iter().filter(|len| *len > 1).map(|len| u64::from(maglev::room(len))).sum()
+}
+
+/// Every endpoint with the flags of its backend; those without a list serve flows that they have, and get no others.
+pub(super) fn endpoints<A: IpAddress>(port: &ServicePort<A>) -> BTreeMap<(A, u16), u8> {
+    let lists = [
+        (list(port, Policy::Cluster), backend::IN_CLUSTER_LIST),
+        (list(port, Policy::Local), backend::IN_LOCAL_LIST),
+        (&port.serving, 0),
+    ];
+    let mut endpoints = BTreeMap::new();
+    for (list, flag) in lists {
+        for endpoint in list {
+            let flags = endpoints.entry((endpoint.addr, endpoint.port)).or_default();
+            *flags |= flag | if endpoint.local { backend::LOCAL } else { 0 };
+        }
+    }
+    endpoints
+}
+
+/// What stands for an endpoint of a service port.
+pub(super) fn identity<A: IpAddress>(
+    port: &ServicePort<A>,
+    service: u32,
+    (addr, number): (A, u16),
+) -> Identity<A> {
+    Identity { service, addr, port: number, proto: port.name.protocol.number() }
+}
+
+/// The ring of a list, unless one of its endpoints has no id.
+pub(super) fn content<A: IpAddress>(
+    port: &ServicePort<A>,
+    policy: Policy,
+    slots: u32,
+    id: u32,
+    backends: &Backends<A>,
+) -> Option<Vec<u32>> {
+    let member = |endpoint: &Endpoint<A>| {
+        let identity = identity(port, id, (endpoint.addr, endpoint.port));
+        Some(Member { addr: endpoint.addr, port: endpoint.port, id: backends.serving_id(&identity)? })
+    };
+    let members: Option<Vec<_>> = list(port, policy).iter().map(member).collect();
+    Some(maglev::ring(&members?, port.name.protocol.number(), slots))
+}
+
+/// The sizes that the ring of so many backends may have, largest first.
+pub(super) fn sizes(backends: usize) -> impl Iterator<Item = u32> {
+    let per_backend = std::iter::once(maglev::SLOTS_PER_BACKEND).chain(maglev::SCARCE_SLOTS_PER_BACKEND);
+    per_backend.map(move |per_backend| maglev::slots(backends, per_backend))
 }

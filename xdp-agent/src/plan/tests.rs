@@ -1,18 +1,98 @@
-use std::net::Ipv4Addr;
+use std::{collections::BTreeMap, sync::Arc};
 
-use xdp_common::tables::frontend;
+use xdp_common::{
+    net::Address,
+    tables::{backend, network::SERVICES},
+};
 
 use self::model::Model;
 use super::*;
-use crate::cluster::{DesiredFrontend, Endpoint, FrontendKind, Policy, Protocol};
+use crate::cluster::wanted::{
+    DesiredFrontend, Endpoint, FrontendKind, Masquerade, Networks, Policy, Protocol, ServicePort,
+};
 
+mod adopting;
+mod endpoints;
 mod generated;
+mod limits;
 mod model;
+mod networks;
 
-pub(super) const LIMITS: Limits = Limits { frontends: 64, backends: 64, ring_slots: 8192 };
+const LIMITS: Limits = Limits { frontends: 64, backends: 64, ring_slots: 8192, networks: 64 };
 
-/// A TCP service port with one frontend for each policy given, on 10.96.0.`n`.
-fn port(n: u8, policies: &[Policy], cluster: &[Endpoint], local: &[Endpoint]) -> ServicePort {
+type V4 = [u8; 4];
+type V6 = [u8; 16];
+
+/// Addresses by a number of a network and two more.
+trait TestAddress: IpAddress {
+    fn at(network: u8, a: u8, b: u8) -> Self;
+}
+
+impl TestAddress for V4 {
+    fn at(network: u8, a: u8, b: u8) -> Self {
+        [10, network, a, b]
+    }
+}
+
+impl TestAddress for V6 {
+    fn at(network: u8, a: u8, b: u8) -> Self {
+        [0xfd, network, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b]
+    }
+}
+
+type Ports<A> = BTreeMap<ServicePortName, Arc<ServicePort<A>>>;
+
+/// A plan, and what was wished last.
+struct Node<A> {
+    plan: Plan<A>,
+    ports: Ports<A>,
+}
+
+impl<A: IpAddress> Node<A> {
+    fn new(limits: Limits) -> Self {
+        Self { plan: Plan::new(limits), ports: Ports::new() }
+    }
+
+    /// Wishes these and no others.
+    fn wish(&mut self, ports: impl IntoIterator<Item = ServicePort<A>>, now_ms: u64) -> Update<A> {
+        self.wish_with(ports, None, now_ms)
+    }
+
+    fn wish_with(
+        &mut self,
+        ports: impl IntoIterator<Item = ServicePort<A>>,
+        networks: Option<Networks<A>>,
+        now_ms: u64,
+    ) -> Update<A> {
+        let ports = wish(ports);
+        let delta = Delta { networks, ..delta(&self.ports, &ports) };
+        self.ports = ports;
+        self.plan.update(&delta, true, &[], now_ms)
+    }
+
+    fn lines(&mut self, ports: impl IntoIterator<Item = ServicePort<A>>, now_ms: u64) -> Vec<String> {
+        script(&self.wish(ports, now_ms).changes)
+    }
+}
+
+fn wish<A>(ports: impl IntoIterator<Item = ServicePort<A>>) -> Ports<A> {
+    ports.into_iter().map(|port| (port.name.clone(), Arc::new(port))).collect()
+}
+
+fn delta<A: IpAddress>(before: &Ports<A>, after: &Ports<A>) -> Delta<A> {
+    let gone = before.keys().filter(|name| !after.contains_key(*name)).map(|name| (name.clone(), None));
+    let changed = after.iter().filter(|(name, port)| before.get(*name) != Some(*port));
+    let ports = gone.chain(changed.map(|(name, port)| (name.clone(), Some(Arc::clone(port))))).collect();
+    Delta { ports, networks: None }
+}
+
+/// A TCP service port with one frontend for each policy given, for everybody.
+fn port<A: TestAddress>(
+    n: u8,
+    policies: &[Policy],
+    cluster: &[Endpoint<A>],
+    local: &[Endpoint<A>],
+) -> ServicePort<A> {
     let name = ServicePortName {
         namespace: "shop".to_owned(),
         service: format!("s{n}"),
@@ -20,11 +100,14 @@ fn port(n: u8, policies: &[Policy], cluster: &[Endpoint], local: &[Endpoint]) ->
         protocol: Protocol::Tcp,
     };
     let frontend = |(at, policy): (usize, &Policy)| DesiredFrontend {
-        addr: [10, 96, at as u8, n],
+        addr: A::at(96, at as u8, n),
         port: 80,
-        kind: FrontendKind::ClusterIp,
-        policy: *policy,
-        node_address: false,
+        kind: FrontendKind::ExternalIp,
+        external: *policy,
+        internal: *policy,
+        masquerade: Masquerade::default(),
+        is_restricted: false,
+        is_node_address: false,
     };
     ServicePort {
         name,
@@ -33,47 +116,47 @@ fn port(n: u8, policies: &[Policy], cluster: &[Endpoint], local: &[Endpoint]) ->
         local: local.to_vec(),
         serving: cluster.to_vec(),
         any_endpoint: !cluster.is_empty(),
+        affinity_seconds: 0,
+        sources: Vec::new(),
     }
 }
 
-fn endpoint(n: u8) -> Endpoint {
-    Endpoint { addr: [10, 0, 0, n], port: 8080, local: false }
+fn endpoint<A: TestAddress>(n: u8) -> Endpoint<A> {
+    Endpoint { addr: A::at(0, 0, n), port: 8080, local: false }
 }
 
-fn simple(n: u8, endpoints: &[u8]) -> ServicePort {
-    let list: Vec<Endpoint> = endpoints.iter().map(|n| endpoint(*n)).collect();
+fn simple<A: TestAddress>(n: u8, endpoints: &[u8]) -> ServicePort<A> {
+    let list: Vec<_> = endpoints.iter().map(|n| endpoint(*n)).collect();
     port(n, &[Policy::Cluster], &list, &[])
 }
 
-fn wish(ports: impl IntoIterator<Item = ServicePort>) -> Desired {
-    let mut services: Vec<_> = ports.into_iter().map(Arc::new).collect();
-    services.sort_by(|a, b| a.name.cmp(&b.name));
-    Desired { services, problems: Vec::new() }
-}
-
 /// Changes as lines, one a change, for comparison with what a person expects.
-fn script(changes: &[Change]) -> Vec<String> {
-    let line = |change: &Change| match change {
+fn script<A: IpAddress>(changes: &[Change<A>]) -> Vec<String> {
+    let line = |change: &Change<A>| match change {
         Change::Backend { id, value } => {
-            format!(
-                "backend {id} {} flags {} generation {}",
-                Ipv4Addr::from(value.addr),
-                value.flags,
-                value.generation
-            )
+            let (addr, flags, generation) = (value.addr.to_ip(), value.flags, value.generation);
+            format!("backend {id} {addr} of {} flags {flags} generation {generation}", value.service)
         }
         Change::Ring { offset, slots } => format!("ring {offset}+{}", slots.len()),
         Change::IngressGate { .. } => "ingress gate".to_owned(),
         Change::EgressGate { .. } => "egress gate".to_owned(),
-        Change::Frontend { key, value } => format!(
-            "frontend {} service {} ring {}+{} flags {}",
-            Ipv4Addr::from(key.addr),
-            value.service,
-            value.ring,
-            value.slots,
-            value.flags
-        ),
-        Change::RemoveFrontend { key } => format!("remove {}", Ipv4Addr::from(key.addr)),
+        Change::Frontend { key, value } if value.service == 0 => format!("address {}", key.addr.to_ip()),
+        Change::Frontend { key, value } => {
+            let (addr, service, flags) = (key.addr.to_ip(), value.service, value.flags);
+            let inner = match (value.inner_ring, value.inner_slots) {
+                same if same == (value.ring, value.slots) => String::new(),
+                (ring, slots) => format!(" inside {ring}+{slots}"),
+            };
+            format!(
+                "frontend {addr} service {service} ring {}+{}{inner} flags {flags}",
+                value.ring, value.slots
+            )
+        }
+        Change::RemoveFrontend { key } => format!("remove {}", key.addr.to_ip()),
+        Change::Network { owner, network, value: Some(value) } => {
+            format!("network {network} of {owner:x} is {value}")
+        }
+        Change::Network { owner, network, value: None } => format!("network {network} of {owner:x} goes"),
     };
     let mut lines: Vec<String> = changes.iter().map(line).collect();
     lines.dedup();
@@ -84,278 +167,192 @@ fn in_use(started_ms: u64) -> InUse {
     InUse { started_ms, ..InUse::default() }
 }
 
+fn only_frontend<A: IpAddress>(plan: &Plan<A>) -> Frontend {
+    let mut all = plan.frontends();
+    let (_, value) = all.next().expect("a frontend");
+    assert_eq!(all.next(), None);
+    value
+}
+
 #[test]
 fn a_service_comes_changes_and_goes_in_order() {
-    let mut plan = Plan::new(LIMITS);
-    let update = plan.update(&wish([simple(1, &[1, 2])]), &[], 0);
+    let mut node = Node::<V4>::new(LIMITS);
     assert_eq!(
-        script(&update.changes),
+        node.lines([simple(1, &[1, 2])], 0),
         [
             "ingress gate",
             "egress gate",
-            "backend 1 10.0.0.1 flags 0 generation 1",
-            "backend 2 10.0.0.2 flags 0 generation 1",
+            "backend 1 10.0.0.1 of 1 flags 2 generation 1",
+            "backend 2 10.0.0.2 of 1 flags 2 generation 1",
             "ring 0+211",
-            "frontend 10.96.0.1 service 1 ring 0+211 flags 0",
+            "frontend 10.96.0.1 service 1 ring 0+211 flags 2",
         ]
     );
-    assert_eq!(plan.update(&wish([simple(1, &[1, 2])]), &[], 10).changes, []);
+    let same = Delta { ports: BTreeMap::from_iter(node.ports.clone().into_iter().map(|(n, p)| (n, Some(p)))), networks: None };
+    assert_eq!(node.plan.update(&same, true, &[], 10).changes, []);
 
-    let update = plan.update(&wish([simple(1, &[2])]), &[], 20);
     assert_eq!(
-        script(&update.changes),
+        node.lines([simple(1, &[2])], 20),
         [
             "ring 211+1",
-            "frontend 10.96.0.1 service 1 ring 211+1 flags 0",
-            "backend 1 10.0.0.1 flags 0 generation 2",
+            "frontend 10.96.0.1 service 1 ring 211+1 flags 2",
+            "backend 1 10.0.0.1 of 1 flags 2 generation 2",
         ]
     );
 
-    let update = plan.update(&wish([]), &[], 30);
-    assert_eq!(script(&update.changes), ["remove 10.96.0.1", "backend 2 10.0.0.2 flags 0 generation 2"]);
-    assert_eq!(plan.fill(), Fill { frontends: 0, backends: 2, ring_slots: 212 });
+    assert_eq!(
+        node.lines([], 30),
+        ["remove 10.96.0.1", "backend 2 10.0.0.2 of 1 flags 2 generation 2"]
+    );
+    assert_eq!(node.plan.fill(), Fill { backends: 2, ring_slots: 212, ..Fill::default() });
 
-    assert_eq!(plan.collect(&in_use(25), 40).changes, []);
-    let update = plan.collect(&in_use(1_040), 1_050);
+    assert_eq!(node.plan.collect(&in_use(25), 40).changes, []);
+    let update = node.plan.collect(&in_use(1_040), 1_050);
     assert_eq!(
         script(&update.changes),
         [
-            "backend 1 0.0.0.0 flags 0 generation 2",
-            "backend 2 0.0.0.0 flags 0 generation 2",
+            "backend 1 0.0.0.0 of 0 flags 0 generation 2",
+            "backend 2 0.0.0.0 of 0 flags 0 generation 2",
             "ingress gate",
             "egress gate"
         ]
     );
-    assert_eq!(plan.fill(), Fill::default());
+    assert_eq!(node.plan.fill(), Fill::default());
 
-    let update = plan.update(&wish([simple(1, &[7])]), &[], 1_060);
-    assert_eq!(script(&update.changes)[2], "backend 1 10.0.0.7 flags 0 generation 3");
+    assert_eq!(node.lines([simple(1, &[7])], 1_060)[2], "backend 1 10.0.0.7 of 2 flags 2 generation 3");
 }
 
 #[test]
 fn one_changed_service_changes_nothing_else() {
-    let mut plan = Plan::new(LIMITS);
-    let all = |last: &[u8]| wish([simple(1, &[1, 2]), simple(2, &[1, 3]), simple(3, last)]);
-    plan.update(&all(&[4]), &[], 0);
-    let update = plan.update(&all(&[5]), &[], 10);
+    let mut node = Node::<V4>::new(LIMITS);
+    let all = |last: &[u8]| [simple(1, &[1, 2]), simple(2, &[1, 3]), simple(3, last)];
+    node.wish(all(&[4]), 0);
     assert_eq!(
-        script(&update.changes),
+        node.lines(all(&[5]), 10),
         [
             "egress gate",
-            "backend 5 10.0.0.5 flags 0 generation 1",
+            "backend 6 10.0.0.5 of 3 flags 2 generation 1",
             "ring 423+1",
-            "frontend 10.96.0.3 service 3 ring 423+1 flags 0",
-            "backend 4 10.0.0.4 flags 0 generation 2",
+            "frontend 10.96.0.3 service 3 ring 423+1 flags 2",
+            "backend 5 10.0.0.4 of 3 flags 2 generation 2",
         ]
     );
 }
 
 #[test]
 fn policies_with_the_same_endpoints_share_a_ring() {
-    let mut plan = Plan::new(LIMITS);
+    let mut node = Node::<V4>::new(LIMITS);
     let list = [endpoint(1), endpoint(2)].map(|endpoint| Endpoint { local: true, ..endpoint });
-    let update = plan.update(&wish([port(1, &[Policy::Cluster, Policy::Local], &list, &list)]), &[], 0);
+    let update = node.wish([port(1, &[Policy::Cluster, Policy::Local], &list, &list)], 0);
     let rings = update.changes.iter().filter(|change| matches!(change, Change::Ring { .. })).count();
-    assert_eq!((rings, plan.fill().ring_slots), (1, 211));
-    assert!(script(&update.changes).contains(&"backend 1 10.0.0.1 flags 1 generation 1".to_owned()));
+    assert_eq!((rings, node.plan.fill().ring_slots), (1, 211));
+    assert!(script(&update.changes).contains(&"backend 1 10.0.0.1 of 1 flags 7 generation 1".to_owned()));
+}
+
+#[test]
+fn clients_outside_and_inside_get_the_ring_of_their_policy() {
+    let mut node = Node::<V4>::new(LIMITS);
+    let here = Endpoint { local: true, ..endpoint(1) };
+    let mut split = port(1, &[Policy::Local], &[here, endpoint(2)], &[here]);
+    split.frontends[0].internal = Policy::Cluster;
+    split.affinity_seconds = 10_800;
+    assert_eq!(
+        node.lines([split.clone()], 0)[2..],
+        [
+            "backend 1 10.0.0.1 of 1 flags 7 generation 1",
+            "backend 2 10.0.0.2 of 1 flags 2 generation 1",
+            "ring 0+211",
+            "ring 211+1",
+            "frontend 10.96.0.1 service 1 ring 211+1 inside 0+211 flags 130",
+        ]
+    );
+    assert_eq!(only_frontend(&node.plan).affinity_seconds, 10_800);
+
+    // Only policy Cluster is left: the other ring goes, and who was in both lists keeps its generation.
+    split.frontends[0].external = Policy::Cluster;
+    assert_eq!(
+        node.lines([split], 10),
+        [
+            "backend 1 10.0.0.1 of 1 flags 3 generation 1",
+            "frontend 10.96.0.1 service 1 ring 0+211 flags 2"
+        ]
+    );
+    assert_eq!(node.plan.slices.settled(), 211);
+}
+
+#[test]
+fn the_flags_of_a_frontend_say_who_is_masqueraded_and_whether_pods_are_asked_for() {
+    let masquerade = |external, pod, host| Masquerade { external, pod, host };
+    let (has, distinguishes) = (frontend::HAS_ENDPOINTS, frontend::DISTINGUISHES_PODS);
+    let (outside, pod, host) =
+        (frontend::MASQUERADE_EXTERNAL, frontend::MASQUERADE_POD, frontend::MASQUERADE_HOST);
+    let cases = [
+        (masquerade(true, false, true), Policy::Cluster, outside | host | distinguishes),
+        (masquerade(true, true, true), Policy::Cluster, outside | pod | host),
+        (masquerade(false, false, true), Policy::Local, host | frontend::LOCAL | distinguishes),
+    ];
+    for (masquerade, external, expected) in cases {
+        let mut wanted = simple::<V4>(1, &[1]);
+        wanted.frontends[0] = DesiredFrontend { masquerade, external, ..wanted.frontends[0] };
+        let mut node = Node::new(LIMITS);
+        node.wish([wanted.clone()], 0);
+        let unknown = only_frontend(&node.plan).flags;
+        assert_eq!(unknown, has | expected & !distinguishes, "no pods are known by their networks");
+        let networks =
+            Networks { pods: vec![Network { addr: [10, 0, 0, 0], len: 16 }], ..Networks::default() };
+        node.wish_with([wanted], Some(networks), 10);
+        assert_eq!(only_frontend(&node.plan).flags, has | expected);
+    }
 }
 
 #[test]
 fn a_frontend_without_endpoints_says_whether_there_are_some_elsewhere() {
-    let mut plan = Plan::new(LIMITS);
+    let mut node = Node::<V4>::new(LIMITS);
     let both = [Policy::Cluster, Policy::Local];
     let mut none = port(2, &both, &[], &[]);
-    none.frontends[0].node_address = true;
-    plan.update(&wish([port(1, &both, &[endpoint(1)], &[]), none]), &[], 0);
-    let mut image = plan.image();
-    image.frontends.sort_by_key(|(key, _)| (key.addr[3], key.addr[2]));
-    let values: Vec<_> = image.frontends.iter().map(|(_, value)| (value.slots, value.flags)).collect();
-    assert_eq!(values, [(1, 0), (0, frontend::HAS_ENDPOINTS), (0, frontend::NODE_ADDRESS), (0, 0)]);
-    assert!(image.frontends.iter().all(|(key, _)| key.zero == 0));
-}
-
-#[test]
-fn an_endpoint_that_still_serves_keeps_its_generation_until_it_is_gone() {
-    let mut plan = Plan::new(LIMITS);
-    plan.update(&wish([simple(1, &[1, 2])]), &[], 0);
-    let mut leaving = simple(1, &[2]);
-    leaving.serving.push(endpoint(1));
-    leaving.serving.push(endpoint(9)); // serves, but was never chosen
-    let update = plan.update(&wish([leaving]), &[], 10);
-    assert_eq!(script(&update.changes), ["ring 211+1", "frontend 10.96.0.1 service 1 ring 211+1 flags 0"]);
-    let update = plan.update(&wish([simple(1, &[2])]), &[], 20);
-    assert_eq!(script(&update.changes), ["backend 1 10.0.0.1 flags 0 generation 2"]);
-}
-
-#[test]
-fn an_endpoint_that_comes_back_has_its_id_again() {
-    let mut plan = Plan::new(LIMITS);
-    plan.update(&wish([simple(1, &[1, 2])]), &[], 0);
-    plan.update(&wish([simple(1, &[2])]), &[], 10);
-    let update = plan.update(&wish([simple(1, &[1, 2])]), &[], 20);
-    assert_eq!(
-        script(&update.changes),
-        ["ring 212+211", "frontend 10.96.0.1 service 1 ring 212+211 flags 0"]
-    );
-    assert_eq!(plan.image().backends[0].1.generation, 2);
-}
-
-#[test]
-fn an_address_that_moves_to_this_node_is_another_backend_for_flows() {
-    let mut plan = Plan::new(LIMITS);
-    plan.update(&wish([simple(1, &[1])]), &[], 0);
-    let here = [Endpoint { local: true, ..endpoint(1) }];
-    let update = plan.update(&wish([port(1, &[Policy::Cluster], &here, &[])]), &[], 10);
-    assert_eq!(script(&update.changes), ["backend 1 10.0.0.1 flags 1 generation 2"]);
-}
-
-#[test]
-fn an_id_in_use_by_a_flow_is_not_given_to_another() {
-    let mut plan = Plan::new(LIMITS);
-    plan.update(&wish([simple(1, &[1])]), &[], 0);
-    plan.update(&wish([]), &[], 10);
-    plan.collect(&in_use(15), 20);
-    let flows = InUse { started_ms: 5_000, backends: HashSet::from([1]), ..InUse::default() };
-    assert_eq!(script(&plan.collect(&flows, 5_000).changes), ["ingress gate"]);
-    let update = plan.update(&wish([simple(1, &[2])]), &[], 5_010);
-    assert_eq!(script(&update.changes)[2], "backend 2 10.0.0.2 flags 0 generation 1");
+    none.frontends[0].is_node_address = true;
+    node.wish([port(1, &both, &[endpoint(1)], &[]), none], 0);
+    let mut all: Vec<_> = node.plan.frontends().collect();
+    all.sort_by_key(|(key, _)| (key.addr[3], key.addr[2]));
+    let values: Vec<_> = all.iter().map(|(_, value)| (value.slots, value.flags)).collect();
+    let local = frontend::LOCAL | frontend::INNER_LOCAL;
+    let has = frontend::HAS_ENDPOINTS;
+    assert_eq!(values, [(1, has), (0, has | local), (0, frontend::NODE_ADDRESS), (0, local)]);
+    assert!(all.iter().all(|(key, _)| key.zero == 0));
 }
 
 #[test]
 fn a_frontend_that_moves_between_services_is_switched_not_removed() {
-    let mut plan = Plan::new(LIMITS);
+    let mut node = Node::<V4>::new(LIMITS);
     let taken = |n: u8, address_of: u8| {
         let mut port = simple(n, &[n]);
         port.frontends[0].addr = [10, 96, 9, address_of];
         port
     };
-    plan.update(&wish([taken(1, 1), taken(2, 2)]), &[], 0);
+    node.wish([taken(1, 1), taken(2, 2)], 0);
     for swapped in [[taken(1, 2), taken(2, 1)], [taken(1, 1), taken(2, 2)]] {
-        let lines = script(&plan.update(&wish(swapped), &[], 10).changes);
+        let lines = node.lines(swapped, 10);
         assert_eq!(lines.len(), 2);
         assert!(lines.iter().all(|line| line.starts_with("frontend ")), "{lines:?}");
     }
-    let lines = script(&plan.update(&wish([taken(2, 1)]), &[], 20).changes);
-    assert_eq!(lines[0], "frontend 10.96.9.1 service 2 ring 1+1 flags 0");
-    assert_eq!(lines[1..], ["remove 10.96.9.2", "backend 1 10.0.0.1 flags 0 generation 2"]);
-}
-
-#[test]
-fn a_full_map_stops_one_service_and_names_the_flag() {
-    let fits = [simple(1, &[1]), simple(2, &[2])];
-    let cases = [
-        (Limits { frontends: 2, ..LIMITS }, simple(5, &[1]), ProblemKind::FrontendsFull, "--max-frontends"),
-        (Limits { backends: 4, ..LIMITS }, simple(5, &[3, 4]), ProblemKind::BackendsFull, "--max-backends"),
-        (Limits { ring_slots: 4, ..LIMITS }, simple(5, &[1, 2]), ProblemKind::RingsFull, "--max-ring-slots"),
-    ];
-    for (limits, too_much, kind, flag) in cases {
-        let mut plan = Plan::new(limits);
-        let desired = wish(fits.iter().cloned().chain([too_much.clone()]));
-        let update = plan.update(&desired, &[], 0);
-        let problem = &update.problems[0];
-        assert_eq!((update.problems.len(), problem.kind), (1, kind));
-        assert!(problem.message.contains(flag), "{problem}");
-        assert_eq!(plan.fill(), Fill { frontends: 2, backends: 2, ring_slots: 2 });
-        assert_eq!(plan.update(&desired, &[], 10).changes, [], "nothing half done, nothing repeated");
-        assert_eq!(plan.update(&wish([simple(9, &[1])]), &[], 20).problems, []);
-        let update = plan.update(&wish([too_much]), &[], 9_000);
-        assert!(limits.frontends == 2 || update.problems.len() == 1, "it is tried again and still too much");
-    }
-}
-
-#[test]
-fn room_of_frontends_that_go_serves_those_that_come_in_the_same_update() {
-    let mut plan = Plan::new(Limits { frontends: 2, ..LIMITS });
-    plan.update(&wish([simple(1, &[1]), simple(2, &[2])]), &[], 0);
-    let update = plan.update(&wish([simple(3, &[1]), simple(4, &[2])]), &[], 10);
-    assert_eq!((update.problems, plan.fill().frontends), (vec![], 2));
-}
-
-#[test]
-fn a_service_that_waits_for_resting_slots_is_planned_when_they_are_free() {
-    let mut plan = Plan::new(Limits { ring_slots: 300, ..LIMITS });
-    plan.update(&wish([simple(1, &[1, 2])]), &[], 0);
-    let wanted = wish([simple(1, &[1, 3])]);
-    let update = plan.update(&wanted, &[], 10);
-    assert_eq!(
-        (update.problems.len(), update.retry_in_ms),
-        (1, None),
-        "its own ring stands in the way for ever"
-    );
-    let wanted = wish([simple(2, &[1, 3])]);
-    let update = plan.update(&wanted, &[], 20);
-    assert_eq!((update.problems.len(), update.retry_in_ms), (1, Some(QUARANTINE_MS)));
-    assert_eq!(plan.update(&wanted, &[], 1_020).problems.len(), 1);
-    let update = plan.update(&wanted, &[], 2_020);
-    assert_eq!((update.problems, update.retry_in_ms, plan.fill().frontends), (vec![], None, 1));
-}
-
-#[test]
-fn collecting_says_when_a_service_that_waits_for_backends_may_fit() {
-    let mut plan = Plan::new(Limits { backends: 2, ..LIMITS });
-    plan.update(&wish([simple(1, &[1])]), &[], 0);
-    let wanted = wish([simple(1, &[2])]);
-    assert_eq!(plan.update(&wanted, &[], 10).problems[0].kind, ProblemKind::BackendsFull);
-    assert_eq!(plan.update(&wish([simple(2, &[2])]), &[], 20).problems.len(), 1);
-    assert_eq!(plan.collect(&in_use(25), 30).retry_in_ms, None);
-    assert_eq!(plan.collect(&in_use(1_030), 1_040).retry_in_ms, Some(0));
-    assert_eq!(plan.update(&wish([simple(2, &[2])]), &[], 1_050).problems, []);
+    let lines = node.lines([taken(2, 1)], 20);
+    assert_eq!(lines[0], "frontend 10.96.9.1 service 2 ring 1+1 flags 2");
+    assert_eq!(lines[1..], ["remove 10.96.9.2", "backend 1 10.0.0.1 of 1 flags 2 generation 2"]);
 }
 
 #[test]
 fn snat_addresses_have_their_bit_as_long_as_flows_use_them() {
-    let mut plan = Plan::new(LIMITS);
+    let mut plan = Plan::<V4>::new(LIMITS);
     let address = [192, 0, 2, 1];
     let bit = snat_bit(address);
-    let is_set = |plan: &Plan| plan.image().ingress_gate[(bit / 64) as usize] >> (bit % 64) & 1 == 1;
-    assert_eq!(script(&plan.update(&wish([]), &[address, address], 0).changes), ["ingress gate"]);
-    assert_eq!(plan.update(&wish([]), &[address], 0).changes, []);
-    plan.update(&wish([]), &[], 10);
+    let is_set = |plan: &Plan<V4>| plan.ingress_gate()[(bit / 64) as usize] >> (bit % 64) & 1 == 1;
+    let nothing = Delta::default();
+    assert_eq!(script(&plan.update(&nothing, true, &[address, address], 0).changes), ["ingress gate"]);
+    assert_eq!(plan.update(&nothing, true, &[address], 0).changes, []);
+    plan.update(&nothing, true, &[], 10);
     plan.collect(&in_use(15), 20);
     plan.collect(&InUse { started_ms: 5_000, ingress_bits: HashSet::from([bit]), ..InUse::default() }, 5_000);
     assert!(is_set(&plan));
     plan.collect(&in_use(5_000), 5_000);
     assert!(!is_set(&plan));
-}
-
-#[test]
-fn the_maps_of_a_previous_agent_are_taken_over() {
-    let mut old = Plan::new(LIMITS);
-    let mut model = Model::new(LIMITS);
-    let before = wish([simple(1, &[1, 2]), simple(2, &[3]), simple(3, &[4])]);
-    model.apply_all(&old.update(&before, &[], 0), &wish([]), &before, 0);
-    let mut plan = Plan::adopt(LIMITS, model.adopted());
-    // Service 3 is gone, service 2 lost its endpoint to another one, service 1 is as it was.
-    let desired = wish([simple(1, &[1, 2]), simple(2, &[5])]);
-    let update = plan.update(&desired, &[], 0);
-    model.apply_all(&update, &before, &desired, 0);
-    assert_eq!(
-        script(&update.changes),
-        [
-            "egress gate",
-            "backend 5 10.0.0.5 flags 0 generation 1",
-            "ring 213+211",
-            "ring 424+1",
-            "frontend 10.96.0.1 service 1 ring 213+211 flags 0",
-            "frontend 10.96.0.2 service 2 ring 424+1 flags 0",
-            "remove 10.96.0.3",
-            "backend 3 10.0.0.3 flags 0 generation 2",
-            "backend 4 10.0.0.4 flags 0 generation 2",
-        ]
-    );
-    assert_eq!(plan.update(&desired, &[], 10).changes, []);
-}
-
-#[test]
-fn frontends_of_a_previous_agent_stay_until_their_service_fits() {
-    let limits = Limits { ring_slots: 300, ..LIMITS };
-    let mut old = Plan::new(limits);
-    let mut model = Model::new(limits);
-    let desired = wish([simple(1, &[1, 2])]);
-    model.apply_all(&old.update(&desired, &[], 0), &wish([]), &desired, 0);
-    let mut plan = Plan::adopt(limits, model.adopted());
-    let update = plan.update(&desired, &[], 0);
-    assert_eq!(update.problems.len(), 1);
-    assert_eq!(update.changes, [], "what works stays");
-    assert_eq!(plan.fill().frontends, 1);
 }

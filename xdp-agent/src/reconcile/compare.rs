@@ -2,13 +2,53 @@
 
 use std::{collections::BTreeMap, io};
 
-use tracing::{debug, warn};
+use tracing::warn;
 use xdp_common::tables::Device;
 
 use super::Reconciler;
 
 /// Rings are computed anew to be compared, so they are compared less often: at every tenth comparison.
 const RING_COMPARE_EVERY: u32 = 10;
+/// Backends that are compared at a time.
+const BACKENDS_PER_STEP: u32 = 1 << 14;
+/// Parts in which rings are compared: at four million slots one takes some milliseconds.
+const RING_PARTS: u32 = 64;
+
+/// What a comparison looks at next. It goes step by step, so that changes wait for one of them at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Gates,
+    Frontends,
+    Networks,
+    /// From this id on.
+    Backends(u32),
+    /// This part of them.
+    Rings(u32),
+}
+
+/// A comparison under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Comparison {
+    step: Step,
+    with_rings: bool,
+    repairs: u32,
+}
+
+impl Comparison {
+    /// The next step, of so many backends.
+    fn next(self, backends: u32) -> Option<Step> {
+        match self.step {
+            Step::Gates => Some(Step::Frontends),
+            Step::Frontends => Some(Step::Networks),
+            Step::Networks => Some(Step::Backends(0)),
+            Step::Backends(first) if backends - first > BACKENDS_PER_STEP => {
+                Some(Step::Backends(first + BACKENDS_PER_STEP))
+            }
+            Step::Backends(_) => self.with_rings.then_some(Step::Rings(0)),
+            Step::Rings(part) => (part + 1 < RING_PARTS).then_some(Step::Rings(part + 1)),
+        }
+    }
+}
 
 impl Reconciler {
     pub(super) fn write_devices(&mut self, wanted: &BTreeMap<u32, Device<[u8; 4]>>) -> io::Result<()> {
@@ -24,41 +64,77 @@ impl Reconciler {
         Ok(())
     }
 
+    /// Begins a comparison, which [`Reconciler::compare_step`] goes on with.
     pub(super) fn compare(&mut self) {
-        // While a write waits to be repeated the maps differ from the plan on purpose.
-        if !self.pending.is_empty() {
-            return;
-        }
         self.comparisons = self.comparisons.wrapping_add(1);
         let with_rings = self.comparisons.is_multiple_of(RING_COMPARE_EVERY);
-        match self.mend(with_rings) {
-            Ok(0) => {}
-            Ok(repairs) => {
-                self.parts.metrics.repairs.inc_by(repairs.into());
-                warn!(
-                    repairs,
-                    "the maps differed from the plan and were mended; something else writes to them"
-                );
-            }
+        self.comparison = Some(Comparison { step: Step::Gates, with_rings, repairs: 0 });
+    }
+
+    /// Compares some more.
+    pub(super) fn compare_step(&mut self) {
+        // While a write waits to be repeated the maps differ from the plan on purpose.
+        let Some(mut comparison) = self.comparison.take().filter(|_| self.pending.is_empty()) else { return };
+        match self.mend(comparison.step) {
+            Ok(repairs) => comparison.repairs += repairs,
             Err(error) => {
                 self.parts.metrics.map_write_failures.inc();
                 warn!(%error, "cannot compare the maps with the plan; trying again at the next comparison");
+                return;
             }
+        }
+        if let Some(step) = comparison.next(self.parts.limits.backends) {
+            self.comparison = Some(Comparison { step, ..comparison });
+        } else if comparison.repairs > 0 {
+            self.parts.metrics.repairs.inc_by(comparison.repairs.into());
+            warn!(
+                repairs = comparison.repairs,
+                "the maps differed from the plan and were mended; something else writes to them"
+            );
         }
     }
 
-    fn mend(&mut self, with_rings: bool) -> io::Result<u32> {
-        let mut repairs = self.parts.maps.repair(&self.plan.image())?;
-        if with_rings {
-            for (offset, slots) in self.plan.rings() {
-                repairs.rings += u32::from(self.parts.maps.repair_ring(offset, &slots)?);
+    fn mend(&mut self, step: Step) -> io::Result<u32> {
+        let (plan, maps) = (&self.plan, &mut self.parts.maps);
+        match step {
+            Step::Gates => {
+                let mended = maps.repair_gates(plan.ingress_gate(), plan.egress_gate())?;
+                let devices = self.picture.devices.clone();
+                self.write_devices(&devices)?;
+                Ok(mended)
+            }
+            Step::Frontends => maps.repair_frontends(plan.frontends()),
+            Step::Networks => maps.repair_networks(plan.networks()),
+            Step::Backends(first) => {
+                let ids = first..first.saturating_add(BACKENDS_PER_STEP).min(self.parts.limits.backends);
+                maps.repair_backends(ids.clone(), plan.backends(ids))
+            }
+            Step::Rings(part) => {
+                let mut mended = 0;
+                for (offset, slots) in plan.rings(part, RING_PARTS) {
+                    mended += u32::from(maps.repair_ring(offset, &slots)?);
+                }
+                Ok(mended)
             }
         }
-        if repairs.total() > 0 {
-            debug!(?repairs, "mended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comparison_comes_to_its_end_after_every_backend_and_every_part_of_the_rings() {
+        for (backends, with_rings, steps) in [(1, false, 4), (16_384, false, 4), (131_072, true, 3 + 8 + 64)] {
+            let mut comparison = Comparison { step: Step::Gates, with_rings, repairs: 0 };
+            let mut taken = vec![comparison.step];
+            while let Some(step) = comparison.next(backends) {
+                comparison.step = step;
+                taken.push(step);
+            }
+            assert_eq!(taken.len(), steps, "{backends} backends");
+            assert!(taken.contains(&Step::Backends((backends - 1) / BACKENDS_PER_STEP * BACKENDS_PER_STEP)));
         }
-        let devices = self.picture.devices.clone();
-        self.write_devices(&devices)?;
-        Ok(repairs.total())
     }
 }

@@ -1,0 +1,47 @@
+//! What is wrong with objects, by object.
+
+use std::{collections::BTreeMap, fmt};
+
+use crate::problem::{Problem, ProblemKind};
+
+/// The problems that single objects have.
+#[derive(Debug, Default)]
+pub(super) struct Problems {
+    by_object: BTreeMap<String, Box<[Problem]>>,
+    version: u64,
+}
+
+impl Problems {
+    /// Takes the flaws of an object in place of those that it had; none when it is gone.
+    pub(super) fn set(&mut self, kind: &str, name: impl fmt::Display, flaws: Option<&[Box<str>]>) {
+        let flaws = flaws.unwrap_or_default();
+        if flaws.is_empty() && self.by_object.is_empty() {
+            return;
+        }
+        let object = format!("{kind} {name}");
+        let problem = |flaw: &Box<str>| Problem::of(ProblemKind::Invalid, &object, &**flaw);
+        let problems: Box<[Problem]> = flaws.iter().map(problem).collect();
+        if problems.is_empty() {
+            if self.by_object.remove(&object).is_some() {
+                self.touch();
+            }
+        } else if self.by_object.get(&object) != Some(&problems) {
+            self.by_object.insert(object, problems);
+            self.touch();
+        }
+    }
+
+    /// Notes that problems beyond single objects have changed.
+    pub(super) fn touch(&mut self) {
+        self.version += 1;
+    }
+
+    /// Changes with the problems.
+    pub(super) fn version(&self) -> u64 {
+        self.version
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Problem> {
+        self.by_object.values().flatten()
+    }
+}

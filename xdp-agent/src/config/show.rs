@@ -1,0 +1,84 @@
+//! The resolved configuration as JSON, for `/configz`.
+
+use std::net::IpAddr;
+
+use serde_json::{Value, json};
+
+use super::{Config, Listen, ObjectSource, Sizes, Timeouts};
+use crate::cluster::{DetectLocal, NodePortAddresses, Options};
+
+impl Config {
+    /// Everything, under the names of the flags.
+    pub fn to_json(&self) -> Value {
+        // Taken apart whole, so that nothing new is forgotten here.
+        let Self {
+            interfaces,
+            source,
+            cluster,
+            node_ips,
+            mode,
+            listen,
+            service_metrics,
+            pin_dir,
+            keep,
+            fresh,
+            snat_ports,
+            sizes,
+            timeouts,
+        } = self;
+        let Options { node, detect_local, masquerade_all, nodeport_addresses, service_cidrs, zone } = cluster;
+        let Listen { healthz, metrics, is_hard_fail } = listen;
+        let Sizes { established, embryonic, frontends, backends, ring_slots, networks } = sizes;
+        let Timeouts { tcp_established, tcp_half_closed, tcp_closed, udp } = timeouts;
+        let (services, kubeconfig, master) = match source {
+            ObjectSource::Files(paths) => (Some(paths), None, None),
+            ObjectSource::Kubernetes { kubeconfig, master } => (None, kubeconfig.as_ref(), master.as_ref()),
+        };
+        let seconds = |time: &u32| format!("{time}s");
+        json!({
+            "services": services,
+            "kubeconfig": kubeconfig,
+            "master": master,
+            "node": node,
+            "node-ip": node_ips,
+            "zone": zone,
+            "nodeport-addresses": match nodeport_addresses {
+                NodePortAddresses::Primary => json!("primary"),
+                NodePortAddresses::Cidrs(networks) => texts(networks),
+            },
+            "service-cidr": texts(service_cidrs),
+            "detect-local-mode": match detect_local {
+                DetectLocal::None => Value::Null,
+                DetectLocal::ClusterCidr(networks) => json!({ "ClusterCIDR": texts(networks) }),
+                DetectLocal::NodeCidr => json!({ "NodeCIDR": null }),
+                DetectLocal::BridgeInterface(name) => json!({ "BridgeInterface": name }),
+                DetectLocal::InterfaceNamePrefix(prefix) => json!({ "InterfaceNamePrefix": prefix }),
+            },
+            "masquerade-all": masquerade_all,
+            "iface": interfaces,
+            "mode": format!("{mode:?}").to_lowercase(),
+            "snat-ports": snat_ports.to_string(),
+            "pin-dir": pin_dir,
+            "keep": keep,
+            "fresh": fresh,
+            "healthz-bind-address": healthz,
+            "metrics-bind-address": metrics,
+            "bind-address-hard-fail": is_hard_fail,
+            "service-metrics": service_metrics,
+            "max-established": established,
+            "max-embryonic": embryonic,
+            "max-frontends": frontends,
+            "max-backends": backends,
+            "max-ring-slots": ring_slots,
+            "max-networks": networks,
+            "tcp-established-timeout": seconds(tcp_established),
+            "tcp-half-closed-timeout": seconds(tcp_half_closed),
+            "tcp-closed-timeout": seconds(tcp_closed),
+            "udp-timeout": seconds(udp),
+        })
+    }
+}
+
+fn texts(networks: &[(IpAddr, u8)]) -> Value {
+    networks.iter().map(|(addr, len)| format!("{addr}/{len}")).collect()
+}
