@@ -287,13 +287,9 @@ impl Cluster {
 
     fn update_site(&mut self, touched: &mut BTreeSet<ObjectName>, update: &mut Update) {
         let node = self.node.as_deref();
-        let sites = (
-            Site::of(&self.options, &self.facts, node),
-            Site::of(&self.options, &self.facts, node),
-        );
+        let sites = (Site::of(&self.options, &self.facts, node), Site::of(&self.options, &self.facts, node));
         let cidrs = self.service_cidrs.values().map(|cidr| &**cidr);
-        update.v4.networks =
-            self.v4.set_networks(sites.0.networks(&self.options, node, cidrs.clone()));
+        update.v4.networks = self.v4.set_networks(sites.0.networks(&self.options, node, cidrs.clone()));
         update.v6.networks = self.v6.set_networks(sites.1.networks(&self.options, node, cidrs));
         let zone = match (&self.options.zone, node) {
             (Some(zone), _) => zone,

@@ -172,8 +172,7 @@ impl<A: IpAddress> Claims<A> {
 fn claims<A: IpAddress>(draft: &Draft<A>) -> impl Iterator<Item = (FrontendKind, Place<A>, Claim)> {
     draft.ports.iter().flat_map(|port| {
         port.frontends.iter().map(|frontend| {
-            let place =
-                Place { addr: frontend.addr, port: frontend.port, protocol: port.name.protocol };
+            let place = Place { addr: frontend.addr, port: frontend.port, protocol: port.name.protocol };
             let claim = Claim {
                 is_node_port: frontend.kind == FrontendKind::NodePort,
                 created_seconds: draft.created_seconds,

@@ -92,7 +92,8 @@ pub(super) fn local_ready<'a, A: Family>(
     slices: impl Iterator<Item = &'a Arc<Slice>> + Clone,
     here: Here<'_>,
 ) -> u32 {
-    let ports: BTreeSet<_> = slices.clone().flat_map(|slice| &slice.ports).map(|p| (&*p.name, p.protocol)).collect();
+    let ports: BTreeSet<_> =
+        slices.clone().flat_map(|slice| &slice.ports).map(|p| (&*p.name, p.protocol)).collect();
     let mut ready = BTreeSet::new();
     for (port, protocol) in ports {
         let candidates = candidates::<A>(slices.clone(), here, port, protocol);

@@ -117,9 +117,8 @@ impl<A: Family> Side<A> {
         slices: impl Iterator<Item = &'a Arc<Slice>>,
         here: Here<'_>,
     ) -> Option<ServicePort<A>> {
-        let is_won = |frontend: &&DesiredFrontend<A>| {
-            self.claims.is_won(&draft.name, frontend.addr, frontend.port)
-        };
+        let is_won =
+            |frontend: &&DesiredFrontend<A>| self.claims.is_won(&draft.name, frontend.addr, frontend.port);
         let mut frontends = Vec::with_capacity(draft.frontends.len());
         frontends.extend(draft.frontends.iter().filter(is_won).copied());
         if frontends.is_empty() {
@@ -163,9 +162,7 @@ impl PolicyCounts {
         }
         let asks = |is_inside| {
             let mut frontends = port.frontends.iter();
-            frontends.any(|f| {
-                (f.kind == FrontendKind::ClusterIp) == is_inside && f.external == Policy::Local
-            })
+            frontends.any(|f| (f.kind == FrontendKind::ClusterIp) == is_inside && f.external == Policy::Local)
         };
         self.internal += u32::from(asks(true));
         self.external += u32::from(asks(false));

@@ -79,9 +79,8 @@ impl<A: IpAddress> Claimant<'_, A> {
     ) -> Box<[DesiredFrontend<A>]> {
         let mut frontends = vec![self.frontend(self.cluster_ip, port, FrontendKind::ClusterIp)];
         let mut add = |frontend: DesiredFrontend<A>| {
-            let is_there = |other: &DesiredFrontend<A>| {
-                (other.addr, other.port) == (frontend.addr, frontend.port)
-            };
+            let is_there =
+                |other: &DesiredFrontend<A>| (other.addr, other.port) == (frontend.addr, frontend.port);
             if !frontends.iter().any(is_there) {
                 frontends.push(frontend);
             }

@@ -19,8 +19,8 @@ impl Problems {
             return;
         }
         let object = format!("{kind} {name}");
-        let problem = |flaw: &Box<str>| Problem::of(ProblemKind::Invalid, &object, &**flaw);
-        let problems: Box<[Problem]> = flaws.iter().map(problem).collect();
+        let flaws = flaws.iter().map(|flaw| Problem::of(ProblemKind::Invalid, &object, &**flaw));
+        let problems: Box<[Problem]> = flaws.collect();
         if problems.is_empty() {
             if self.by_object.remove(&object).is_some() {
                 self.touch();

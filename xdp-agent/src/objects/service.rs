@@ -198,9 +198,7 @@ fn ports(spec: &ServiceSpec, flaws: &mut Flaws) -> Box<[ServicePort]> {
         };
         let name = given.name.as_deref().unwrap_or_default();
         if !seen.insert((name, protocol)) {
-            flaws.push(|| {
-                format!("port {number} has the same name and protocol as another; it is left out")
-            });
+            flaws.push(|| format!("port {number} has the same name and protocol as another; it is left out"));
             continue;
         }
         let node_port = u16::try_from(given.node_port.unwrap_or(0)).unwrap_or_else(|_| {

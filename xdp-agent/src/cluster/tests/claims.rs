@@ -14,7 +14,9 @@ fn winners(world: &World) -> Vec<&str> {
 #[test]
 fn of_two_services_with_one_address_the_older_is_served() {
     let (new, old) = (Some("2026-01-02T00:00:00Z"), Some("2026-01-01T00:00:00Z"));
-    for (a, b, winner) in [(new, old, "b"), (old, new, "a"), (None, old, "b"), (None, None, "a"), (old, old, "a")] {
+    for (a, b, winner) in
+        [(new, old, "b"), (old, new, "a"), (None, old, "b"), (None, None, "a"), (old, old, "a")]
+    {
         let orders = [[claim("a", a), claim("b", b)], [claim("b", b), claim("a", a)]];
         for objects in orders {
             let world = objects.into_iter().fold(World::new(), World::service_object);
@@ -22,14 +24,18 @@ fn of_two_services_with_one_address_the_older_is_served() {
             let loser = if winner == "a" { "b" } else { "a" };
             let problems = world.problems();
             let is_said = problems[0].starts_with(&format!("Service shop/{loser}:http/TCP: 10.96.0.1:80 "));
-            assert!(problems.len() == 1 && is_said && problems[0].contains(&format!("shop/{winner}")), "{problems:?}");
+            assert!(
+                problems.len() == 1 && is_said && problems[0].contains(&format!("shop/{winner}")),
+                "{problems:?}"
+            );
         }
     }
 }
 
 #[test]
 fn the_next_claimant_takes_what_the_winner_leaves() {
-    let world = ["a", "b", "c"].map(|name| claim(name, None)).into_iter().fold(World::new(), World::service_object);
+    let world =
+        ["a", "b", "c"].map(|name| claim(name, None)).into_iter().fold(World::new(), World::service_object);
     assert_eq!((winners(&world), world.problems().len()), (vec!["a"], 2));
     let world = world.without_service("a");
     assert_eq!((winners(&world), world.problems().len()), (vec!["b"], 1));

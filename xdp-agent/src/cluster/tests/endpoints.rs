@@ -1,4 +1,4 @@
-//! Which endpoints a service port has (rows 11 to 21).
+//! Which endpoints a service port has.
 
 use super::*;
 
@@ -30,10 +30,11 @@ fn slices_that_do_not_count_are_left_out() {
 #[test]
 fn each_family_takes_the_slices_of_its_address_type() {
     let dual = json!({"clusterIPs": ["10.96.0.1", "fd00::9"], "ipFamilies": ["IPv4", "IPv6"]});
-    let world = World::new()
-        .service(dual)
-        .slice("a", json!([endpoint("10.0.0.1")]), json!({}))
-        .slice("b", json!([endpoint("fd00:2::1")]), json!({"addressType": "IPv6"}));
+    let world = World::new().service(dual).slice("a", json!([endpoint("10.0.0.1")]), json!({})).slice(
+        "b",
+        json!([endpoint("fd00:2::1")]),
+        json!({"addressType": "IPv6"}),
+    );
     assert_eq!(
         world.lines(),
         ["ClusterIp 10.96.0.1:80 10.0.0.1:8080", "ClusterIp [fd00::9]:80 [fd00:2::1]:8080"]
@@ -44,7 +45,11 @@ fn each_family_takes_the_slices_of_its_address_type() {
 fn slices_of_a_service_are_merged_and_each_endpoint_counts_once() {
     let world = World::new()
         .service(json!({}))
-        .slice("a", json!([leaving("10.0.0.1", "there"), endpoint("10.0.0.3"), endpoint("010.0.0.2")]), json!({}))
+        .slice(
+            "a",
+            json!([leaving("10.0.0.1", "there"), endpoint("10.0.0.3"), endpoint("010.0.0.2")]),
+            json!({}),
+        )
         .slice("b", json!([endpoint("10.0.0.1"), endpoint("10.0.0.3"), {"addresses": []}]), json!({}));
     assert_eq!(world.lines(), ["ClusterIp 10.96.0.1:80 10.0.0.1:8080,10.0.0.2:8080,10.0.0.3:8080"]);
     let world = world.without_slice("b");
@@ -64,11 +69,20 @@ fn of_an_address_that_has_two_pods_the_one_that_stays_counts() {
         let port = world.port();
         assert!(port.any_endpoint && port.local.is_empty() && !port.serving[0].local, "{port:?}");
     }
+    // A Service may have its endpoints called ready throughout (publishNotReadyAddresses).
+    let ready = json!({"addresses": ["10.0.0.1"], "conditions": {"ready": true, "terminating": true}});
+    let starting = json!({"addresses": ["10.0.0.1"], "conditions": {"ready": false}});
+    let world = World::new().service(json!({})).slice("a", json!([ready, starting]), json!({}));
+    assert!(!world.port().any_endpoint);
 }
 
 #[test]
 fn only_the_first_address_of_an_endpoint_counts() {
-    let world = World::new().service(json!({})).slice("a", json!([{"addresses": ["10.0.0.1", "10.0.0.2"]}]), json!({}));
+    let world = World::new().service(json!({})).slice(
+        "a",
+        json!([{"addresses": ["10.0.0.1", "10.0.0.2"]}]),
+        json!({}),
+    );
     assert_eq!(world.lines(), ["ClusterIp 10.96.0.1:80 10.0.0.1:8080"]);
 }
 
@@ -113,7 +127,8 @@ fn an_endpoint_that_is_leaving_gets_new_flows_only_when_none_stays() {
     let lists = |list: Value| {
         let world = World::new().service(spec.clone()).slice("a", list, json!({}));
         let port = world.port();
-        [&port.cluster, &port.local, &port.serving].map(|list| endpoints(list).replace("10.0.0.", ".").replace(":8080", ""))
+        [&port.cluster, &port.local, &port.serving]
+            .map(|list| endpoints(list).replace("10.0.0.", ".").replace(":8080", ""))
     };
     let (a, b) = (leaving("10.0.0.1", "here"), leaving("10.0.0.2", "there"));
     assert_eq!(lists(json!([a, b])), [".1,.2", ".1", ".1,.2"]);
@@ -123,9 +138,12 @@ fn an_endpoint_that_is_leaving_gets_new_flows_only_when_none_stays() {
 
 #[test]
 fn an_endpoint_is_local_by_the_name_of_its_node_alone() {
-    let list = json!([{"addresses": ["192.0.2.1"]}, local("10.0.0.2"), {"addresses": ["10.0.0.3"], "nodeName": ""}]);
+    let list =
+        json!([{"addresses": ["192.0.2.1"]}, local("10.0.0.2"), {"addresses": ["10.0.0.3"], "nodeName": ""}]);
     let world = World::new().service(json!({"internalTrafficPolicy": "Local"})).slice("a", list, json!({}));
     assert_eq!(world.lines(), ["ClusterIp 10.96.0.1:80 10.0.0.2:8080"]);
+    let world = world.slice("a", json!([{"addresses": ["10.0.0.3"]}]), json!({}));
+    assert_eq!(world.lines(), ["ClusterIp 10.96.0.1:80 "]);
 }
 
 #[test]
@@ -147,7 +165,12 @@ fn an_endpoint_address_that_cannot_be_one_leaves_the_others() {
         (
             "IPv6",
             "fd00::2",
-            &[("::", "unspecified"), ("::1", "loopback"), ("fe80::1", "link-local"), ("ff02::1", "multicast")],
+            &[
+                ("::", "unspecified"),
+                ("::1", "loopback"),
+                ("fe80::1", "link-local"),
+                ("ff02::1", "multicast"),
+            ],
         ),
     ] {
         for (address, what) in cases {

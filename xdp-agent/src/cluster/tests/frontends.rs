@@ -1,4 +1,4 @@
-//! Which addresses a Service is served at (rows 1 to 9, 25 to 28, 35 and 45 of kube-proxy's behaviours).
+//! Which addresses a Service is served at.
 
 use super::*;
 
@@ -19,7 +19,8 @@ fn services_that_are_not_proxied_have_no_frontends() {
 
 #[test]
 fn a_service_comes_and_goes_with_the_label_of_another_proxy() {
-    let label = |value: Value| json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": value}}});
+    let label =
+        |value: Value| json!({"metadata": {"labels": {"service.kubernetes.io/service-proxy-name": value}}});
     let world = World::new().service(json!({}));
     assert_eq!(world.lines(), ["ClusterIp 10.96.0.1:80 "]);
     let world = world.service_object(label(json!("other")));
@@ -33,10 +34,19 @@ fn each_family_has_its_own_cluster_ip() {
     for (spec, expected) in [
         (json!({"clusterIP": "fd00::9"}), &dual[1..]),
         (json!({"clusterIP": "10.96.0.9", "ipFamilies": ["IPv4"]}), &dual[..1]),
-        (json!({"clusterIP": "fd00::9", "clusterIPs": ["fd00::9", "10.96.0.9"], "ipFamilies": ["IPv6", "IPv4"]}), &dual),
-        (json!({"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd00::9"], "ipFamilies": ["IPv4", "IPv6"]}), &dual),
+        (
+            json!({"clusterIP": "fd00::9", "clusterIPs": ["fd00::9", "10.96.0.9"], "ipFamilies": ["IPv6", "IPv4"]}),
+            &dual,
+        ),
+        (
+            json!({"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd00::9"], "ipFamilies": ["IPv4", "IPv6"]}),
+            &dual,
+        ),
         // The families say how many of the addresses count.
-        (json!({"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd00::9"], "ipFamilies": ["IPv4"]}), &dual[..1]),
+        (
+            json!({"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd00::9"], "ipFamilies": ["IPv4"]}),
+            &dual[..1],
+        ),
         // Without families only the first form does.
         (json!({"clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd00::9"]}), &dual[..1]),
     ] {
@@ -170,7 +180,10 @@ fn values_that_cannot_be_used_are_said_and_the_rest_is_served() {
     }));
     let lines = world.lines();
     let expected = [
-        "ClusterIp 10.96.0.1:3 ", "ExternalIp 198.51.100.7:3 ", "ClusterIp 10.96.0.1:1 ", "ExternalIp 198.51.100.7:1 ",
+        "ClusterIp 10.96.0.1:3 ",
+        "ExternalIp 198.51.100.7:3 ",
+        "ClusterIp 10.96.0.1:1 ",
+        "ExternalIp 198.51.100.7:1 ",
     ];
     assert_eq!(lines, expected);
     let problems = world.problems();
@@ -187,5 +200,8 @@ fn an_object_with_many_bad_values_makes_few_problems() {
     let bad: Vec<String> = (0..1000).map(|n| format!("{}{n}", "x".repeat(1000))).collect();
     let problems = World::new().service(json!({"externalIPs": bad})).problems();
     assert_eq!(problems.len(), 9);
-    assert!(problems.iter().all(|problem| problem.len() < 250) && problems[8].contains("992 more"), "{problems:?}");
+    assert!(
+        problems.iter().all(|problem| problem.len() < 250) && problems[8].contains("992 more"),
+        "{problems:?}"
+    );
 }

@@ -1,4 +1,4 @@
-//! Health-check node ports and what metrics count (rows 68 and 71).
+//! Health-check node ports and what metrics count.
 
 use super::*;
 
@@ -24,6 +24,7 @@ fn only_load_balancers_with_policy_local_are_checked() {
         json!({"healthCheckNodePort": 0}),
         json!({"healthCheckNodePort": null}),
         json!({"clusterIP": "None"}),
+        json!({"ports": []}),
     ] {
         assert!(ports(checked(spec.clone())).is_empty(), "{spec}");
     }

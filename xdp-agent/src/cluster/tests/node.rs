@@ -1,4 +1,4 @@
-//! What this node and the networks decide (rows 23, 43, 45, 55 and 74).
+//! What this node and the networks decide.
 
 use super::*;
 
@@ -12,7 +12,9 @@ fn node_port() -> Value {
 /// Where NodePorts are served.
 fn node_ports(world: &World) -> Vec<String> {
     let lines = world.lines().into_iter();
-    lines.filter_map(|line| Some(line.strip_prefix("NodePort ")?.strip_suffix(":30080 ")?.to_owned())).collect()
+    lines
+        .filter_map(|line| Some(line.strip_prefix("NodePort ")?.strip_suffix(":30080 ")?.to_owned()))
+        .collect()
 }
 
 #[test]
@@ -20,8 +22,14 @@ fn node_ports_are_served_on_the_first_address_of_a_family() {
     let address = |kind: &str, ip: &str| json!({"type": kind, "address": ip});
     let (internal, external) = (|ip| address("InternalIP", ip), |ip| address("ExternalIP", ip));
     for (addresses, expected) in [
-        (json!([external("203.0.113.9"), internal("192.0.2.77"), internal("192.0.2.78")]), ["192.0.2.77", "[fd00:1::1]"]),
-        (json!([internal("fd00::1"), external("203.0.113.9"), external("fd00::2")]), ["203.0.113.9", "[fd00::1]"]),
+        (
+            json!([external("203.0.113.9"), internal("192.0.2.77"), internal("192.0.2.78")]),
+            ["192.0.2.77", "[fd00:1::1]"],
+        ),
+        (
+            json!([internal("fd00::1"), external("203.0.113.9"), external("fd00::2")]),
+            ["203.0.113.9", "[fd00::1]"],
+        ),
         // What the operator gives stands in for what the object lacks.
         (json!([address("Hostname", "here")]), ["192.0.2.1", "[fd00:1::1]"]),
         (json!(null), ["192.0.2.1", "[fd00:1::1]"]),
@@ -60,7 +68,8 @@ fn networks_choose_where_node_ports_are_served() {
         (&[], vec!["192.0.2.1", "198.51.100.1", "203.0.113.1", "[fd00:1::1]"]),
     ] {
         let nodeport_addresses = NodePortAddresses::Cidrs(networks(cidrs));
-        let mut world = World::with(Options { nodeport_addresses, ..Options::default() }).service(node_port());
+        let mut world =
+            World::with(Options { nodeport_addresses, ..Options::default() }).service(node_port());
         world.cluster.set_node(facts(&[], &own));
         world.update();
         assert_eq!(node_ports(&world), expected, "{cidrs:?}");
@@ -92,7 +101,9 @@ fn service_networks_are_those_of_flags_and_of_objects() {
     let service_cidrs = networks(&["10.96.0.0/12"]);
     let world = World::with(Options { service_cidrs, ..Options::default() });
     assert_eq!(texts(&world.told.v4.networks.services), ["10.96.0.0/12"]);
-    let world = world.cidr("a", json!(["10.97.1.2/24", "fd00:96::/112"])).cidr("b", json!(["nonsense", "10.98.0.0/24"]));
+    let world = world
+        .cidr("a", json!(["10.97.1.2/24", "fd00:96::/112"]))
+        .cidr("b", json!(["nonsense", "10.98.0.0/24"]));
     assert_eq!(texts(&world.told.v4.networks.services), ["10.96.0.0/12", "10.97.1.0/24", "10.98.0.0/24"]);
     assert_eq!(texts(&world.told.v6.networks.services), ["fd00:96::/112"]);
     assert!(world.problems()[0].starts_with("ServiceCIDR b: "), "{:?}", world.problems());
@@ -113,7 +124,10 @@ fn pods_have_the_networks_of_the_detector() {
     assert_eq!(pods(DetectLocal::None), none);
     assert_eq!(pods(DetectLocal::BridgeInterface("cni0".to_owned())), none);
     assert_eq!(pods(DetectLocal::InterfaceNamePrefix("veth".to_owned())), none);
-    assert_eq!(pods(DetectLocal::ClusterCidr(networks(&["10.0.0.0/8"]))), (vec!["10.0.0.0/8".to_owned()], vec![]));
+    assert_eq!(
+        pods(DetectLocal::ClusterCidr(networks(&["10.0.0.0/8"]))),
+        (vec!["10.0.0.0/8".to_owned()], vec![])
+    );
     let both = (vec!["10.0.1.0/24".to_owned()], vec!["fd00:10::/64".to_owned()]);
     assert_eq!(pods(DetectLocal::NodeCidr), both);
 }

@@ -62,11 +62,15 @@ fn services() -> impl Strategy<Value = Value> {
 }
 
 fn service_change() -> impl Strategy<Value = Change> {
-    (select(vec!["web", "other", "third"]), proptest::option::weighted(0.7, services())).prop_map(|(name, object)| {
-        let Some(mut object) = object else { return Change::Service(ObjectName::new("shop", name), None) };
-        merge(&mut object, json!({"metadata": {"name": name}}));
-        service(object)
-    })
+    (select(vec!["web", "other", "third"]), proptest::option::weighted(0.7, services())).prop_map(
+        |(name, object)| {
+            let Some(mut object) = object else {
+                return Change::Service(ObjectName::new("shop", name), None);
+            };
+            merge(&mut object, json!({"metadata": {"name": name}}));
+            service(object)
+        },
+    )
 }
 
 fn slice_change() -> impl Strategy<Value = Change> {
@@ -96,7 +100,11 @@ fn slice_change() -> impl Strategy<Value = Change> {
         };
         let labels = json!({"kubernetes.io/service-name": service});
         let labels = if service.is_null() { json!(null) } else { labels };
-        slice(name, json!(endpoints), json!({"addressType": family, "ports": ports, "metadata": {"labels": labels}}))
+        slice(
+            name,
+            json!(endpoints),
+            json!({"addressType": family, "ports": ports, "metadata": {"labels": labels}}),
+        )
     })
 }
 
@@ -140,12 +148,14 @@ fn step() -> impl Strategy<Value = Step> {
 fn options() -> impl Strategy<Value = Options> {
     let node_ports = [NodePortAddresses::Primary, NodePortAddresses::Cidrs(vec![])];
     let detectors = [DetectLocal::None, DetectLocal::NodeCidr];
-    (select(node_ports.to_vec()), select(detectors.to_vec())).prop_map(|(nodeport_addresses, detect_local)| Options {
-        node: "here".to_owned(),
-        nodeport_addresses,
-        detect_local,
-        ..Options::default()
-    })
+    (select(node_ports.to_vec()), select(detectors.to_vec())).prop_map(
+        |(nodeport_addresses, detect_local)| Options {
+            node: "here".to_owned(),
+            nodeport_addresses,
+            detect_local,
+            ..Options::default()
+        },
+    )
 }
 
 /// The last state of every object, and the change that removes it.
@@ -164,7 +174,9 @@ impl Last {
             Change::Slice(name, object) => {
                 (format!("slice {name}"), Change::Slice(name.clone(), None), object.is_none())
             }
-            Change::Node(name, object) => (format!("node {name}"), Change::Node(name.clone(), None), object.is_none()),
+            Change::Node(name, object) => {
+                (format!("node {name}"), Change::Node(name.clone(), None), object.is_none())
+            }
             Change::ServiceCidr(name, object) => {
                 (format!("cidr {name}"), Change::ServiceCidr(name.clone(), None), object.is_none())
             }
@@ -188,7 +200,8 @@ fn all(cluster: &Cluster, told: &Told) -> String {
 #[test]
 fn what_does_not_matter_of_an_object_changes_nothing() {
     let list = || json!([endpoint("10.0.0.1"), local("10.0.0.2")]);
-    let noise = json!({"metadata": {"resourceVersion": "7", "annotations": {"a": "b"}, "labels": {"app": "web"}}});
+    let noise =
+        json!({"metadata": {"resourceVersion": "7", "annotations": {"a": "b"}, "labels": {"app": "web"}}});
     let mut world = World::new().service(json!({})).slice("a", list(), json!({})).node(json!({}));
     let mut reordered = list();
     reordered.as_array_mut().unwrap().reverse();
@@ -217,7 +230,9 @@ fn a_change_tells_only_of_the_service_that_it_touches() {
         let spec = json!({"clusterIP": format!("10.96.1.{at}"), "ports": ports});
         world = world.service_object(json!({"metadata": {"name": format!("other-{at}")}, "spec": spec}));
     }
-    world.cluster.apply(service(json!({"spec": {"ports": [{"name": "http", "port": 80}, {"name": "more", "port": 81}]}})));
+    world.cluster.apply(service(
+        json!({"spec": {"ports": [{"name": "http", "port": 80}, {"name": "more", "port": 81}]}}),
+    ));
     assert_eq!(world.cluster.update().v4.ports.len(), 2);
     world.cluster.apply(slice("a", json!([endpoint("10.0.0.1")]), json!({})));
     assert_eq!(world.cluster.touched, BTreeSet::from([ObjectName::new("shop", "web")]));

@@ -1,4 +1,4 @@
-//! Who gets which endpoints, and whose address is kept (rows 29 to 35, 38 to 40, 49, 50, 55 and 57).
+//! Who gets which endpoints, and whose address is kept.
 
 use super::*;
 
@@ -16,9 +16,8 @@ fn treatment(detect_local: DetectLocal, masquerade_all: bool, spec: Value) -> Ve
         .slice("a", json!([endpoint("10.0.0.1"), local("10.0.0.2")]), json!({}));
     let port = world.port();
     let text = |frontend: &DesiredFrontend<[u8; 4]>| {
-        let client = |policy, is_masqueraded| {
-            format!("{policy:?}{}", if is_masqueraded { "+masquerade" } else { "" })
-        };
+        let client =
+            |policy, is_masqueraded| format!("{policy:?}{}", if is_masqueraded { "+masquerade" } else { "" });
         let DesiredFrontend { kind, external, internal, masquerade, .. } = *frontend;
         let outside = client(external, masquerade.external);
         let (pod, host) = (client(internal, masquerade.pod), client(internal, masquerade.host));
@@ -54,7 +53,11 @@ fn policies_and_masquerading_depend_on_where_the_client_is() {
     ] {
         let mut expected = vec![format!("ClusterIp: {cluster_ip}")];
         expected.extend(OUTSIDE.map(|kind| format!("{kind}: {outside}")));
-        assert_eq!(treatment(detect_local.clone(), masquerade_all, spec.clone()), expected, "{detect_local:?} {spec}");
+        assert_eq!(
+            treatment(detect_local.clone(), masquerade_all, spec.clone()),
+            expected,
+            "{detect_local:?} {spec}"
+        );
     }
 }
 
@@ -122,7 +125,10 @@ fn the_external_policy_of_a_plain_cluster_ip_is_ignored() {
     };
     assert_eq!(with_status(json!({"externalTrafficPolicy": "Local"})), Policy::Cluster);
     assert_eq!(with_status(json!({"externalTrafficPolicy": "Local", "type": "ClusterIP"})), Policy::Cluster);
-    assert_eq!(with_status(json!({"externalTrafficPolicy": "Local", "externalIPs": ["198.51.100.7"]})), Policy::Local);
+    assert_eq!(
+        with_status(json!({"externalTrafficPolicy": "Local", "externalIPs": ["198.51.100.7"]})),
+        Policy::Local
+    );
     assert_eq!(with_status(json!({"externalTrafficPolicy": "Local", "type": "LoadBalancer"})), Policy::Local);
 }
 
@@ -136,7 +142,8 @@ fn guarded(ranges: Value) -> (Vec<String>, Vec<String>, World) {
         "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.1"}, {"ip": "fd00::2"}]}},
     }));
     let port = world.port();
-    let restricted = port.frontends.iter().filter(|f| f.is_restricted).map(|f| f.addr.to_ip().to_string()).collect();
+    let restricted =
+        port.frontends.iter().filter(|f| f.is_restricted).map(|f| f.addr.to_ip().to_string()).collect();
     (restricted, port.sources.iter().map(ToString::to_string).collect(), world)
 }
 
@@ -149,9 +156,26 @@ fn source_ranges_guard_load_balancer_addresses_alone() {
         (json!(["192.0.2.0/28"]), vec!["192.0.2.0/28", "203.0.113.1/32"]),
     ] {
         let (restricted, found, world) = guarded(ranges.clone());
-        assert_eq!((restricted, found), (vec!["203.0.113.1".to_owned()], sources.iter().map(|s| (*s).to_owned()).collect()));
+        assert_eq!(
+            (restricted, found),
+            (vec!["203.0.113.1".to_owned()], sources.iter().map(|s| (*s).to_owned()).collect())
+        );
         assert!(world.problems().is_empty(), "{ranges}");
     }
+}
+
+#[test]
+fn node_ports_are_open_though_the_address_is_the_load_balancers_too() {
+    let world = World::new().service_object(json!({
+        "spec": {
+            "type": "LoadBalancer", "externalIPs": ["198.51.100.7", "203.0.113.1"],
+            "ports": [{"port": 80, "nodePort": 30080}], "loadBalancerSourceRanges": ["10.0.0.0/8"],
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1"}, {"ip": "203.0.113.1"}]}},
+    }));
+    let restricted = world.port().frontends.iter().filter(|f| f.is_restricted);
+    let restricted: Vec<_> = restricted.map(|f| (f.addr.to_ip().to_string(), f.port)).collect();
+    assert_eq!(restricted, [("192.0.2.1".to_owned(), 80), ("203.0.113.1".to_owned(), 80)]);
 }
 
 #[test]
@@ -188,7 +212,9 @@ fn source_ranges_of_the_other_family_guard_it() {
 fn affinity_lasts_as_long_as_the_service_says() {
     let seconds = |spec: Value| World::new().service(spec).port().affinity_seconds;
     let timeout = |time: i64| {
-        seconds(json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": time}}}))
+        seconds(
+            json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": time}}}),
+        )
     };
     assert_eq!(seconds(json!({})), 0);
     assert_eq!(seconds(json!({"sessionAffinity": "None"})), 0);

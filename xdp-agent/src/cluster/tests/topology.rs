@@ -1,4 +1,4 @@
-//! The table of kube-proxy's own test of `CategorizeEndpoints` (rows 17 to 22; see `testdata/kubeproxy_flows.json`).
+//! The table of kube-proxy's own test of `CategorizeEndpoints` (see `testdata/kubeproxy_flows.json`).
 
 use serde::Deserialize;
 
@@ -69,8 +69,14 @@ fn topology_and_policies_choose_what_kube_proxy_chooses() {
         let world = world.slice("a", json!(list), json!({"ports": ports}));
         let port = world.port();
         // A list that nobody uses is null in the table.
-        let expected = |list: &Option<Vec<String>>| list.as_ref().map_or(String::new(), |list| list.join(","));
-        assert_eq!(endpoints(&port.cluster), expected(&case.expect.cluster_endpoints), "cluster: {}", case.name);
+        let expected =
+            |list: &Option<Vec<String>>| list.as_ref().map_or(String::new(), |list| list.join(","));
+        assert_eq!(
+            endpoints(&port.cluster),
+            expected(&case.expect.cluster_endpoints),
+            "cluster: {}",
+            case.name
+        );
         assert_eq!(endpoints(&port.local), expected(&case.expect.local_endpoints), "local: {}", case.name);
         assert_eq!(port.any_endpoint, case.expect.has_any_endpoints, "{}", case.name);
     }
