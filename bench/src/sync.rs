@@ -18,6 +18,7 @@ use self::{figures::Row, peers::Peer};
 mod figures;
 mod iptables;
 mod nftables;
+mod objects;
 mod peers;
 mod world;
 
