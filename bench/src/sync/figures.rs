@@ -14,10 +14,10 @@ pub(super) struct Row {
     pub(super) load_ms: Option<f64>,
     /// One endpoint replaced, in milliseconds, each time it was measured, ascending.
     pub(super) changes_ms: Vec<f64>,
-    /// Memory of the process in MiB: of an agent when all is loaded, of a loader at its peak.
-    pub(super) process_mib: f64,
+    /// Memory of the process in MiB at its peak.
+    pub(super) process_mib: Option<f64>,
     /// Growth of the kernel's memory in MiB, of the whole machine.
-    pub(super) kernel_mib: f64,
+    pub(super) kernel_mib: Option<f64>,
     /// Further figures, printed below the table.
     pub(super) notes: Vec<String>,
 }

@@ -90,6 +90,11 @@ impl Peer {
         Ok(command)
     }
 
+    /// What the row is called: the tool and its version.
+    pub(super) fn name(self) -> Result<String> {
+        Ok(format!("{} {}", self.program(), self.version()?))
+    }
+
     fn version(self) -> Result<String> {
         let output = Command::new(self.find()?).arg("--version").output()?;
         let text = String::from_utf8_lossy(&output.stdout);
@@ -146,7 +151,7 @@ pub(super) fn measure(peer: Peer, size: Size, changes: usize, limit: Duration) -
         ensure!(jumps.is_some(), "{} does not come to an end", peer.program());
     }
     let script = peer.load(&world)?;
-    let mut row = Row { name: format!("{} {}", peer.program(), peer.version()?), ..Row::default() };
+    let mut row = Row { name: peer.name()?, ..Row::default() };
     row.notes.push(format!("its input is {:.1} MiB of text", script.len() as f64 / f64::from(1 << 20)));
     let before = kernel_mib()?;
     let Some(took) = run(peer, script, limit)? else {
@@ -154,7 +159,7 @@ pub(super) fn measure(peer: Peer, size: Size, changes: usize, limit: Duration) -
         return Ok(row);
     };
     row.load_ms = Some(milliseconds(took));
-    row.kernel_mib = kernel_mib()? - before;
+    row.kernel_mib = Some(kernel_mib()? - before);
     let mut times = Vec::new();
     let mut latest = world.pod_address(world.pods(0)[0]);
     for _ in 0..changes {
@@ -166,7 +171,7 @@ pub(super) fn measure(peer: Peer, size: Size, changes: usize, limit: Duration) -
         times.push(took);
     }
     // Before the listing, which needs more memory than the loader.
-    row.process_mib = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss() as f64 / 1024.0;
+    row.process_mib = Some(getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss() as f64 / 1024.0);
     peer.verify(&world, latest)?;
     row.set_changes(&times);
     Ok(row)

@@ -39,8 +39,6 @@ pub(super) struct World {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Replacement {
     pub(super) service: u32,
-    /// Where in the list of endpoints.
-    pub(super) at: usize,
     /// The pod that went.
     pub(super) gone: u32,
     /// The pod that came.
@@ -77,7 +75,7 @@ impl World {
         let pod = self.born;
         self.born += 1;
         let gone = std::mem::replace(&mut self.pods[index], pod);
-        Replacement { service: (index / self.endpoints) as u32, at: index % self.endpoints, gone, pod }
+        Replacement { service: (index / self.endpoints) as u32, gone, pod }
     }
 
     pub(super) fn node_number(&self, pod: u32) -> u32 {
