@@ -11,27 +11,27 @@ use std::{
 use anyhow::{Context, ensure};
 use prometheus_client::registry::Registry;
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     attach::Attacher,
     config::{Config, ObjectSource},
     gc::{Collector, Outlets},
+    health,
     host::Host,
     interfaces::Interfaces,
     maps::{self, Loaded, NewPins},
     metrics,
     neighbours::{Feed, Follower, UsedMacs},
     preflight::{self, KernelVersion, PinDir},
-    reconcile::{Inlets, Parts, Reconciler},
+    reconcile::{Inlets, Parts, Reconciler, ServiceNames},
     serve,
     source::{self, Event},
-    status::{Heartbeat, NotReady, Shared, Status, SyncState},
-    watch::{self as watch_objects, Access, Options, Pace, Watch},
+    status::{Health, Heartbeat, NotReady, Shared, Status, SyncState},
+    watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
 /// Events of a source that wait for the writer of the maps; then the source waits.
@@ -47,7 +47,7 @@ struct Running {
     heartbeat: Heartbeat,
     follower: Follower,
     source: Source,
-    listener: TcpListener,
+    servers: serve::Servers,
     sources: serve::Sources,
     stop: oneshot::Sender<()>,
     not_ready: NotReady,
@@ -79,7 +79,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
     tokio::spawn(collector.run(outlets));
     tokio::spawn(follow(follower));
-    tokio::spawn(serve::serve(running.listener, running.sources));
+    tokio::spawn(serve_health_checks(running.sources.health.clone(), config.clone()));
+    tokio::spawn(running.servers.run(running.sources));
+    if let Some(access) = access(&config) {
+        let node = config.cluster.node.clone();
+        tokio::spawn(async move { watch_objects::event(&access, &node, &Notice::Starting).await });
+    }
     drop(running.not_ready);
     info!("programs are attached");
     tokio::select! {
@@ -102,20 +107,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
 async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running> {
     let origin = Instant::now();
-    let listener = serve::bind(config.listen.metrics.context("metrics need an address")?).await?;
+    let servers = serve::Servers::open(&config.listen).await?;
     let (macs, used_macs) = watch::channel(UsedMacs::default());
     let (follower, feed) = Follower::open(used_macs).context("cannot follow the network by netlink")?;
     let host = Arc::clone(&feed.host.borrow());
     preflight::check_interfaces(&config.interfaces, &host)?;
     preflight::warn_of_settings(&config.interfaces);
-    let (mut registry, metrics) = metrics::registry();
+    let (mut registries, metrics, kube_proxy) = metrics::Registries::new();
     let (events, told) = mpsc::channel(EVENTS_MAX);
     // Files that cannot be read end the start here, before anything is touched.
-    let source = open_source(config, events, &mut registry).await?;
+    let source = open_source(config, events, &mut registries.agent).await?;
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
     metrics.capacities(&loaded.sizes);
-    metrics::Datapath::register(&mut registry, loaded.counters);
+    metrics::Datapath::register(&mut registries.agent, loaded.counters);
     let shared = Shared::new(Status {
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),
@@ -124,7 +129,19 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         ..Status::default()
     });
     let not_ready = shared.wait_for("programs on the interfaces");
-    let (sync, _) = watch::channel(SyncState::default());
+    let (to_sync, sync) = watch::channel(SyncState::default());
+    metrics::kube_proxy::Sync::register(&mut registries.kube_proxy, sync.clone());
+    let names = ServiceNames::default();
+    if config.service_metrics {
+        let (accounts, names) = (loaded.accounts, names.clone());
+        metrics::Accounts::register(&mut registries.agent, move || match accounts.read() {
+            Ok(accounts) => names.resolve(accounts),
+            Err(error) => {
+                debug!(%error, "cannot read the accounts of service ports");
+                Vec::new()
+            }
+        });
+    }
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {
         maps: loaded.image,
@@ -138,9 +155,11 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         snat_ports: config.snat_ports,
         clock: Arc::clone(&clock),
         origin,
-        sync,
+        sync: to_sync,
         shared: Arc::clone(&shared),
         metrics: Arc::clone(&metrics),
+        kube_proxy: kube_proxy.clone(),
+        names_of_services: names.clone(),
     };
     let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel);
     let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
@@ -156,8 +175,14 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         heartbeat: heartbeat.clone(),
         follower,
         source,
-        listener,
-        sources: serve::Sources { registry: Arc::new(registry), shared, heartbeat },
+        servers,
+        sources: serve::Sources {
+            registries: Arc::new(registries),
+            metrics: kube_proxy,
+            shared,
+            health: Health { sync, heartbeat },
+            config: Arc::new(config.to_json()),
+        },
         stop,
         not_ready,
     })
@@ -184,17 +209,39 @@ async fn open_source(
     events: mpsc::Sender<Event>,
     registry: &mut Registry,
 ) -> anyhow::Result<Source> {
-    match &config.source {
-        ObjectSource::Files(paths) => {
-            Ok(Source::Files { _files: source::files(paths.clone(), events).await? })
-        }
-        ObjectSource::Kubernetes { kubeconfig, master } => {
-            let access = Access { kubeconfig: kubeconfig.clone(), master: master.clone() };
+    match access(config) {
+        None => Ok(Source::Files { _files: source::files(config.files().to_vec(), events).await? }),
+        Some(access) => {
             let options = Options { access, node: config.cluster.node.clone(), pace: Pace::default() };
             let metrics = watch_objects::Metrics::register(registry);
             Ok(Source::Kubernetes { _watch: Watch::start(options, events, metrics).await? })
         }
     }
+}
+
+/// How the API server is reached, if objects come from there.
+fn access(config: &Config) -> Option<Access> {
+    match &config.source {
+        ObjectSource::Files(_) => None,
+        ObjectSource::Kubernetes { kubeconfig, master } => {
+            Some(Access { kubeconfig: kubeconfig.clone(), master: master.clone() })
+        }
+    }
+}
+
+/// Answers on health-check node ports; a port that cannot be had is a warning, and an event of its Service.
+async fn serve_health_checks(health: Health, config: Config) {
+    let access = access(&config);
+    let failed = |failure: &health::Failure| {
+        let health::Failure { service, message } = failure.clone();
+        warn!(%service, %message, "no answers on a health-check node port");
+        if let Some(access) = access.clone() {
+            let node = config.cluster.node.clone();
+            let notice = Notice::HealthCheckPort { service, message };
+            tokio::spawn(async move { watch_objects::event(&access, &node, &notice).await });
+        }
+    };
+    health::run(health, config.cluster.nodeport_addresses.clone(), failed).await;
 }
 
 /// The maps first, then the programs, which pass everything on until the first image is there. What fails is undone.

@@ -207,7 +207,7 @@ impl Attacher {
         let is_here = if name.starts_with("xdp") {
             link.xdp.program == info.program
         } else {
-            programs::is_on_interface(&link.name, info.program)?
+            programs::is_on_interface(link, info.program)?
         };
         ensure!(
             is_here,

@@ -1,4 +1,5 @@
-//! The few bpf(2) calls that the loader does not offer: links by index with their pins, and map batches.
+//! The few bpf(2) calls that the loader does not offer: links by index with their pins, what is attached to an interface,
+//! and map batches.
 //!
 //! Layouts are those of `union bpf_attr` and `struct bpf_link_info` in include/uapi/linux/bpf.h.
 
@@ -15,11 +16,15 @@ use std::{
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// Most programs that one hook of an interface takes (include/linux/bpf_mprog.h).
+const BPF_MPROG_MAX: usize = 64;
 
 /// Where a link attaches a program (`enum bpf_attach_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +97,19 @@ struct RawLinkInfo {
     ifindex: u32,
     attach_type: u32,
     rest: [u64; 8],
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ProgramQuery {
+    target_ifindex: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    program_ids: u64,
+    count: u32,
+    pad: u32,
+    rest: [u64; 4],
 }
 
 #[repr(C)]
@@ -178,6 +196,26 @@ impl Link {
         bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
         Ok(LinkInfo { id: info.id, program: info.prog_id, ifindex: info.ifindex })
     }
+}
+
+/// Ids of the tc programs on an interface, in order; from kernel 6.6.
+///
+/// Ids are all that CAP_NET_ADMIN may ask for: turning one into a descriptor takes CAP_SYS_ADMIN.
+///
+/// # Errors
+/// When the kernel refuses: `EINVAL` before 6.6, `ENODEV` without the interface.
+pub fn programs_on(ifindex: u32, at: AttachType) -> io::Result<Vec<u32>> {
+    let mut ids = vec![0u32; BPF_MPROG_MAX];
+    let mut attr = ProgramQuery {
+        target_ifindex: ifindex,
+        attach_type: at as u32,
+        program_ids: ids.as_mut_ptr() as u64,
+        count: BPF_MPROG_MAX as u32,
+        ..Default::default()
+    };
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    ids.truncate(attr.count as usize);
+    Ok(ids)
 }
 
 /// Reads or writes entries of a map in one call; returns how many.

@@ -30,6 +30,8 @@ use file::Setting;
 use flags::{ListenArgs, ObjectArgs, SizeArgs, TimeoutArgs};
 use values::{Bind, NodePortAddress, all};
 
+#[cfg(test)]
+mod document;
 pub mod file;
 pub mod flags;
 pub mod ignored;
@@ -79,6 +81,10 @@ impl Cli {
         let words: Vec<OsString> = words.into_iter().collect();
         let cli = Self::try_parse_from(&words)?;
         let Command::Run(args) = &cli.command;
+        if let Some(refused) = args.ignored.0.iter().find(|ignored| ignored.is_refused) {
+            let message = format!("--{}: {}", refused.flag, refused.why);
+            return Err(Self::command().error(ErrorKind::UnknownArgument, message));
+        }
         let given = args.ignored.0.iter();
         let mut notes: Vec<Note> =
             given.map(|ignored| Note { what: format!("--{}", ignored.flag), why: ignored.why }).collect();
@@ -265,8 +271,8 @@ impl ClusterArgs {
     /// # Errors
     /// When flags contradict each other or one is missing, with what to change.
     pub fn options(&self) -> anyhow::Result<Options> {
-        let node = match &self.node {
-            Some(node) => node.clone(),
+        let node = match self.node.as_deref().map(str::trim).filter(|node| !node.is_empty()) {
+            Some(node) => node.to_owned(),
             None => hostname().context("cannot read the hostname; give the node's name by --node")?,
         };
         let node = node.trim().to_lowercase();

@@ -12,6 +12,8 @@ pub mod cleanup;
 pub mod cluster;
 pub mod config;
 pub mod devices;
+#[cfg(test)]
+mod documents;
 pub mod gc;
 pub mod health;
 pub mod host;

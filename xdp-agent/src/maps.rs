@@ -15,8 +15,8 @@ use tracing::{info, warn};
 use xdp_common::{
     net::{FlowKey, Plain},
     tables::{
-        self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey, MapSpec,
-        NetworkKey, WAYS,
+        self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey,
+        MapSpec, NetworkKey, WAYS,
     },
 };
 

@@ -1,13 +1,12 @@
-//! Metrics: every one of the agent's own in one list, and the programs' counters read at each scrape.
+//! Metrics: every one of the agent's own in one list, those that kube-proxy has too under its names, and what is read at
+//! each scrape: the programs' counters, the accounts of services, the process.
 
 use std::fmt;
 
 use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet, text},
+    encoding::{EncodeLabelSet, text},
     metrics::{
-        MetricType,
-        counter::{ConstCounter, Counter},
+        counter::Counter,
         family::Family,
         gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
@@ -15,20 +14,25 @@ use prometheus_client::{
     },
     registry::Registry,
 };
-use tracing::debug;
-use xdp_common::verdict::{self, Event, Reason, SNAT_ATTEMPTS_MAX};
 
 use crate::{
     config::Sizes,
     devices::Mode,
-    maps::Counters,
     plan::Fill,
     problem::{Problem, ProblemKind},
     status::{FlowCounts, InterfaceStatus},
 };
 
-/// Before every name.
-const PREFIX: &str = "xdp_agent";
+pub use accounts::Accounts;
+pub use datapath::Datapath;
+pub use kube_proxy::KubeProxy;
+
+pub mod accounts;
+pub mod datapath;
+#[cfg(test)]
+mod document;
+pub mod kube_proxy;
+pub mod process;
 
 /// One fact of a closed set.
 type Label = [(&'static str, &'static str); 1];
@@ -39,10 +43,14 @@ macro_rules! metrics {
         $($(#[doc = $doc:literal])* $field:ident: $ty:ty = ($metric:literal, $new:expr),)*
     }) => {
         $(#[$meta])*
-        #[derive(Debug)]
+        #[derive(Clone, Debug)]
         pub struct $name { $($(#[doc = $doc])* pub $field: $ty,)* }
 
         impl $name {
+            /// The names, without what stands before and behind.
+            #[cfg(test)]
+            pub(in crate::metrics) const NAMES: &[&str] = &[$($metric),*];
+
             fn register(registry: &mut Registry) -> Self {
                 let metrics = Self { $($field: $new,)* };
                 $(registry.register($metric, help(concat!($($doc),*)), metrics.$field.clone());)*
@@ -51,6 +59,8 @@ macro_rules! metrics {
         }
     };
 }
+
+use metrics;
 
 metrics! {
     /// What the agent measures of itself.
@@ -156,77 +166,42 @@ impl Metrics {
     }
 }
 
-/// A registry with everything in it that the agent measures of itself.
-pub fn registry() -> (Registry, Metrics) {
-    let mut registry = Registry::with_prefix(PREFIX);
-    registry.register("build", "Version of the agent", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
-    let metrics = Metrics::register(&mut registry);
-    (registry, metrics)
-}
-
-/// Everything in the text format of OpenMetrics.
-///
-/// # Errors
-/// Never in practice: the text goes into a string.
-pub fn encode(registry: &Registry) -> Result<String, fmt::Error> {
-    let mut encoded = String::new();
-    text::encode(&mut encoded, registry)?;
-    Ok(encoded)
-}
-
-/// The counters of the programs, read at each scrape.
+/// Everything that is exported, by what its names begin with.
 #[derive(Debug)]
-pub struct Datapath(Counters);
-
-impl Datapath {
-    /// Adds the counters to a registry.
-    pub fn register(registry: &mut Registry, counters: Counters) {
-        registry.register_collector(Box::new(Self(counters)));
-    }
+pub struct Registries {
+    /// `xdp_agent_`: the agent's own.
+    pub agent: Registry,
+    /// `kubeproxy_`: what means the same there.
+    pub kube_proxy: Registry,
+    /// `process_`: as Prometheus' client libraries have it.
+    pub process: Registry,
 }
 
-impl Collector for Datapath {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let values = match self.0.read() {
-            Ok(values) => values,
-            Err(error) => {
-                debug!(%error, "cannot read the programs' counters");
-                return Ok(());
-            }
-        };
-        encode_counters(&mut encoder, &values)
+impl Registries {
+    /// Registries with everything in them that the agent measures of itself.
+    pub fn new() -> (Self, Metrics, KubeProxy) {
+        let mut agent = Registry::with_prefix("xdp_agent");
+        agent.register("build", "Version of the agent", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        let metrics = Metrics::register(&mut agent);
+        let mut kube_proxy = Registry::with_prefix("kubeproxy");
+        let of_kube_proxy = KubeProxy::new(&mut kube_proxy);
+        let mut process = Registry::with_prefix("process");
+        process.register_collector(Box::new(process::Process));
+        (Self { agent, kube_proxy, process }, metrics, of_kube_proxy)
     }
-}
 
-fn encode_counters(encoder: &mut DescriptorEncoder<'_>, values: &[u64]) -> Result<(), fmt::Error> {
-    let value = |counter: verdict::Counter| values.get(counter.index() as usize).copied().unwrap_or(0);
-    let drops = Reason::ALL.iter().map(|&reason| (reason.label(), value(verdict::Counter::Drop(reason))));
-    encode_family(encoder, "drops", "Frames dropped, by reason.", "reason", drops)?;
-    let events = Event::ALL.iter().map(|&event| (event.label(), value(verdict::Counter::Event(event))));
-    encode_family(encoder, "events", "What happened to frames and flows.", "event", events)?;
-    let attempts: Vec<u64> =
-        (0..SNAT_ATTEMPTS_MAX).map(|attempt| value(verdict::Counter::SnatAttempt(attempt))).collect();
-    let sum = attempts.iter().zip(1u32..).map(|(&flows, attempts)| flows as f64 * f64::from(attempts)).sum();
-    let mut buckets: Vec<(f64, u64)> =
-        attempts.iter().zip(1u32..).map(|(&flows, attempts)| (f64::from(attempts), flows)).collect();
-    buckets.push((f64::INFINITY, 0));
-    let help = "Source ports tried before one was free, by new flow.";
-    let mut histogram = encoder.encode_descriptor("snat_attempts", help, None, MetricType::Histogram)?;
-    histogram.encode_histogram::<NoLabelSet>(sum, attempts.iter().sum(), &buckets, None)
-}
-
-fn encode_family(
-    encoder: &mut DescriptorEncoder<'_>,
-    name: &str,
-    help: &str,
-    label: &'static str,
-    values: impl Iterator<Item = (&'static str, u64)>,
-) -> Result<(), fmt::Error> {
-    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-    for (of, value) in values {
-        ConstCounter::new(value).encode(family.encode_family(&[(label, of)])?)?;
+    /// Everything in the text format of OpenMetrics.
+    ///
+    /// # Errors
+    /// Never in practice: the text goes into a string.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut encoded = String::new();
+        for registry in [&self.agent, &self.kube_proxy, &self.process] {
+            text::encode_registry(&mut encoded, registry)?;
+        }
+        text::encode_eof(&mut encoded)?;
+        Ok(encoded)
     }
-    Ok(())
 }
 
 /// A doc comment as a help text: one line; the format adds the full stop.
@@ -238,45 +213,9 @@ fn help(doc: &str) -> String {
 mod tests {
     use super::*;
 
-    #[derive(Debug)]
-    struct Fixed(Vec<u64>);
-
-    impl Collector for Fixed {
-        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-            encode_counters(&mut encoder, &self.0)
-        }
-    }
-
-    #[test]
-    fn counters_appear_under_their_labels() {
-        let mut values = vec![0; verdict::COUNTERS as usize];
-        values[verdict::Counter::Drop(Reason::SnatExhausted).index() as usize] = 3;
-        values[verdict::Counter::Event(Event::Redirected).index() as usize] = 7;
-        values[verdict::Counter::SnatAttempt(0).index() as usize] = 5;
-        values[verdict::Counter::SnatAttempt(2).index() as usize] = 1;
-        let (mut registry, metrics) = registry();
-        metrics.flows(&FlowCounts { tcp: 4, ..FlowCounts::default() });
-        registry.register_collector(Box::new(Fixed(values)));
-        let text = encode(&registry).expect("text");
-        for line in [
-            "xdp_agent_drops_total{reason=\"snat_exhausted\"} 3",
-            "xdp_agent_drops_total{reason=\"no_endpoint\"} 0",
-            "xdp_agent_events_total{event=\"redirected\"} 7",
-            "xdp_agent_snat_attempts_sum 8.0",
-            "xdp_agent_snat_attempts_count 6",
-            "xdp_agent_snat_attempts_bucket{le=\"1.0\"} 5",
-            "xdp_agent_snat_attempts_bucket{le=\"3.0\"} 6",
-            "xdp_agent_snat_attempts_bucket{le=\"+Inf\"} 6",
-            "# HELP xdp_agent_flows Flows by state.",
-            "xdp_agent_flows{state=\"tcp\"} 4",
-        ] {
-            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
-        }
-    }
-
     #[test]
     fn an_interface_has_exactly_one_mode() {
-        let (registry, metrics) = registry();
+        let (registries, metrics, _) = Registries::new();
         let interface = InterfaceStatus {
             name: "eth0".to_owned(),
             ifindex: 2,
@@ -286,7 +225,7 @@ mod tests {
             address: None,
         };
         metrics.interfaces(&[interface]);
-        let text = encode(&registry).expect("text");
+        let text = registries.encode().expect("text");
         let ones: Vec<&str> =
             text.lines().filter(|line| line.contains("attach_mode{") && line.ends_with(" 1")).collect();
         assert_eq!(ones, ["xdp_agent_attach_mode{interface=\"eth0\",mode=\"generic\"} 1"]);

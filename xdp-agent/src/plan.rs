@@ -166,7 +166,12 @@ impl<A: IpAddress> Plan<A> {
         let mut changes = Vec::new();
         let mut pass = Pass::default();
         if let Some(networks) = &delta.networks {
-            self.networks.set_common(networks, &mut self.ingress, &mut pass.networks, &mut pass.left_networks);
+            self.networks.set_common(
+                networks,
+                &mut self.ingress,
+                &mut pass.networks,
+                &mut pass.left_networks,
+            );
             self.set_knows_pods(!networks.pods.is_empty(), &mut pass);
         }
         self.note_wishes(delta);
@@ -192,8 +197,7 @@ impl<A: IpAddress> Plan<A> {
         self.tick(now_ms);
         // A ring of the previous agent may name any backend, and what it names is not known.
         let may_free = self.adopted.is_empty();
-        let mut changes =
-            if may_free { self.backends.collect(in_use, &mut self.egress) } else { Vec::new() };
+        let mut changes = if may_free { self.backends.collect(in_use, &mut self.egress) } else { Vec::new() };
         self.room.backends |= !changes.is_empty();
         self.ingress.collect(&in_use.ingress_bits, in_use.started_ms);
         self.egress.collect(&in_use.egress_bits, in_use.started_ms);
@@ -267,9 +271,9 @@ impl<A: IpAddress> Plan<A> {
         chosen.flat_map(|(id, planned)| planned.contents(*id, &self.backends))
     }
 
-    /// The service port behind a service id, for attribution.
-    pub fn service(&self, id: u32) -> Option<&ServicePortName> {
-        self.services.get(&id).map(|planned| &planned.port.name)
+    /// The service id of a service port that is served.
+    pub fn service_id(&self, name: &ServicePortName) -> Option<u32> {
+        self.ids.get(name).copied()
     }
 
     /// Plans what did not fit before, as long as that leads anywhere.

@@ -24,7 +24,7 @@ use crate::{
     host::Host,
     interfaces::{Interfaces, Picture},
     maps::ImageMaps,
-    metrics::Metrics,
+    metrics::{KubeProxy, Metrics},
     neighbours::Feed,
     plan::{Change, InUse, Limits, Plan},
     preflight,
@@ -33,8 +33,11 @@ use crate::{
     status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
 };
 
+pub use self::names::ServiceNames;
+
 mod backlog;
 mod compare;
+mod names;
 mod report;
 mod sync;
 
@@ -89,6 +92,10 @@ pub struct Parts {
     pub shared: Arc<Shared>,
     /// For Prometheus.
     pub metrics: Arc<Metrics>,
+    /// The same, as far as kube-proxy measures it too.
+    pub kube_proxy: KubeProxy,
+    /// Names for accounts.
+    pub names_of_services: ServiceNames,
 }
 
 /// The writer.
@@ -149,6 +156,7 @@ impl Reconciler {
         parts.maps.set_config(settings)?;
         parts.clock.store(settings.clock, Ordering::Relaxed);
         let first_image = Some(parts.shared.wait_for("the first image in the maps"));
+        let backlog = backlog::Backlog::new(parts.kube_proxy.clone());
         Ok(Self {
             cluster: Cluster::new(parts.cluster.clone()),
             parts,
@@ -163,7 +171,7 @@ impl Reconciler {
             reported: report::Reported::default(),
             untold: sync::Untold::default(),
             pending: VecDeque::new(),
-            backlog: backlog::Backlog::default(),
+            backlog,
             first_image,
             attempts: 0,
             retry_at: None,

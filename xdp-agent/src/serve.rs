@@ -1,4 +1,4 @@
-//! Metrics, health and status over HTTP.
+//! Metrics, health and status over HTTP, on the ports and paths of kube-proxy.
 
 use std::{
     net::SocketAddr,
@@ -13,65 +13,143 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
-use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{
-    metrics,
-    status::{Heartbeat, Shared, Status},
+    config::Listen,
+    metrics::{KubeProxy, Registries},
+    status::{Health, STUCK_AFTER, Shared, Status},
 };
 
-/// A writer that has not moved for this long is stuck.
-const STUCK_AFTER: Duration = Duration::from_secs(60);
+pub(crate) mod listen;
+mod proxy;
+#[cfg(test)]
+mod tests;
+
+/// How often an address is tried again that cannot be had, as kube-proxy does.
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What `/proxyMode` says where kube-proxy says `iptables` or `nftables`.
+const PROXY_MODE: &str = "xdp";
 
 /// What the handlers read.
 #[derive(Clone, Debug)]
 pub struct Sources {
     /// Metrics.
-    pub registry: Arc<Registry>,
+    pub registries: Arc<Registries>,
+    /// Those that the handlers count in.
+    pub metrics: KubeProxy,
     /// Status and readiness.
     pub shared: Arc<Shared>,
-    /// When the writer of the maps last moved.
-    pub heartbeat: Heartbeat,
+    /// Whether the writer of the maps does its work.
+    pub health: Health,
+    /// The resolved configuration.
+    pub config: Arc<Value>,
 }
 
-/// Takes the address, before anything else is touched.
-///
-/// # Errors
-/// When it cannot be had.
-pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
-        let remedy = if error.kind() == std::io::ErrorKind::AddrInUse {
-            "stop what listens there, or choose another --metrics-address"
-        } else {
-            "choose another --metrics-address (is the loopback up?)"
-        };
-        anyhow::anyhow!("cannot listen on {address} for metrics and health ({error}); {remedy}")
-    })
+/// The addresses, as far as they can be had.
+#[derive(Debug)]
+pub struct Servers {
+    healthz: Socket,
+    metrics: Socket,
 }
 
-/// Answers until the process ends.
-pub async fn serve(listener: TcpListener, sources: Sources) {
-    if let Err(error) = axum::serve(listener, router(sources)).await {
-        warn!(%error, "metrics and health are not served any more");
+/// Where one server listens.
+#[derive(Debug)]
+struct Socket {
+    flag: &'static str,
+    address: Option<SocketAddr>,
+    /// Empty while the address cannot be had.
+    listeners: Vec<TcpListener>,
+}
+
+impl Servers {
+    /// Takes the addresses, before anything else is touched.
+    ///
+    /// # Errors
+    /// When one cannot be had, if that is to end the start.
+    pub async fn open(listen: &Listen) -> anyhow::Result<Self> {
+        let healthz = Socket::open("--healthz-bind-address", listen.healthz, listen.is_hard_fail).await?;
+        let metrics = Socket::open("--metrics-bind-address", listen.metrics, listen.is_hard_fail).await?;
+        Ok(Self { healthz, metrics })
+    }
+
+    /// Answers until the process ends; addresses that could not be had are tried again meanwhile.
+    pub async fn run(self, sources: Sources) {
+        let probes = proxy::Probes { health: sources.health.clone(), metrics: sources.metrics.clone() };
+        tokio::join!(self.healthz.run(proxy::router(probes)), self.metrics.run(router(sources)));
+    }
+}
+
+impl Socket {
+    async fn open(
+        flag: &'static str,
+        address: Option<SocketAddr>,
+        is_hard_fail: bool,
+    ) -> anyhow::Result<Self> {
+        let mut socket = Self { flag, address: address.map(everywhere), listeners: Vec::new() };
+        match socket.listen().await {
+            Ok(()) => {}
+            Err(error) if is_hard_fail => return Err(error),
+            Err(error) => warn!("{error}; trying again every {AGAIN_AFTER:?}"),
+        }
+        Ok(socket)
+    }
+
+    async fn listen(&mut self) -> anyhow::Result<()> {
+        let Some(address) = self.address else { return Ok(()) };
+        self.listeners = listen::listen(address).await.map_err(|error| {
+            anyhow::anyhow!(
+                "cannot listen on {address} ({error}); stop what does, or choose another {}",
+                self.flag
+            )
+        })?;
+        Ok(())
+    }
+
+    async fn run(mut self, router: Router) {
+        while self.address.is_some() && self.listeners.is_empty() {
+            tokio::time::sleep(AGAIN_AFTER).await;
+            if self.listen().await.is_ok() {
+                info!(flag = self.flag, "the address is free now");
+            }
+        }
+        let mut servers = tokio::task::JoinSet::new();
+        for listener in self.listeners {
+            servers.spawn(axum::serve(listener, router.clone()).into_future());
+        }
+        while let Some(ended) = servers.join_next().await {
+            warn!(flag = self.flag, ?ended, "nothing is answered there any more");
+        }
+    }
+}
+
+/// All of IPv4 means all of both families, as in Go.
+fn everywhere(address: SocketAddr) -> SocketAddr {
+    match address.ip().is_unspecified() {
+        true => SocketAddr::new(listen::EVERYWHERE, address.port()),
+        false => address,
     }
 }
 
 fn router(sources: Sources) -> Router {
     Router::new()
-        .route("/metrics", get(serve_metrics))
-        .route("/healthz", get(livez))
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(async || "ok"))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
+        .route("/proxyMode", get(async || PROXY_MODE))
+        .route("/configz", get(configz))
         .route("/status", get(status))
         .with_state(sources)
 }
 
-async fn serve_metrics(State(sources): State<Sources>) -> impl IntoResponse {
-    match metrics::encode(&sources.registry) {
+async fn metrics(State(sources): State<Sources>) -> impl IntoResponse {
+    match sources.registries.encode() {
         Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, OPEN_METRICS)], text),
         Err(error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n"))
@@ -80,12 +158,11 @@ async fn serve_metrics(State(sources): State<Sources>) -> impl IntoResponse {
 }
 
 async fn livez(State(sources): State<Sources>) -> (StatusCode, String) {
-    match sources.heartbeat.age(Instant::now()) {
-        age if age < STUCK_AFTER => (StatusCode::OK, "ok\n".to_owned()),
-        age => {
-            (StatusCode::SERVICE_UNAVAILABLE, format!("the writer of the maps has not moved for {age:?}\n"))
-        }
+    if sources.health.is_good(Instant::now()) {
+        return (StatusCode::OK, "ok\n".to_owned());
     }
+    let message = format!("for {STUCK_AFTER:?} the maps have not been what the objects ask\n");
+    (StatusCode::SERVICE_UNAVAILABLE, message)
 }
 
 async fn readyz(State(sources): State<Sources>) -> (StatusCode, String) {
@@ -93,6 +170,10 @@ async fn readyz(State(sources): State<Sources>) -> (StatusCode, String) {
         pending if pending.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
         pending => (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", pending.join(", "))),
     }
+}
+
+async fn configz(State(sources): State<Sources>) -> Json<Value> {
+    Json(json!({ "xdp-agent": *sources.config }))
 }
 
 async fn status(State(sources): State<Sources>) -> Json<Status> {

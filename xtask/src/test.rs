@@ -17,9 +17,14 @@ enum Lane {
     ProgRun,
     /// Real traffic between network namespaces: root.
     Netns,
+    /// The agent against an API server, in network namespaces: root.
+    Kubernetes,
 }
 
-const LANES: [Lane; 3] = [Lane::Host, Lane::ProgRun, Lane::Netns];
+const LANES: [Lane; 4] = [Lane::Host, Lane::ProgRun, Lane::Netns, Lane::Kubernetes];
+
+/// Where etcd, kube-apiserver and kubectl are, by the convention of envtest; without it the tests' own server serves.
+const REAL_API_SERVER: &str = "KUBEBUILDER_ASSETS";
 
 /// Lanes use the agent's own profile, release: its binary is needed anyway, and a second profile would compile every
 /// dependency twice, which is most of a cold build on two cores.
@@ -31,6 +36,7 @@ impl Lane {
             Self::Host => "host",
             Self::ProgRun => "prog-run",
             Self::Netns => "netns",
+            Self::Kubernetes => "kubernetes",
         }
     }
 
@@ -43,13 +49,21 @@ impl Lane {
             Self::Netns => {
                 &["--features", "xdp-agent-tests/netns", "--test", "netns", "--", "--test-threads=2"]
             }
+            Self::Kubernetes => &[
+                "--features",
+                "xdp-agent-tests/kubernetes",
+                "--test",
+                "kubernetes",
+                "--",
+                "--test-threads=2",
+            ],
         }
     }
 
     fn needs_root(self) -> bool {
         match self {
             Self::Host => false,
-            Self::ProgRun | Self::Netns => true,
+            Self::ProgRun | Self::Netns | Self::Kubernetes => true,
         }
     }
 }
@@ -67,10 +81,8 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     let ready = prepare(workspace, &lanes);
     for &lane in &lanes {
         let outcome = match (&ready, lane) {
-            (Err(error), Lane::ProgRun | Lane::Netns) => {
-                Err(anyhow::anyhow!("cannot be prepared: {error:#}"))
-            }
-            (Err(_) | Ok(()), Lane::Host) | (Ok(()), Lane::ProgRun | Lane::Netns) => run(workspace, lane),
+            (Err(error), lane) if lane.needs_root() => Err(anyhow::anyhow!("cannot be prepared: {error:#}")),
+            (Err(_) | Ok(()), lane) => run(workspace, lane),
         };
         let tally = outcome.unwrap_or_else(|error| {
             eprintln!("lane {}: FAILED: {error:#}", lane.name());
@@ -117,6 +129,10 @@ fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
     let mut command = process::cargo(workspace);
     command.arg("test").args(PROFILE.flags()).arg("--no-fail-fast").args(lane.arguments());
     command.env("XDP_AGENT_BIN", workspace.binary(PROFILE, "xdp-agent"));
+    if lane == Lane::Kubernetes && std::env::var_os(REAL_API_SERVER).is_none() {
+        println!("lane kubernetes: {REAL_API_SERVER} is not set, so the API server is the tests' own alone");
+        command.args(["--skip", "real::"]);
+    }
     let (tally, succeeded) = count(&mut command)?;
     if tally == Tally::default() {
         bail!("ran no test at all; what is above says why");
@@ -178,6 +194,6 @@ mod tests {
         assert_eq!(parse(&["netns".into(), "host".into()]).unwrap(), [Lane::Netns, Lane::Host]);
         assert_eq!(parse(&[]).unwrap(), LANES);
         let error = parse(&["hosts".into()]).unwrap_err().to_string();
-        assert!(error.contains("host, prog-run, netns"), "{error}");
+        assert!(error.contains("host, prog-run, netns, kubernetes"), "{error}");
     }
 }

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode, Privileges, Source};
 use xdp_agent_tests::lab::block_on;
 use xdp_agent_tests::lab::clients::whoami_once;
 use xdp_agent_tests::lab::link::veth;
@@ -48,7 +48,7 @@ fn an_interface_without_an_address_is_named() -> Result<()> {
 #[test]
 fn missing_privileges_are_refused_with_the_remedy() -> Result<()> {
     let world = small_world()?;
-    let options = AgentOptions { unprivileged: true, ..options(&world) };
+    let options = AgentOptions { privileges: Privileges::None, ..options(&world) };
     let log = refused(&world, &world.bpffs, &options)?;
     says(&log, &["CAP_"])
 }
@@ -63,7 +63,10 @@ fn a_missing_bpffs_is_refused_with_the_remedy() -> Result<()> {
 #[test]
 fn a_missing_manifest_path_is_refused_by_name() -> Result<()> {
     let world = small_world()?;
-    let options = AgentOptions { services: world.manifests.scratch().join("nowhere"), ..options(&world) };
+    let options = AgentOptions {
+        source: Source::Manifests(world.manifests.scratch().join("nowhere")),
+        ..options(&world)
+    };
     let log = refused(&world, &world.bpffs, &options)?;
     says(&log, &["nowhere"])
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use rtnetlink::packet_route::link::LinkAttribute;
-use xdp_agent_tests::lab::agent::Agent;
+use xdp_agent_tests::lab::agent::{Agent, Privileges};
 use xdp_agent_tests::lab::load::{Kind, Load};
 use xdp_agent_tests::lab::world::{World, http_frontends, udp_frontends};
 
@@ -45,6 +45,28 @@ fn an_agent_stopped_with_keep_leaves_its_programs_serving(setup: Setup) -> Resul
     agent.stop()?;
     wait_answered(&loads)?;
     let agent = Agent::start(&world.node, &world.bpffs, &world.agent_options(setup.mode))?;
+    wait_answered(&loads)?;
+    for load in loads {
+        load.stop().all_answered()?;
+    }
+    agent.stop()
+}
+
+each_mode!(an_agent_with_the_documented_capabilities_adopts_programs_and_serves);
+fn an_agent_with_the_documented_capabilities_adopts_programs_and_serves(setup: Setup) -> Result<()> {
+    let world = setup.world(Default::default())?;
+    world.publish()?;
+    let mut options = world.agent_options(setup.mode);
+    options.privileges = Privileges::Documented;
+    options.extra.push("--keep".into());
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    let loads = start_loads(&world);
+    wait_answered(&loads)?;
+    agent.stop()?;
+    // The second start has pins to adopt, and the last one has to take everything off.
+    options.extra.clear();
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    setup.check_mode(&agent, "eth0")?;
     wait_answered(&loads)?;
     for load in loads {
         load.stop().all_answered()?;

@@ -47,13 +47,36 @@ impl Mode {
     }
 }
 
+/// Where an agent's objects come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A file or a directory with manifests.
+    Manifests(PathBuf),
+    /// The API server of a kubeconfig file.
+    Kubeconfig(PathBuf),
+}
+
+/// What an agent may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privileges {
+    /// Whatever root may.
+    All,
+    /// What the documentation asks for and the manifests grant: [`DOCUMENTED`].
+    Documented,
+    /// Nothing.
+    None,
+}
+
+/// CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF (include/uapi/linux/capability.h).
+pub const DOCUMENTED: [libc::c_ulong; 3] = [12, 38, 39];
+
 /// The command line of an agent.
 #[derive(Clone, Debug)]
 pub struct AgentOptions {
     /// Managed interfaces.
     pub interfaces: Vec<String>,
-    /// File or directory with manifests.
-    pub services: PathBuf,
+    /// Where its objects come from.
+    pub source: Source,
     /// Attach mode.
     pub mode: Mode,
     /// Name of the node in the manifests.
@@ -62,8 +85,8 @@ pub struct AgentOptions {
     pub pin_dir: String,
     /// Further arguments.
     pub extra: Vec<String>,
-    /// Whether the process starts without a single capability.
-    pub unprivileged: bool,
+    /// What the process may do.
+    pub privileges: Privileges,
 }
 
 impl AgentOptions {
@@ -71,12 +94,12 @@ impl AgentOptions {
     pub fn new(services: impl Into<PathBuf>, mode: Mode) -> Self {
         Self {
             interfaces: vec!["eth0".into()],
-            services: services.into(),
+            source: Source::Manifests(services.into()),
             mode,
             node: "node".into(),
             pin_dir: PIN_DIR.into(),
             extra: Vec::new(),
-            unprivileged: false,
+            privileges: Privileges::All,
         }
     }
 
@@ -86,12 +109,17 @@ impl AgentOptions {
         for interface in &self.interfaces {
             command.args(["--iface", interface]);
         }
-        command.arg("--services").arg(&self.services);
+        match &self.source {
+            Source::Manifests(path) => command.arg("--services").arg(path),
+            Source::Kubeconfig(path) => command.arg("--kubeconfig").arg(path),
+        };
         command.args(["--mode", self.mode.name(), "--node", &self.node, "--pin-dir", &self.pin_dir]);
         command.args(["--metrics-address", &METRICS.to_string()]).args(&self.extra);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        if self.unprivileged {
-            drop_privileges(&mut command);
+        match self.privileges {
+            Privileges::All => {}
+            Privileges::Documented => keep_capabilities(&mut command, &DOCUMENTED),
+            Privileges::None => keep_capabilities(&mut command, &[]),
         }
         Ok(command)
     }
@@ -272,18 +300,22 @@ fn target_directory() -> Result<PathBuf> {
     Ok(profile.and_then(Path::parent).context("no target directory above this executable")?.to_path_buf())
 }
 
-/// Makes exec give root nothing special, so that the process has no capability at all.
+/// Leaves a process of root these capabilities, as a container runtime does: exec grants root no more than its bounding set.
 ///
 /// Another user would not do: the binary may lie in a directory that only its owner can enter.
-fn drop_privileges(command: &mut Command) {
+fn keep_capabilities(command: &mut Command, kept: &'static [libc::c_ulong]) {
     use std::os::unix::process::CommandExt;
-    // From linux/securebits.h: SECBIT_NOROOT and its lock.
-    const NO_ROOT: libc::c_ulong = 0b11;
     // SAFETY: prctl is a plain system call, allowed between fork and exec.
     unsafe {
-        command.pre_exec(|| {
-            if libc::prctl(libc::PR_SET_SECUREBITS, NO_ROOT) != 0 {
-                return Err(std::io::Error::last_os_error());
+        command.pre_exec(move || {
+            // A set has 64 bits; those that no capability has are refused.
+            for capability in (0..64).filter(|capability| !kept.contains(capability)) {
+                if libc::prctl(libc::PR_CAPBSET_DROP, capability) != 0 {
+                    let error = std::io::Error::last_os_error();
+                    if error.raw_os_error() != Some(libc::EINVAL) {
+                        return Err(error);
+                    }
+                }
             }
             Ok(())
         });

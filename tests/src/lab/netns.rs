@@ -129,24 +129,30 @@ impl PrivateBpffs {
         Ok(Self { fd })
     }
 
-    /// Lists the names below a directory of the file system, sorted; a missing directory is empty.
-    pub fn list(&self, directory: &str) -> Result<Vec<String>> {
+    /// Runs a closure on a thread that sees this file system.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let fd = self.fd.as_fd();
         thread::scope(|scope| {
-            scope
-                .spawn(move || -> Result<Vec<String>> {
-                    unshare(CloneFlags::CLONE_FS)?;
-                    setns(fd, CloneFlags::CLONE_NEWNS)?;
-                    let Ok(entries) = std::fs::read_dir(directory) else { return Ok(Vec::new()) };
-                    let mut names: Vec<String> = entries
-                        .flatten()
-                        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                        .collect();
-                    names.sort();
-                    Ok(names)
-                })
-                .join()
-                .expect("listing does not panic")
+            let worker = scope.spawn(move || -> Result<T> {
+                unshare(CloneFlags::CLONE_FS)?;
+                setns(fd, CloneFlags::CLONE_NEWNS)?;
+                Ok(work())
+            });
+            match worker.join() {
+                Ok(value) => value,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// Lists the names below a directory of the file system, sorted; a missing directory is empty.
+    pub fn list(&self, directory: &str) -> Result<Vec<String>> {
+        self.run(|| {
+            let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+            let mut names: Vec<String> =
+                entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+            names.sort();
+            names
         })
     }
 

@@ -9,6 +9,11 @@ use aya::{
 };
 use tracing::debug;
 
+use crate::{
+    bpf::{self, AttachType},
+    host::Link,
+};
+
 /// The programs of the object.
 #[derive(Debug)]
 pub struct Programs {
@@ -112,11 +117,11 @@ impl Programs {
 }
 
 /// Whether a program is among the tc programs of an interface.
-pub(super) fn is_on_interface(interface: &str, program: u32) -> anyhow::Result<bool> {
-    for at in [TcAttachType::Ingress, TcAttachType::Egress] {
-        let (_, programs) = SchedClassifier::query_tcx(interface, at)
-            .with_context(|| format!("cannot ask for the tc programs of {interface}"))?;
-        if programs.iter().any(|info| info.id() == program) {
+pub(super) fn is_on_interface(link: &Link, program: u32) -> anyhow::Result<bool> {
+    for at in [AttachType::TcxIngress, AttachType::TcxEgress] {
+        let programs = bpf::programs_on(link.index, at)
+            .with_context(|| format!("cannot ask for the tc programs of {}", link.name))?;
+        if programs.contains(&program) {
             return Ok(true);
         }
     }
@@ -170,11 +175,11 @@ impl Drop for Programs {
 ///
 /// # Errors
 /// For XDP, which has another way.
-pub(super) fn legacy_type(at: crate::bpf::AttachType) -> anyhow::Result<TcAttachType> {
+pub(super) fn legacy_type(at: AttachType) -> anyhow::Result<TcAttachType> {
     match at {
-        crate::bpf::AttachType::TcxIngress => Ok(TcAttachType::Ingress),
-        crate::bpf::AttachType::TcxEgress => Ok(TcAttachType::Egress),
-        crate::bpf::AttachType::Xdp => bail!("XDP is no tc filter"),
+        AttachType::TcxIngress => Ok(TcAttachType::Ingress),
+        AttachType::TcxEgress => Ok(TcAttachType::Egress),
+        AttachType::Xdp => bail!("XDP is no tc filter"),
     }
 }
 

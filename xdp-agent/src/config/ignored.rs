@@ -9,16 +9,22 @@ pub struct Ignored {
     pub flag: &'static str,
     /// Whether it may stand without a value.
     is_switch: bool,
+    /// Whether it asks for something else than to run, so that running would be wrong.
+    pub(super) is_refused: bool,
     /// Why it has no effect, and what to use instead.
     pub why: &'static str,
 }
 
 const fn value(flag: &'static str, why: &'static str) -> Ignored {
-    Ignored { flag, is_switch: false, why }
+    Ignored { flag, is_switch: false, is_refused: false, why }
 }
 
 const fn switch(flag: &'static str, why: &'static str) -> Ignored {
-    Ignored { flag, is_switch: true, why }
+    Ignored { flag, is_switch: true, is_refused: false, why }
+}
+
+const fn refused(flag: &'static str, why: &'static str) -> Ignored {
+    Ignored { flag, is_switch: false, is_refused: true, why }
 }
 
 pub(super) const ONE_DATAPATH: &str = "there is one datapath, which behaves as kube-proxy's nftables mode";
@@ -44,6 +50,7 @@ const LOGGING: &str = "use --log and --log-format";
 
 /// Every one of them.
 pub const IGNORED: &[Ignored] = &[
+    refused("write-config-to", "no file is written; a running agent shows its configuration at /configz"),
     value("proxy-mode", ONE_DATAPATH),
     value("iptables-masquerade-bit", NO_NETFILTER),
     switch("iptables-localhost-nodeports", NO_LOCALHOST),

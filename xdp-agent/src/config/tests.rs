@@ -73,6 +73,7 @@ fn bad_values_are_refused_with_a_hint() {
         ("--nodeport-addresses", "secondary", "primary"),
         ("--detect-local-mode", "Magic", "NodeCIDR"),
         ("--masquerade-everything", "true", "unexpected argument"),
+        ("--write-config-to", "file", "/configz"),
     ] {
         let message = refusal(&[flag, value]);
         assert!(message.contains(hint), "{flag} {value}: {message}");
@@ -92,7 +93,6 @@ fn files_and_the_api_are_not_asked_both() {
 #[test]
 fn a_command_line_of_kube_proxy_works_and_is_explained() {
     let words = [
-        "--config=",
         "--proxy-mode=iptables",
         "--hostname-override= Node-A ",
         "--masquerade-all",
@@ -103,7 +103,7 @@ fn a_command_line_of_kube_proxy_works_and_is_explained() {
         "--cluster-cidr=10.244.0.0/16,fd00:10:244::/56",
         "-v=2",
     ];
-    let (args, notes) = read(&words[1..]).expect("valid");
+    let (args, notes) = read(&words).expect("valid");
     let notes: Vec<&str> = notes.iter().map(|note| note.what.as_str()).collect();
     assert_eq!(
         notes,

@@ -158,9 +158,7 @@ impl NetworkTrie {
         match batch::walk(&self.fd, (zero, 0u32), |key, value| found.push(network(key, value))) {
             Err(error) if batch::is_missing(&error) => {
                 let entries = self.map.iter().take(2 * self.capacity as usize);
-                entries
-                    .map(|entry| entry.map(|(key, value)| network(key, value)).map_err(io_error))
-                    .collect()
+                entries.map(|entry| entry.map(|(key, value)| network(key, value)).map_err(io_error)).collect()
             }
             result => result.map(|()| found),
         }

@@ -105,10 +105,12 @@ impl ImageMaps {
                 let Change::Backend { id, value } = change else { return None };
                 Some((*id, raw(*value)))
             })),
-            Some(Change::IngressGate { .. }) => self.ingress_gate.set_all(group.iter().filter_map(|change| {
-                let Change::IngressGate { word, bits } = change else { return None };
-                Some((*word, *bits))
-            })),
+            Some(Change::IngressGate { .. }) => {
+                self.ingress_gate.set_all(group.iter().filter_map(|change| {
+                    let Change::IngressGate { word, bits } = change else { return None };
+                    Some((*word, *bits))
+                }))
+            }
             Some(Change::EgressGate { .. }) => self.egress_gate.set_all(group.iter().filter_map(|change| {
                 let Change::EgressGate { word, bits } = change else { return None };
                 Some((*word, *bits))
@@ -195,7 +197,8 @@ impl ImageMaps {
     /// When the kernel refuses a read or a write.
     pub fn repair_networks(&mut self, wanted: impl Iterator<Item = OwnedNetwork>) -> io::Result<u32> {
         let there = self.networks.read()?.into_iter();
-        let mut there: HashMap<_, _> = there.map(|(owner, network, value)| ((owner, network), value)).collect();
+        let mut there: HashMap<_, _> =
+            there.map(|(owner, network, value)| ((owner, network), value)).collect();
         let mut mended = 0;
         for (owner, network, value) in wanted {
             if there.remove(&(owner, network)) != Some(value) {

@@ -158,9 +158,15 @@ mod tests {
             assert_eq!(slots(backends, SLOTS_PER_BACKEND), expected, "{backends} backends");
         }
         for backends in 2..=6_000 {
-            assert!(slots(backends, SLOTS_PER_BACKEND) >= backends as u32 * SLOTS_PER_BACKEND && is_prime(slots(backends, SLOTS_PER_BACKEND)));
+            assert!(
+                slots(backends, SLOTS_PER_BACKEND) >= backends as u32 * SLOTS_PER_BACKEND
+                    && is_prime(slots(backends, SLOTS_PER_BACKEND))
+            );
         }
-        assert_eq!([6_554, 1_000_000, usize::MAX].map(|backends| slots(backends, SLOTS_PER_BACKEND)), [RING_SLOTS_MAX; 3]);
+        assert_eq!(
+            [6_554, 1_000_000, usize::MAX].map(|backends| slots(backends, SLOTS_PER_BACKEND)),
+            [RING_SLOTS_MAX; 3]
+        );
         assert!(is_prime(RING_SLOTS_MAX));
     }
 

@@ -42,14 +42,7 @@ impl<A: IpAddress> NetworkTable<A> {
         let entries: BTreeMap<_, _> =
             networks.into_iter().map(|(owner, network, value)| ((owner, network), value)).collect();
         let adopted = entries.keys().copied().collect();
-        Self {
-            limit,
-            entries,
-            adopted,
-            common: BTreeMap::new(),
-            bits: Vec::new(),
-            problems: Vec::new(),
-        }
+        Self { limit, entries, adopted, common: BTreeMap::new(), bits: Vec::new(), problems: Vec::new() }
     }
 
     /// How many more fit.

@@ -1,12 +1,14 @@
 //! One pass over service ports: what each needs and gives up, and the order of the changes.
 
-use std::{collections::{BTreeSet, hash_map::Entry}, sync::Arc};
+use std::{
+    collections::{BTreeSet, hash_map::Entry},
+    sync::Arc,
+};
 
 use xdp_common::tables::{ACCOUNTS, Frontend, FrontendKey, network::sources_of};
 
 use super::{
-    Change, Owner, Placed, Plan,
-    gate_bit,
+    Change, Owner, Placed, Plan, gate_bit,
     refused::Refusal,
     service::{self, ADDRESS, Planned, address_key, addresses, endpoints, identity, key},
 };
@@ -45,7 +47,8 @@ impl<A: IpAddress> Plan<A> {
     /// Adds up what rings will need before the first of them is made.
     pub(super) fn note_wishes(&mut self, delta: &Delta<A>) {
         for (name, port) in &delta.ports {
-            let planned = self.ids.get(name).and_then(|id| self.services.get(id)).map(|planned| &planned.port);
+            let planned =
+                self.ids.get(name).and_then(|id| self.services.get(id)).map(|planned| &planned.port);
             let before = self.refused.get(name).or(planned).map_or(0, |port| service::room(port));
             let after = port.as_ref().map_or(0, |port| service::room(port));
             self.ring_room = self.ring_room - before + after;
@@ -127,9 +130,8 @@ impl<A: IpAddress> Plan<A> {
             return Err(Refusal::Networks { wanted });
         }
         let listed = endpoints(port).into_iter().filter(|(_, flags)| flags & LISTED != 0);
-        let wanted = listed
-            .filter(|(endpoint, _)| self.backends.id(&identity(port, id, *endpoint)).is_none())
-            .count();
+        let wanted =
+            listed.filter(|(endpoint, _)| self.backends.id(&identity(port, id, *endpoint)).is_none()).count();
         if wanted > self.backends.room() {
             return Err(Refusal::Backends { wanted });
         }
@@ -140,8 +142,10 @@ impl<A: IpAddress> Plan<A> {
     /// accounts as long as they can, and come back as late as they can.
     fn new_id(&mut self, keys: &[FrontendKey<A>]) -> u32 {
         let is_free = |id: &u32| *id != 0 && !self.services.contains_key(id) && !self.left_ids.contains(id);
-        let adopted =
-            keys.iter().filter_map(|key| self.frontends.get(key)).filter(|placed| placed.owner == Owner::Adopted);
+        let adopted = keys
+            .iter()
+            .filter_map(|key| self.frontends.get(key))
+            .filter(|placed| placed.owner == Owner::Adopted);
         if let Some(known) = adopted.map(|placed| placed.value.service).find(is_free) {
             return known;
         }
@@ -153,13 +157,7 @@ impl<A: IpAddress> Plan<A> {
         self.last_id
     }
 
-    fn place(
-        &mut self,
-        key: FrontendKey<A>,
-        value: Frontend,
-        owner: Owner,
-        writes: &mut Vec<Change<A>>,
-    ) {
+    fn place(&mut self, key: FrontendKey<A>, value: Frontend, owner: Owner, writes: &mut Vec<Change<A>>) {
         match self.frontends.entry(key) {
             Entry::Vacant(free) => {
                 self.ingress.need(gate_bit(&key, &value));
@@ -192,8 +190,10 @@ impl<A: IpAddress> Plan<A> {
     /// Gives up what a service port had and does not have after.
     fn leave(&mut self, id: u32, before: &Planned<A>, after: Option<&Planned<A>>, pass: &mut Pass<A>) {
         let (port, now) = (&before.port, after.map(|after| &after.port));
-        let kept: BTreeSet<_> =
-            now.into_iter().flat_map(|port| port.frontends.iter().map(|frontend| key(port, frontend))).collect();
+        let kept: BTreeSet<_> = now
+            .into_iter()
+            .flat_map(|port| port.frontends.iter().map(|frontend| key(port, frontend)))
+            .collect();
         let keys = port.frontends.iter().map(|frontend| key(port, frontend));
         pass.leaving.extend(keys.filter(|key| !kept.contains(key)).map(|key| (key, Owner::Service(id))));
         for addr in addresses(port) {
@@ -205,7 +205,8 @@ impl<A: IpAddress> Plan<A> {
                 }
             }
         }
-        let sources = port.sources.iter().filter(|source| now.is_none_or(|now| !now.sources.contains(source)));
+        let sources =
+            port.sources.iter().filter(|source| now.is_none_or(|now| !now.sources.contains(source)));
         pass.left_networks.extend(sources.map(|source| (sources_of(id), *source)));
         let wanted = now.map(|now| endpoints(now)).unwrap_or_default();
         for endpoint in endpoints(port).into_keys().filter(|endpoint| !wanted.contains_key(endpoint)) {
@@ -237,10 +238,16 @@ impl<A: IpAddress> Plan<A> {
         if std::mem::replace(&mut self.knows_pods, knows_pods) == knows_pods {
             return;
         }
-        let values: Vec<_> = self.services.iter().flat_map(|(id, planned)| {
-            let frontends = planned.port.frontends.iter();
-            frontends.map(|frontend| (*id, key(&planned.port, frontend), planned.frontend(*id, frontend, knows_pods)))
-        }).collect();
+        let values: Vec<_> = self
+            .services
+            .iter()
+            .flat_map(|(id, planned)| {
+                let frontends = planned.port.frontends.iter();
+                frontends.map(|frontend| {
+                    (*id, key(&planned.port, frontend), planned.frontend(*id, frontend, knows_pods))
+                })
+            })
+            .collect();
         for (id, key, value) in values {
             // Where another service port has the frontend by now, it is that one's.
             if self.frontends.get(&key).is_some_and(|placed| placed.owner == Owner::Service(id)) {

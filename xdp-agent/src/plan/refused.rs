@@ -135,7 +135,9 @@ impl<A: IpAddress> Refused<A> {
     pub(super) fn problems(&self, fill: Fill, limits: Limits) -> Vec<Problem> {
         let named = self.ports.iter().take(NAMED_MAX);
         let mut problems: Vec<_> = named
-            .map(|(name, (_, why))| Problem::of(why.kind(), format!("Service {name}"), why.text(fill, limits)))
+            .map(|(name, (_, why))| {
+                Problem::of(why.kind(), format!("Service {name}"), why.text(fill, limits))
+            })
             .collect();
         if let Some((_, (_, why))) = self.ports.iter().nth(NAMED_MAX) {
             let others = self.ports.len() - NAMED_MAX;

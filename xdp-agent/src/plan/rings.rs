@@ -115,5 +115,8 @@ impl<A: IpAddress> Plan<A> {
 /// The ring that a service port has for a list of another version of it.
 fn ring_of<A: IpAddress>(before: &Planned<A>, port: &ServicePort<A>, policy: Policy) -> Option<Slice> {
     let rings = before.rings.each();
-    rings.filter(|(of, _)| is_same(list(&before.port, *of), list(port, policy))).map(|(_, slice)| slice).next()
+    rings
+        .filter(|(of, _)| is_same(list(&before.port, *of), list(port, policy)))
+        .map(|(_, slice)| slice)
+        .next()
 }

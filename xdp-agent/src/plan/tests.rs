@@ -188,7 +188,10 @@ fn a_service_comes_changes_and_goes_in_order() {
             "frontend 10.96.0.1 service 1 ring 0+211 flags 2",
         ]
     );
-    let same = Delta { ports: BTreeMap::from_iter(node.ports.clone().into_iter().map(|(n, p)| (n, Some(p)))), networks: None };
+    let same = Delta {
+        ports: BTreeMap::from_iter(node.ports.clone().into_iter().map(|(n, p)| (n, Some(p)))),
+        networks: None,
+    };
     assert_eq!(node.plan.update(&same, true, &[], 10).changes, []);
 
     assert_eq!(
@@ -200,10 +203,7 @@ fn a_service_comes_changes_and_goes_in_order() {
         ]
     );
 
-    assert_eq!(
-        node.lines([], 30),
-        ["remove 10.96.0.1", "backend 2 10.0.0.2 of 1 flags 2 generation 2"]
-    );
+    assert_eq!(node.lines([], 30), ["remove 10.96.0.1", "backend 2 10.0.0.2 of 1 flags 2 generation 2"]);
     assert_eq!(node.plan.fill(), Fill { backends: 2, ring_slots: 212, ..Fill::default() });
 
     assert_eq!(node.plan.collect(&in_use(25), 40).changes, []);
@@ -272,10 +272,7 @@ fn clients_outside_and_inside_get_the_ring_of_their_policy() {
     split.frontends[0].external = Policy::Cluster;
     assert_eq!(
         node.lines([split], 10),
-        [
-            "backend 1 10.0.0.1 of 1 flags 3 generation 1",
-            "frontend 10.96.0.1 service 1 ring 0+211 flags 2"
-        ]
+        ["backend 1 10.0.0.1 of 1 flags 3 generation 1", "frontend 10.96.0.1 service 1 ring 0+211 flags 2"]
     );
     assert_eq!(node.plan.slices.settled(), 211);
 }

@@ -126,7 +126,8 @@ mod tests {
 
     #[test]
     fn a_comparison_comes_to_its_end_after_every_backend_and_every_part_of_the_rings() {
-        for (backends, with_rings, steps) in [(1, false, 4), (16_384, false, 4), (131_072, true, 3 + 8 + 64)] {
+        for (backends, with_rings, steps) in [(1, false, 4), (16_384, false, 4), (131_072, true, 3 + 8 + 64)]
+        {
             let mut comparison = Comparison { step: Step::Gates, with_rings, repairs: 0 };
             let mut taken = vec![comparison.step];
             while let Some(step) = comparison.next(backends) {

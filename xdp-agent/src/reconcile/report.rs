@@ -41,7 +41,8 @@ impl Reconciler {
         let of_plan = self.plan.problems();
         if self.reported.versions != versions || self.reported.plan != of_plan {
             let all = self.source_problems.iter().cloned().chain(self.cluster.problems());
-            let now = all.chain(of_plan.iter().cloned()).map(|problem| (identity(&problem), problem)).collect();
+            let now =
+                all.chain(of_plan.iter().cloned()).map(|problem| (identity(&problem), problem)).collect();
             self.report_problems(&now);
             self.reported = Reported { versions, plan: of_plan, said: now };
         }
@@ -61,7 +62,8 @@ impl Reconciler {
             info!(kind = problem.kind.label(), %problem, "no problem any more");
         }
         self.parts.metrics.problems(now.values());
-        let status = |problem: &Problem| ProblemStatus { kind: problem.kind.label(), message: problem.to_string() };
+        let status =
+            |problem: &Problem| ProblemStatus { kind: problem.kind.label(), message: problem.to_string() };
         let of_status = now.values().map(status).collect();
         self.parts.shared.update(|all| all.problems = of_status);
     }

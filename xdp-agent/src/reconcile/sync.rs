@@ -44,6 +44,7 @@ impl Reconciler {
         for event in events.drain(..) {
             match event {
                 Event::Changes(changes) => {
+                    self.backlog.note(&changes);
                     changes.into_iter().for_each(|change| self.cluster.apply(change));
                 }
                 Event::Problems(problems) => {
@@ -74,7 +75,9 @@ impl Reconciler {
             let began = Instant::now();
             // The datapath has no maps of IPv6 yet, so that half of the update has nowhere to go.
             let delta = self.cluster.update().v4;
+            self.parts.names_of_services.forget(&delta, &self.plan);
             let update = self.plan.update(&delta, true, &self.picture.snat, self.now_ms());
+            self.parts.names_of_services.learn(&delta, &self.plan);
             let changes = update.changes.len();
             if changes > 0 {
                 self.backlog.wait();
@@ -82,6 +85,7 @@ impl Reconciler {
             self.take(update);
             let took = began.elapsed();
             self.parts.metrics.sync_duration.observe(took.as_secs_f64());
+            self.note_written((!delta.is_empty()).then_some(took));
             self.untold.changes += changes;
             self.untold.took += took;
             self.tell_writes();
@@ -128,16 +132,21 @@ impl Reconciler {
             self.attempts = 0;
         }
         self.pending.shrink_to(PENDING_KEPT);
-        if self.is_complete {
-            self.first_image = None;
-            self.backlog.written();
-        }
     }
 
     /// Goes on with writes that were refused.
     pub(super) fn retry(&mut self) {
         self.drain();
+        self.note_written(None);
         self.publish();
+    }
+
+    /// Notes that nothing waits any more, unless something does.
+    fn note_written(&mut self, took: Option<Duration>) {
+        if self.is_complete && self.pending.is_empty() {
+            self.first_image = None;
+            self.backlog.written(took);
+        }
     }
 
     /// Says in the log what was written, not too often.

@@ -63,10 +63,7 @@ fn nothing_of_a_previous_agent_goes_before_everything_wanted_is_known() {
     assert_eq!(node.plan.collect(&in_use(5_000), 5_000).changes, []);
     assert_eq!(node.plan.fill().frontends, 2);
     let update = node.plan.update(&Delta::default(), true, &[], 5_010);
-    assert_eq!(
-        script(&update.changes),
-        ["remove 10.96.0.2", "backend 2 10.0.0.2 of 2 flags 2 generation 2"]
-    );
+    assert_eq!(script(&update.changes), ["remove 10.96.0.2", "backend 2 10.0.0.2 of 2 flags 2 generation 2"]);
 }
 
 #[test]
@@ -86,8 +83,5 @@ fn a_ring_whose_slots_are_not_what_they_should_be_is_made_anew() {
     let (_, mut model) = taken_over(LIMITS, &before);
     model.rings[7] ^= 3;
     let mut node = Node { plan: Plan::adopt(LIMITS, model.adopted()), ports: Ports::new() };
-    assert_eq!(
-        node.lines(before, 0),
-        ["ring 211+211", "frontend 10.96.0.1 service 1 ring 211+211 flags 2"]
-    );
+    assert_eq!(node.lines(before, 0), ["ring 211+211", "frontend 10.96.0.1 service 1 ring 211+211 flags 2"]);
 }

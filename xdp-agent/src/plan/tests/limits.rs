@@ -6,7 +6,8 @@ use super::*;
 fn a_full_map_stops_one_service_and_names_the_flag() {
     let fits = [simple::<V4>(1, &[1]), simple(2, &[2])];
     let mut restricted = simple(5, &[1]);
-    restricted.sources = vec![Network { addr: [192, 0, 2, 0], len: 24 }, Network { addr: [198, 51, 100, 0], len: 24 }];
+    restricted.sources =
+        vec![Network { addr: [192, 0, 2, 0], len: 24 }, Network { addr: [198, 51, 100, 0], len: 24 }];
     let cases = [
         (Limits { frontends: 2, ..LIMITS }, simple(5, &[1]), ProblemKind::FrontendsFull, "--max-frontends"),
         (Limits { backends: 4, ..LIMITS }, simple(5, &[3, 4]), ProblemKind::BackendsFull, "--max-backends"),
@@ -25,7 +26,10 @@ fn a_full_map_stops_one_service_and_names_the_flag() {
         node.wish([simple(9, &[1])], 20);
         assert_eq!(node.plan.problems(), []);
         node.wish([too_much], 9_000);
-        assert!(limits.frontends == 2 || node.plan.problems().len() == 1, "it is tried again and still too much");
+        assert!(
+            limits.frontends == 2 || node.plan.problems().len() == 1,
+            "it is tried again and still too much"
+        );
     }
 }
 
@@ -64,7 +68,11 @@ fn collecting_says_when_a_service_that_waits_for_backends_may_fit() {
     assert_eq!(node.plan.problems().len(), 1);
     assert_eq!(node.plan.collect(&in_use(25), 30).retry_in_ms, None);
     assert_eq!(node.plan.collect(&in_use(1_030), 1_040).retry_in_ms, Some(0));
-    assert_eq!(node.plan.update(&Delta::default(), true, &[], 1_050).changes.len(), 6, "gates, backend, ring, frontend");
+    assert_eq!(
+        node.plan.update(&Delta::default(), true, &[], 1_050).changes.len(),
+        6,
+        "gates, backend, ring, frontend"
+    );
     assert_eq!((node.plan.problems(), node.plan.services()), (vec![], 1));
 }
 

@@ -77,7 +77,11 @@ impl<A: TestAddress> Model<A> {
             ingress_gate: self.ingress.clone(),
             egress_gate: self.egress.clone(),
             rings: self.rings.clone(),
-            networks: self.networks.iter().map(|((owner, network), value)| (*owner, *network, *value)).collect(),
+            networks: self
+                .networks
+                .iter()
+                .map(|((owner, network), value)| (*owner, *network, *value))
+                .collect(),
         }
     }
 

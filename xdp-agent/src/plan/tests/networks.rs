@@ -9,7 +9,11 @@ fn net(b: u8, len: u8) -> Network<V4> {
 #[test]
 fn networks_come_before_what_needs_them_and_exceptions_before_what_they_except() {
     let mut node = Node::<V4>::new(LIMITS);
-    let networks = Networks { pods: vec![net(244, 16)], services: vec![net(96, 16)], own: vec![[10, 96, 0, 9], [192, 0, 2, 1]] };
+    let networks = Networks {
+        pods: vec![net(244, 16)],
+        services: vec![net(96, 16)],
+        own: vec![[10, 96, 0, 9], [192, 0, 2, 1]],
+    };
     let update = node.wish_with([], Some(networks.clone()), 0);
     assert_eq!(
         script(&update.changes),
@@ -54,7 +58,8 @@ fn sources_are_there_before_a_restricted_frontend_and_go_after_it() {
     let mut node = Node::<V4>::new(LIMITS);
     let restricted = |sources: &[u8]| {
         let mut port = simple(1, &[1]);
-        port.frontends[0] = DesiredFrontend { kind: FrontendKind::LoadBalancer, is_restricted: true, ..port.frontends[0] };
+        port.frontends[0] =
+            DesiredFrontend { kind: FrontendKind::LoadBalancer, is_restricted: true, ..port.frontends[0] };
         port.sources = sources.iter().map(|b| net(*b, 16)).collect();
         port
     };
@@ -68,11 +73,7 @@ fn sources_are_there_before_a_restricted_frontend_and_go_after_it() {
     let lines = node.lines([], 20);
     assert_eq!(
         lines[..3],
-        [
-            "remove 10.96.0.1",
-            "network 10.2.0.0/16 of 80000001 goes",
-            "network 10.3.0.0/16 of 80000001 goes"
-        ]
+        ["remove 10.96.0.1", "network 10.2.0.0/16 of 80000001 goes", "network 10.3.0.0/16 of 80000001 goes"]
     );
     assert_eq!(node.plan.networks().count(), 0);
 }
@@ -108,7 +109,8 @@ fn the_address_of_a_cluster_ip_stands_as_such_while_any_service_port_has_it() {
 fn a_cluster_ip_that_is_the_nodes_own_address_is_no_address_as_such() {
     let mut node = Node::<V4>::new(LIMITS);
     let mut port = simple(1, &[1]);
-    port.frontends[0] = DesiredFrontend { kind: FrontendKind::ClusterIp, is_node_address: true, ..port.frontends[0] };
+    port.frontends[0] =
+        DesiredFrontend { kind: FrontendKind::ClusterIp, is_node_address: true, ..port.frontends[0] };
     node.wish([port], 0);
     assert_eq!(only_frontend(&node.plan).flags, frontend::HAS_ENDPOINTS | frontend::NODE_ADDRESS);
 }
