@@ -17,7 +17,7 @@ use xdp_agent_tests::lab::{
     agent::{METRICS, PIN_DIR, agent_binary},
     api_server::ApiServer,
 };
-use xdp_common::tables::{FRONTENDS_V4, Frontend, FrontendKey};
+use xdp_common::tables::{FRONTENDS_V4, Frontend, FrontendKey, LAYOUT_VERSION};
 
 use super::{
     Size,
@@ -122,7 +122,7 @@ pub(super) fn measure(size: Size, changes: usize, limit: Duration) -> Result<Row
     row.kernel_mib = Some(kernel_mib()? - before);
     let loaded = agent.memory("VmRSS")?;
 
-    let pins = Path::new(PIN_DIR).join("maps");
+    let pins = Path::new(PIN_DIR).join(format!("v{LAYOUT_VERSION}/maps"));
     let frontends = Frontends::open(&pins)?;
     let mut times = Vec::new();
     for _ in 0..changes {
