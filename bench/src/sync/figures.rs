@@ -1,9 +1,19 @@
 //! What a row of the table is made of.
 
-use std::{fs, time::Duration};
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+
+/// Time between two looks at the kernel's memory.
+const SETTLE_PAUSE: Duration = Duration::from_millis(200);
+/// Memory that stands still differs by less than this between two looks; other processes use some of it too.
+const SETTLED_MIB: f64 = 0.5;
+/// On a busy machine it never stands still.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Figures of one contestant at one size; what does not apply is absent.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -44,8 +54,21 @@ pub(super) fn milliseconds(time: Duration) -> f64 {
 }
 
 /// Memory of the kernel that rules and maps live in, in MiB: slabs, vmalloc and per-CPU areas of the whole machine, for
-/// neither rules nor maps are charged to a process.
+/// neither rules nor maps are charged to a process. Waits until it stands still, because the kernel gives back later.
 pub(super) fn kernel_mib() -> Result<f64> {
+    let end = Instant::now() + SETTLE_LIMIT;
+    let mut before = kernel_mib_now()?;
+    loop {
+        thread::sleep(SETTLE_PAUSE);
+        let now = kernel_mib_now()?;
+        if (now - before).abs() < SETTLED_MIB || Instant::now() > end {
+            return Ok(now);
+        }
+        before = now;
+    }
+}
+
+fn kernel_mib_now() -> Result<f64> {
     let fields = ["Slab", "VmallocUsed", "Percpu"];
     fields.iter().map(|field| kib("/proc/meminfo", field)).sum::<Result<f64>>().map(|kib| kib / 1024.0)
 }
