@@ -29,6 +29,10 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         // An error concerns the connection that was not made.
         let Ok((stream, _)) = listener.accept().await else { continue };
+        // As kube-apiserver has it: else an event waits until the client acknowledges the one before, up to 40 ms.
+        if stream.set_nodelay(true).is_err() {
+            continue; // it is gone already
+        }
         let shared = Arc::clone(&shared);
         let service = service_fn(move |request| {
             let shared = Arc::clone(&shared);
