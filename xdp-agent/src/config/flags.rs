@@ -92,9 +92,9 @@ pub struct ClusterArgs {
     #[arg(long, env = "XDP_AGENT_ZONE", value_name = "ZONE")]
     pub zone: Option<String>,
 
-    /// Addresses of this node that NodePorts are served on: `primary`, or networks; networks of one family only
+    /// Addresses of this node that NodePorts are served on: `primary`, `all`, or networks; networks of one family
     /// restrict only that family [default: primary].
-    #[arg(long, env = "XDP_AGENT_NODEPORT_ADDRESSES", value_name = "primary|CIDR,…")]
+    #[arg(long, env = "XDP_AGENT_NODEPORT_ADDRESSES", value_name = "primary|all|CIDR,…")]
     pub nodeport_addresses: Vec<List<NodePortAddress>>,
 
     /// Ranges of ClusterIPs, beside those that ServiceCIDR objects name; what is addressed to a free one is dropped.
