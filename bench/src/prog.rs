@@ -17,6 +17,7 @@ use xdp_common::{
     conntrack::{mirror, opposite, translate},
     gate,
     net::{FlowKey, Plain, TCP},
+    select::known_bit,
     tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, device, exit, frontend, kind},
     verdict::{Counter, Event, Reason},
 };
@@ -167,14 +168,21 @@ impl Bench {
         let mut lab = load("xdp-lab", &["replay", "limit", "xdp_drop"])?;
         let mut established: HashMap<_, Raw<Key>, Raw<Flow<Addr>>> = map(&mut product, "ESTABLISHED_V4")?;
         let mut limit: HashMap<_, Raw<Key>, Raw<Flow<Addr>>> = map(&mut lab, "LIMIT")?;
+        let mut known = vec![0u64; tables::KNOWN_WORDS as usize];
         for index in 0..flows {
             let (key, flow) = forward(index, ifindex, mac);
             let mut reply = Flow::ZERO;
             mirror(&key, &flow, kind::REPLY_REMOTE, exit::KERNEL, &mut reply);
             for (key, flow) in [(key, flow), (opposite(&key, &flow), reply)] {
+                let bit = known_bit(&key);
+                known[(bit / 64) as usize] |= 1 << (bit % 64);
                 established.insert(Raw(key), Raw(flow), 0).context("filling the established table")?;
                 limit.insert(Raw(key), Raw(flow), 0).context("filling the table of the limit")?;
             }
+        }
+        let mut words: Array<_, u64> = array(&mut product, "KNOWN_V4")?;
+        for (at, word) in (0..).zip(known) {
+            words.set(at, word, 0).context("filling the table of known keys")?;
         }
         configure(&mut product, ifindex, mac)?;
         Ok(Self { ifindex, mac, product, lab, sent: 0 })

@@ -27,6 +27,7 @@ mod batch;
 pub mod embryonic;
 pub mod established;
 pub mod image;
+mod known;
 mod mapping;
 
 type Addr = [u8; 4];
@@ -127,8 +128,9 @@ const fn of<K, V>() -> Layout {
 }
 
 /// Maps that outlive the agent. The others hold nothing that the next packet could not make again.
-const PINNED: [(&MapSpec, Layout); 11] = [
+const PINNED: [(&MapSpec, Layout); 12] = [
     (&tables::ESTABLISHED_V4, of::<FlowKey<Addr>, Flow<Addr>>()),
+    (&tables::KNOWN_V4, of::<u32, u64>()),
     (&tables::EMBRYONIC_V4, of::<u32, Embryo<Addr>>()),
     (&tables::TAGS_V4, of::<u32, [u64; embryonic::TAG_WORDS]>()),
     (&tables::FRONTENDS_V4, of::<FrontendKey<Addr>, Frontend>()),

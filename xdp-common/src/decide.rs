@@ -11,6 +11,7 @@ use crate::{
     frame::{Packet, tcp},
     gate,
     net::{Address, Family, FlowKey, UDP},
+    select::known_bit,
     tables::{Entry, Flow, Insertion, Table, Tables, Work, closing, exit, kind},
     verdict::{Action, Counter, Event, Hop, Reason, Verdict},
 };
@@ -67,7 +68,8 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         Hook::Tc if !offloaded => return Verdict::PASS,
         Hook::Xdp | Hook::Tc | Hook::Host => {}
     }
-    let found = tables.flow(Table::Established, &packet.key);
+    let may_be_known = !opens(packet) || tables.may_know(known_bit(&packet.key));
+    let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };
     if hook == Hook::Xdp
         && let Some(ref entry) = found
         && !is_over(tables, packet, entry)
@@ -268,6 +270,8 @@ fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &
     let reply_key = opposite(key, flow);
     let (reply_kind, reply_exit) = reply_of(flow);
     mirror(key, flow, reply_kind, reply_exit, reply);
+    tables.note_known(known_bit(&reply_key));
+    tables.note_known(known_bit(key));
     if !tables.store(Table::Established, &reply_key, reply) {
         tables.count(Counter::Event(Event::EstablishedFull));
         return Table::Embryonic;
@@ -277,6 +281,8 @@ fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &
         tables.count(Counter::Event(Event::EstablishedFull));
         return Table::Embryonic;
     }
+    tables.note_known(known_bit(&reply_key));
+    tables.note_known(known_bit(key));
     tables.remove(Table::Embryonic, &reply_key);
     tables.remove(Table::Embryonic, key);
     tables.count(Counter::Event(Event::FlowEstablished));

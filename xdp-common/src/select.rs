@@ -1,6 +1,9 @@
 //! Which backend a new flow gets: a hash into the ring of its frontend.
 
-use crate::net::{Address, FlowKey};
+use crate::{
+    net::{Address, FlowKey},
+    tables::KNOWN_WORDS,
+};
 
 /// A well-mixed 32-bit hash of a flow, equal on every node (so that any node may take over a flow).
 #[inline(always)] // used once per new flow, from one place
@@ -12,6 +15,15 @@ pub fn flow_hash<A: Address>(key: &FlowKey<A>, seed: u32) -> u32 {
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (hash >> 32) as u32
+}
+
+/// Sets apart what is known from what is chosen by the same hash.
+const KNOWN_SEED: u32 = 2;
+
+/// The bit of a key in the table of known keys.
+#[inline(always)] // twice per new flow
+pub fn known_bit<A: Address>(key: &FlowKey<A>) -> u32 {
+    flow_hash(key, KNOWN_SEED) % (KNOWN_WORDS * 64)
 }
 
 /// The slot of a ring with `slots` slots that a hash falls into (Lemire 2016: multiply, no division).

@@ -12,6 +12,10 @@ use crate::{
 /// Version of every layout in this file; pinned maps live in a directory of this number.
 pub const LAYOUT_VERSION: u32 = 2;
 
+mod specs;
+
+pub use specs::*;
+
 plain! {
     /// One direction of a flow: everything needed to send its next packet on.
     ///
@@ -342,80 +346,6 @@ pub mod device {
     pub const ETHERNET: u32 = 8;
 }
 
-/// A map of the datapath: its name in the object and in bpffs, and its size when no flag says otherwise.
-pub struct MapSpec {
-    /// Name of the static in the eBPF crate.
-    pub name: &'static str,
-    /// Default number of entries.
-    pub entries: u32,
-}
-
-/// Words of 64 bits in each gate.
-pub const GATE_WORDS: u32 = 1 << 14;
-
-/// Established flows; two entries a flow, 128 bytes each for IPv4.
-pub const ESTABLISHED_V4: MapSpec = MapSpec { name: "ESTABLISHED_V4", entries: 1 << 18 };
-/// Embryonic flows, [`WAYS`] to a bucket: an array, because new flows come at the rate of a flood and a kernel LRU costs
-/// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones, older before newer.
-pub const EMBRYONIC_V4: MapSpec = MapSpec { name: "EMBRYONIC_V4", entries: 7 << 13 };
-/// What the slots of each bucket hold: a lock, then a tag per way.
-pub const TAGS_V4: MapSpec = MapSpec { name: "TAGS_V4", entries: 1 << 13 };
-/// Slots in a bucket of the embryonic table: with the lock, their tags fill a cache line.
-pub const WAYS: u32 = 7;
-const _: () = assert!(EMBRYONIC_V4.entries == TAGS_V4.entries * WAYS);
-/// Frontends.
-pub const FRONTENDS_V4: MapSpec = MapSpec { name: "FRONTENDS_V4", entries: 1 << 16 };
-/// Backends, by id; id 0 is never used.
-pub const BACKENDS_V4: MapSpec = MapSpec { name: "BACKENDS_V4", entries: 1 << 17 };
-/// Maglev rings: backend ids, 4 bytes a slot.
-pub const RINGS: MapSpec = MapSpec { name: "RINGS", entries: 1 << 22 };
-/// Networks: pods, ServiceCIDRs, sources that load-balancer addresses are restricted to.
-pub const NETWORKS_V4: MapSpec = MapSpec { name: "NETWORKS_V4", entries: 1 << 14 };
-/// Which client has met which backend; the least recently used goes first.
-pub const AFFINITY_V4: MapSpec = MapSpec { name: "AFFINITY_V4", entries: 1 << 16 };
-/// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
-pub const ACCOUNTS: MapSpec = MapSpec { name: "ACCOUNTS", entries: 1 << 15 };
-/// Per-CPU area of answers.
-pub const ANSWERS: MapSpec = MapSpec { name: "ANSWERS", entries: 1 };
-/// Answers that each CPU sends in a period of about a second: resets and ICMP errors to packets that are refused. The
-/// kernel's own limit for all CPUs is as high (`net.ipv4.icmp_msgs_per_sec`).
-pub const ANSWERS_PER_PERIOD_MAX: u32 = 1000;
-/// Managed interfaces.
-pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
-/// Filter in front of ingress.
-pub const GATE_INGRESS: MapSpec = MapSpec { name: "GATE_INGRESS", entries: GATE_WORDS };
-/// Filter in front of egress.
-pub const GATE_EGRESS: MapSpec = MapSpec { name: "GATE_EGRESS", entries: GATE_WORDS };
-/// One slot of [`Config`].
-pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
-/// Per-CPU work area.
-pub const WORK_V4: MapSpec = MapSpec { name: "WORK_V4", entries: 1 };
-/// Per-CPU next hops, found by a hash of their destination.
-pub const HOPS_V4: MapSpec = MapSpec { name: "HOPS_V4", entries: 1 << 10 };
-/// Per-CPU counters.
-pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: crate::verdict::COUNTERS };
-
-/// Every map, in the order the agent opens them.
-pub const MAPS: [&MapSpec; 17] = [
-    &ESTABLISHED_V4,
-    &EMBRYONIC_V4,
-    &TAGS_V4,
-    &FRONTENDS_V4,
-    &BACKENDS_V4,
-    &RINGS,
-    &NETWORKS_V4,
-    &AFFINITY_V4,
-    &ACCOUNTS,
-    &ANSWERS,
-    &DEVICES_V4,
-    &GATE_INGRESS,
-    &GATE_EGRESS,
-    &CONFIG,
-    &WORK_V4,
-    &HOPS_V4,
-    &COUNTERS,
-];
-
 /// Which flow table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Table {
@@ -491,6 +421,12 @@ pub trait Tables<F: Family>: Copy {
     fn egress_gate(self, word: u32) -> u64;
     /// The work area of this CPU; programs of one CPU do not interrupt each other (they run with bottom halves off).
     fn work(self) -> Option<Self::Work>;
+    /// Whether the established table may hold a key with this bit ([`known_bit`](crate::select::known_bit)); never false
+    /// for one that it holds.
+    fn may_know(self, bit: u32) -> bool;
+    /// Notes that the established table holds a key with this bit: before it is inserted, so that nobody misses it, and
+    /// after, in case the agent has begun anew between the two.
+    fn note_known(self, bit: u32);
     /// Looks a flow up.
     fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Self::Entry>;
     /// Inserts a flow that must not exist.

@@ -234,6 +234,23 @@ fn exchange(place: *mut u64, new: u64) {
     unsafe { asm!("{new} = xchg_64({place} + 0, {new})", place = in(reg) place, new = inout(reg) new => _) }
 }
 
+/// Atomically sets bits; fully ordered, so that what is inserted afterwards is not seen before them.
+///
+/// # Safety
+/// `place` is an aligned word of a map value.
+#[inline(always)]
+pub(crate) unsafe fn set_bits(place: *mut u64, bits: u64) {
+    // SAFETY: as the caller says.
+    if unsafe { place.read_volatile() } & bits == bits {
+        return;
+    }
+    // SAFETY: as the caller says.
+    unsafe {
+        asm!("{bits} = atomic_fetch_or((u64 *)({place} + 0), {bits})", place = in(reg) place,
+            bits = inout(reg) bits => _)
+    }
+}
+
 /// Orders what is read after a tag behind the tag.
 #[inline(always)]
 fn fence(place: *mut u64) {

@@ -35,6 +35,8 @@ type AddrV4 = [u8; 4];
 static ESTABLISHED_V4: HashMap<xdp_common::net::FlowKey<AddrV4>, tables::Flow<AddrV4>> =
     HashMap::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
 #[map]
+static KNOWN_V4: Array<u64> = Array::with_max_entries(tables::KNOWN_V4.entries, BPF_F_MMAPABLE);
+#[map]
 static EMBRYONIC_V4: Array<tables::Embryo<AddrV4>> =
     Array::with_max_entries(tables::EMBRYONIC_V4.entries, BPF_F_MMAPABLE);
 #[map]

@@ -26,7 +26,7 @@ use xdp_common::{
 
 use crate::{
     ACCOUNTS, AFFINITY_V4, ANSWERS, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
-    GATE_EGRESS, GATE_INGRESS, HOPS_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
+    GATE_EGRESS, GATE_INGRESS, HOPS_V4, KNOWN_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
 };
 
 type Addr = [u8; 4];
@@ -147,6 +147,23 @@ impl Tables<V4> for Kernel {
     #[inline(always)]
     fn work(self) -> Option<Area> {
         WORK_V4.get_ptr_mut(0).map(Area)
+    }
+
+    #[inline(always)]
+    fn may_know(self, bit: u32) -> bool {
+        let half = KNOWN_V4.get(2 * tables::KNOWN_WORDS).copied().unwrap_or(0) as u32 & 1;
+        let word = KNOWN_V4.get(half * tables::KNOWN_WORDS + bit / 64).copied().unwrap_or(u64::MAX);
+        word >> (bit % 64) & 1 == 1
+    }
+
+    #[inline(always)]
+    fn note_known(self, bit: u32) {
+        for half in [0, tables::KNOWN_WORDS] {
+            if let Some(word) = KNOWN_V4.get_ptr_mut(half + bit / 64) {
+                // SAFETY: a word of the map, in which programs and the agent set bits as atomics do.
+                unsafe { embryonic::set_bits(word, 1 << (bit % 64)) }
+            }
+        }
     }
 
     #[inline(always)]

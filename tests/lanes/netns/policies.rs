@@ -2,20 +2,25 @@
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
-use std::time::Duration;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use xdp_agent_tests::lab::agent::Agent;
 use xdp_agent_tests::lab::block_on;
 use xdp_agent_tests::lab::clients::{HttpConnection, tcp, whoami_once};
 use xdp_agent_tests::lab::manifests::Service;
-use xdp_agent_tests::lab::world::{Pod, World, WorldOptions, http_frontends, standard_service};
+use xdp_agent_tests::lab::world::{
+    Pod, World, WorldOptions, http_frontends, standard_service, udp_frontends,
+};
 
 use crate::setup::{Running, Setup, check_peer, counted};
 
 /// With two backends of each kind, 40 connections miss one kind by luck once in 2^40.
 const CONNECTIONS: usize = 40;
 const SILENCE: Duration = Duration::from_secs(2);
+/// Far below the second after which a client would ask again.
+const AT_ONCE: Duration = Duration::from_millis(500);
 
 each_mode!(external_traffic_policy_local_keeps_outside_traffic_on_this_node);
 fn external_traffic_policy_local_keeps_outside_traffic_on_this_node(setup: Setup) -> Result<()> {
@@ -39,20 +44,31 @@ fn internal_traffic_policy_local_keeps_the_service_ip_on_this_node(setup: Setup)
     Ok(())
 }
 
-each_mode!(a_service_without_endpoints_drops_and_counts_but_never_on_the_nodes_own_address);
-fn a_service_without_endpoints_drops_and_counts_but_never_on_the_nodes_own_address(
-    setup: Setup,
-) -> Result<()> {
+each_mode!(a_service_without_endpoints_refuses_at_once_on_every_frontend);
+fn a_service_without_endpoints_refuses_at_once_on_every_frontend(setup: Setup) -> Result<()> {
     let running = setup.start()?;
     running.world.change_endpoints(&running.agent, &[])?;
-    let [(_, cluster_ip), (_, node_port), ..] = http_frontends();
-    ensure!(!answers(&running.world, cluster_ip), "somebody answers for a Service without endpoints");
+    for (kind, target) in http_frontends() {
+        let began = Instant::now();
+        let refusal = block_on(tcp(&running.world.client, target, 0)).expect_err("there is no endpoint");
+        let why = refusal.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        ensure!(why == Some(ErrorKind::ConnectionRefused), "{kind}: {refusal:#}");
+        ensure!(began.elapsed() < AT_ONCE, "{kind}: refused after {:?}", began.elapsed());
+    }
+    for (kind, target) in udp_frontends() {
+        let client = &running.world.client;
+        let socket = client.run(|| -> std::io::Result<_> {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.connect(target)?;
+            socket.set_read_timeout(Some(SILENCE))?;
+            socket.send(b"anybody?")?;
+            Ok(socket)
+        })?;
+        let refusal = socket.recv(&mut [0; 16]).expect_err("there is no endpoint");
+        ensure!(refusal.kind() == ErrorKind::ConnectionRefused, "{kind}: {refusal}");
+    }
     counted(&running.agent, "no_endpoint")?;
-    // The node's kernel refuses at once, as it does for any closed port.
-    let refusal =
-        block_on(tcp(&running.world.client, node_port, 0)).expect_err("nobody listens on the NodePort");
-    let kind = refusal.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-    ensure!(kind == Some(ErrorKind::ConnectionRefused), "{refusal:#}");
+    ensure!(running.agent.metric("events", "answered")? > 0.0, "the refusals were the kernel's");
     Ok(())
 }
 

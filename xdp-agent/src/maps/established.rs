@@ -11,13 +11,14 @@ use xdp_common::{
     tables::{self, Flow},
 };
 
-use super::{Addr, Raw, batch, descriptor, io_error, raw, take};
+use super::{Addr, Raw, batch, descriptor, io_error, known::Known, raw, take};
 
 /// Flows that have been answered.
 pub struct EstablishedTable {
     map: HashMap<MapData, Raw<FlowKey<Addr>>, Raw<Flow<Addr>>>,
     fd: OwnedFd,
     capacity: u32,
+    known: Known,
 }
 
 impl std::fmt::Debug for EstablishedTable {
@@ -31,7 +32,9 @@ impl EstablishedTable {
         let map = take(ebpf, &tables::ESTABLISHED_V4)?;
         let fd = descriptor(&map)?;
         let capacity = super::capacity(&map)?;
-        Ok(Self { map: HashMap::try_from(map)?, fd, capacity })
+        let map = HashMap::try_from(map)?;
+        let known = Known::open(ebpf, map.keys().next().is_some())?;
+        Ok(Self { map, fd, capacity, known })
     }
 
     /// Entries it has room for.
@@ -39,13 +42,26 @@ impl EstablishedTable {
         self.capacity
     }
 
-    /// Calls `visit` with every entry; one that moves meanwhile may be missed or seen twice.
+    /// Calls `visit` with every entry, and lets the programs forget the keys of those that are gone.
     ///
     /// # Errors
     /// When the kernel refuses a read.
-    pub fn walk(&self, mut visit: impl FnMut(&FlowKey<Addr>, &Flow<Addr>)) -> io::Result<()> {
-        match batch::walk(&self.fd, (raw(ZERO_KEY), raw(Flow::ZERO)), |key, flow| visit(&key.0, &flow.0)) {
+    pub fn walk(&mut self, mut visit: impl FnMut(&FlowKey<Addr>, &Flow<Addr>)) -> io::Result<()> {
+        let notes = self.known.begin();
+        let result = batch::walk(&self.fd, (raw(ZERO_KEY), raw(Flow::ZERO)), |key, flow| {
+            if notes {
+                self.known.note(&key.0);
+            }
+            visit(&key.0, &flow.0);
+        });
+        match result {
+            // One by one, entries that move meanwhile may be missed, so nothing is forgotten.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.walk_one_by_one(visit),
+            Ok(()) if notes => {
+                // Batches take whole buckets, so no entry that was there all the time is missed.
+                self.known.finish();
+                Ok(())
+            }
             result => result,
         }
     }

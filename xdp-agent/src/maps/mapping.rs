@@ -48,6 +48,12 @@ impl Mapping {
     }
 }
 
+impl AsRef<[AtomicU64]> for Mapping {
+    fn as_ref(&self) -> &[AtomicU64] {
+        self.words()
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: nothing borrows the words any more, and the range is the one that was mapped.

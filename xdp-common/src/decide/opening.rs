@@ -321,6 +321,9 @@ fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut 
         return Claim::Refused;
     }
     // Looked up after the insertion, because a flow enters the established table before it leaves this one.
+    if !tables.may_know(select::known_bit(reply_key)) {
+        return Claim::New;
+    }
     let Some(entry) = tables.flow(Table::Established, reply_key) else { return Claim::New };
     tables.remove(Table::Embryonic, reply_key);
     if entry.kind != reply.kind || opposite(reply_key, &entry) != *key {

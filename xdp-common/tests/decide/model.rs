@@ -13,6 +13,7 @@ use xdp_common::{
     frame::{Packet, tcp},
     gate,
     net::{FlowKey, TCP, UDP, V4},
+    select,
     tables::{
         Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route,
         Table, Tables, Work, backend, device, frontend,
@@ -44,6 +45,7 @@ pub(crate) struct Model {
     pub(crate) config: Cell<Config>,
     pub(crate) established: Flows,
     pub(crate) embryonic: Flows,
+    pub(crate) known: RefCell<HashSet<u32>>,
     pub(crate) established_max: Cell<usize>,
     pub(crate) frontends: RefCell<HashMap<Place, Frontend>>,
     pub(crate) rings: RefCell<Vec<u32>>,
@@ -110,6 +112,7 @@ impl Model {
             }),
             established: Flows::default(),
             embryonic: Flows::default(),
+            known: RefCell::default(),
             established_max: Cell::new(usize::MAX),
             frontends: RefCell::default(),
             rings: RefCell::default(),
@@ -257,6 +260,12 @@ impl<'a> Tables<V4> for &'a Model {
     fn work(self) -> Option<RefMut<'a, Work<Addr>>> {
         Some(self.work.borrow_mut())
     }
+    fn may_know(self, bit: u32) -> bool {
+        self.known.borrow().contains(&bit)
+    }
+    fn note_known(self, bit: u32) {
+        self.known.borrow_mut().insert(bit);
+    }
     fn flow(self, table: Table, key: &Key) -> Option<Live> {
         self.table(table).borrow().get(key).map(|place| Live(place.clone(), place.get()))
     }
@@ -276,6 +285,9 @@ impl<'a> Tables<V4> for &'a Model {
         Insertion::Done
     }
     fn store(self, table: Table, key: &Key, flow: &Flow<Addr>) -> bool {
+        if table == Table::Established {
+            assert!(self.known.borrow().contains(&select::known_bit(key)), "noted before it is there");
+        }
         if self.refuses() || !self.has_room(table, key) {
             return false;
         }
