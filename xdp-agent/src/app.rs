@@ -150,7 +150,6 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         is_adopted: loaded.is_adopted,
         cluster: config.cluster.clone(),
         expects_node: matches!(config.source, ObjectSource::Kubernetes { .. }),
-        node_ips: config.node_ips.clone(),
         names: config.interfaces.clone(),
         snat_ports: config.snat_ports,
         clock: Arc::clone(&clock),

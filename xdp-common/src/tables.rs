@@ -220,6 +220,9 @@ plain! {
         pub snat_port_max: u16,
         /// Buckets of the embryonic table.
         pub embryonic_buckets: u32,
+        /// 1 when packets that come in by wire get an address of this node as their source whenever their backend is
+        /// elsewhere, also where the masquerade rules of Services do not ask for it: their answers could not come back here.
+        pub masquerade_wire: u32,
         /// 1 when rules of the routing policy look at more than the destination: next hops are then not shared between
         /// flows.
         pub policy_routing: u32,

@@ -7,7 +7,7 @@ use super::*;
 fn read(words: &[&str]) -> Result<(Args, Vec<Note>), clap::Error> {
     let words = ["xdp-agent", "run"].iter().chain(words).map(OsString::from);
     let (cli, notes) = Cli::read(words)?;
-    let Command::Run(args) = cli.command;
+    let Command::Run(args) = cli.command else { panic!("not run") };
     Ok((*args, notes))
 }
 
@@ -152,7 +152,7 @@ fn modes_that_need_a_name_say_so() {
 #[test]
 fn the_bind_address_is_the_primary_one_of_its_family_unless_another_is_given() {
     let ips = |words: &[&str]| {
-        config(words).expect("valid").node_ips.iter().map(ToString::to_string).collect::<Vec<_>>()
+        config(words).expect("valid").cluster.node_ips.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     assert_eq!(ips(&["--bind-address", "0.0.0.0"]), [""; 0]);
     assert_eq!(ips(&["--bind-address", "192.0.2.1"]), ["192.0.2.1"]);
