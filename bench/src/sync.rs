@@ -188,7 +188,8 @@ fn print(size: Size, rows: &[(Contestant, Row)]) {
     for (_, row) in rows {
         let times = [0.5, 0.99, 1.0].map(|share| cell(row.percentile(share), 2));
         let [p50, p99, max] = times;
-        let (load, process, kernel) = (cell(row.load_ms, 0), cell(row.process_mib, 0), cell(row.kernel_mib, 0));
+        let (load, process, kernel) =
+            (cell(row.load_ms, 0), cell(row.process_mib, 0), cell(row.kernel_mib, 0));
         println!("{:<34}{load:>10}{p50:>12}{p99:>10}{max:>10}{process:>13}{kernel:>12}", row.name);
     }
     for (_, row) in rows {

@@ -82,7 +82,8 @@ fn kib(path: &str, field: &str) -> Result<f64> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
     let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let value = value.with_context(|| format!("{path} has no {field}"))?;
-    let (number, unit) = value.trim().split_once(' ').with_context(|| format!("{path}: {field} is no size"))?;
+    let (number, unit) =
+        value.trim().split_once(' ').with_context(|| format!("{path}: {field} is no size"))?;
     ensure!(unit == "kB", "{path}: {field} is in {unit}, not in kB");
     Ok(number.parse()?)
 }

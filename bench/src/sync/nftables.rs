@@ -132,12 +132,12 @@ fn chains(script: &mut String, service: u32) -> std::fmt::Result {
 fn elements(script: &mut String, service: u32) -> std::fmt::Result {
     let (ip, base) = (world::cluster_ip(service), chain_base(service));
     writeln!(script, "add element ip kube-proxy cluster-ips {{ {ip} }}")?;
-    writeln!(script, "add element ip kube-proxy service-ips {{ {ip} . tcp . {PORT} : goto service-{base} }}")?;
-    let Some(port) = world::node_port(service) else { return Ok(()) };
     writeln!(
         script,
-        "add element ip kube-proxy service-nodeports {{ tcp . {port} : goto external-{base} }}"
-    )
+        "add element ip kube-proxy service-ips {{ {ip} . tcp . {PORT} : goto service-{base} }}"
+    )?;
+    let Some(port) = world::node_port(service) else { return Ok(()) };
+    writeln!(script, "add element ip kube-proxy service-nodeports {{ tcp . {port} : goto external-{base} }}")
 }
 
 fn rules(script: &mut String, world: &World, service: u32) -> std::fmt::Result {

@@ -190,11 +190,17 @@ fn uid(number: u32) -> String {
 }
 
 /// Who has set which fields; usually the largest part of an object.
-fn managed(manager: &str, version: &str, labels: &BTreeMap<String, String>, items: usize) -> ManagedFieldsEntry {
+fn managed(
+    manager: &str,
+    version: &str,
+    labels: &BTreeMap<String, String>,
+    items: usize,
+) -> ManagedFieldsEntry {
     let labels: serde_json::Map<_, _> =
         labels.keys().map(|label| (format!("f:{label}"), json!({}))).collect();
-    let items: serde_json::Map<_, _> =
-        (0..items).map(|item| (format!("k:{{\"port\":{item},\"protocol\":\"TCP\"}}"), json!({".": {}, "f:name": {}}))).collect();
+    let items: serde_json::Map<_, _> = (0..items)
+        .map(|item| (format!("k:{{\"port\":{item},\"protocol\":\"TCP\"}}"), json!({".": {}, "f:name": {}})))
+        .collect();
     ManagedFieldsEntry {
         api_version: Some(version.into()),
         fields_type: Some("FieldsV1".into()),

@@ -16,8 +16,7 @@ use xdp_agent::{
 use super::{
     Size,
     figures::{Row, kernel_mib, milliseconds},
-    objects as written,
-    ours,
+    objects as written, ours,
     world::{self, NODE_ADDRESS, POD_CIDR, World},
 };
 
@@ -150,7 +149,11 @@ pub(super) fn measure(size: Size, changes: usize) -> Result<Row> {
     row.notes.push(format!("{BURST} changes at once: {}", burst.note()));
     ours::verify(&pipeline.maps, &world)?;
     row.notes.extend(pipeline.plan.problems().iter().map(|problem| problem.message.clone()));
-    ensure!(pipeline.plan.services() == world.services().len() , "{} service ports are served", pipeline.plan.services());
+    ensure!(
+        pipeline.plan.services() == world.services().len(),
+        "{} service ports are served",
+        pipeline.plan.services()
+    );
     Ok(row)
 }
 

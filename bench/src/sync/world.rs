@@ -47,7 +47,10 @@ pub(super) struct Replacement {
 
 impl World {
     pub(super) fn new(services: u32, endpoints: u32) -> Result<Self> {
-        ensure!((1..=SERVICES_MAX).contains(&services), "--services takes 1 to {SERVICES_MAX}, not {services}");
+        ensure!(
+            (1..=SERVICES_MAX).contains(&services),
+            "--services takes 1 to {SERVICES_MAX}, not {services}"
+        );
         // One slice holds at most 100 endpoints, as the controller makes them.
         ensure!((1..=100).contains(&endpoints), "--endpoints takes 1 to 100, not {endpoints}");
         let born = services * endpoints;
@@ -125,9 +128,9 @@ pub(super) fn port_name(service: u32) -> String {
 /// Letters and digits as in the hashes of kube-proxy's chain names, `length` of them and at most 24.
 pub(super) fn hash(kind: &str, service: u32, pod: u32) -> String {
     const BASE32: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
-    let seed = kind.bytes().fold(u64::from(service) << 32 | u64::from(pod), |seed, byte| {
-        mix(seed ^ u64::from(byte))
-    });
+    let seed = kind
+        .bytes()
+        .fold(u64::from(service) << 32 | u64::from(pod), |seed, byte| mix(seed ^ u64::from(byte)));
     let bits = u128::from(mix(seed)) << 64 | u128::from(mix(seed ^ u64::MAX));
     (0..16).map(|at| char::from(BASE32[(bits >> (5 * at)) as usize % 32])).collect()
 }

@@ -203,6 +203,8 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
             snat_port_min: 32_768,
             snat_port_max: 65_535,
             embryonic_buckets: 1,
+            // Answers are by the rules of Services, not by what a wire needs beside them.
+            masquerade_wire: 0,
             policy_routing: 0,
         }
     }

@@ -228,8 +228,7 @@ impl<F: Family<Addr: IpAddress>> Side<F> {
     }
 
     fn dump(&self) -> String {
-        let service =
-            |id| self.names.get(&id).map_or_else(|| format!("service #{id}"), ToString::to_string);
+        let service = |id| self.names.get(&id).map_or_else(|| format!("service #{id}"), ToString::to_string);
         Dump { maps: &self.maps, service: &service }.to_string()
     }
 }
