@@ -48,6 +48,7 @@ impl Collector for Zeros {
 fn exported() -> String {
     let (mut registries, metrics, kube_proxy) = Registries::new();
     registries.agent.register_collector(Box::new(Zeros));
+    let _ = crate::watch::Metrics::register(&mut registries.agent);
     Accounts::register(&mut registries.agent, || {
         let text = String::new;
         let port =
