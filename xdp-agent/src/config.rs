@@ -43,6 +43,10 @@ mod tests;
 mod uplinks;
 pub mod values;
 
+/// All of both families.
+const EVERYTHING: [(IpAddr, u8); 2] =
+    [(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0), (IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0)];
+
 /// kube-proxy's ports of health and metrics.
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
@@ -332,6 +336,7 @@ impl ClusterArgs {
         for address in all(&self.nodeport_addresses) {
             match address {
                 NodePortAddress::Primary => is_primary = true,
+                NodePortAddress::All => networks.extend(EVERYTHING),
                 NodePortAddress::In(cidr) => networks.push(cidr.into()),
             }
         }

@@ -135,6 +135,14 @@ fn switches_are_written_as_in_go_and_empty_values_say_nothing() {
 }
 
 #[test]
+fn an_empty_name_of_the_node_is_the_hostname() {
+    let of_host = Config::resolve(args(&["--iface", "eth0"])).expect("valid").cluster.node;
+    let empty =
+        Config::resolve(args(&["--iface", "eth0", "--hostname-override="])).expect("valid").cluster.node;
+    assert!(!of_host.is_empty() && empty == of_host);
+}
+
+#[test]
 fn modes_that_need_a_name_say_so() {
     for (mode, needs) in [
         ("BridgeInterface", "--pod-bridge-interface"),
@@ -145,6 +153,11 @@ fn modes_that_need_a_name_say_so() {
         let config = config(&["--detect-local-mode", mode, needs, "cni"]).expect("valid");
         assert_ne!(config.cluster.detect_local, DetectLocal::None);
     }
+    let all = config(&["--nodeport-addresses", "all"]).expect("valid").cluster.nodeport_addresses;
+    assert_eq!(
+        all,
+        config(&["--nodeport-addresses", "0.0.0.0/0,::/0"]).expect("valid").cluster.nodeport_addresses
+    );
     let both = config(&["--nodeport-addresses", "primary,10.0.0.0/8"]).expect_err("refused").to_string();
     assert!(both.contains("stands alone"), "{both}");
 }
