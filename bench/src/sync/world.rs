@@ -109,7 +109,7 @@ pub(super) fn cluster_ip(service: u32) -> Ipv4Addr {
 
 /// Every other Service has one.
 pub(super) fn node_port(service: u32) -> Option<u16> {
-    (service % 2 == 0).then_some((NODE_PORT_MIN + service / 2) as u16)
+    service.is_multiple_of(2).then_some((NODE_PORT_MIN + service / 2) as u16)
 }
 
 pub(super) fn namespace(service: u32) -> String {
