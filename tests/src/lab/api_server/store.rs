@@ -219,9 +219,9 @@ fn resource_of(object: &Value) -> Resource {
 fn key_of(object: &Value) -> Key {
     let text = |field: &str| match &object["metadata"][field] {
         Value::String(text) => text.clone(),
-        // Whatever else it is, the object has to be kept somewhere.
         Value::Null => String::new(),
-        other => other.to_string(),
+        // Whatever else it is, the object has to be kept somewhere.
+        other @ (Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_)) => other.to_string(),
     };
     (text("namespace"), text("name"))
 }
