@@ -1,10 +1,11 @@
-//! Measurements of the datapath; see the README of this directory for method and traps.
+//! Measurements; see the README of this directory for method and traps.
 
 mod prog;
+mod sync;
 
 use clap::{Parser, Subcommand};
 
-/// Measures the datapath, always beside its references in the same run.
+/// Measures, always beside its references in the same run.
 #[derive(Parser)]
 struct Args {
     #[command(subcommand)]
@@ -15,10 +16,13 @@ struct Args {
 enum What {
     /// Nanoseconds per packet of the XDP program, by BPF_PROG_TEST_RUN.
     Prog(prog::Args),
+    /// Services into the kernel: start-up, one change, memory, beside kube-proxy's rules.
+    Sync(sync::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().what {
         What::Prog(args) => prog::run(&args),
+        What::Sync(args) => sync::run(&args),
     }
 }

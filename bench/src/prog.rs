@@ -344,6 +344,7 @@ fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
         snat_port_min: 1024,
         snat_port_max: 29_999,
         embryonic_buckets: tables::TAGS_V4.entries,
+        masquerade_wire: 1,
         policy_routing: 0,
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;

@@ -11,6 +11,8 @@ mod setup;
 mod bad_input;
 #[path = "netns/clean_host.rs"]
 mod clean_host;
+#[path = "netns/explain.rs"]
+mod explain;
 #[path = "netns/full_maps.rs"]
 mod full_maps;
 #[path = "netns/neighbours.rs"]

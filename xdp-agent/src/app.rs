@@ -56,7 +56,7 @@ struct Running {
 /// What tells of objects; dropping it ends it.
 enum Source {
     Files { _files: source::Files },
-    Kubernetes { _watch: Watch },
+    Kubernetes { watch: Watch },
 }
 
 /// Runs until SIGINT or SIGTERM.
@@ -117,6 +117,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     let (events, told) = mpsc::channel(EVENTS_MAX);
     // Files that cannot be read end the start here, before anything is touched.
     let source = open_source(config, events, &mut registries.agent).await?;
+    let health_of_watch = match &source {
+        Source::Files { .. } => None,
+        Source::Kubernetes { watch } => Some(watch.health.clone()),
+    };
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
     metrics.capacities(&loaded.sizes);
@@ -150,7 +154,6 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         is_adopted: loaded.is_adopted,
         cluster: config.cluster.clone(),
         expects_node: matches!(config.source, ObjectSource::Kubernetes { .. }),
-        node_ips: config.node_ips.clone(),
         names: config.interfaces.clone(),
         snat_ports: config.snat_ports,
         clock: Arc::clone(&clock),
@@ -181,6 +184,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             metrics: kube_proxy,
             shared,
             health: Health { sync, heartbeat },
+            watch: health_of_watch,
             config: Arc::new(config.to_json()),
         },
         stop,
@@ -214,7 +218,7 @@ async fn open_source(
         Some(access) => {
             let options = Options { access, node: config.cluster.node.clone(), pace: Pace::default() };
             let metrics = watch_objects::Metrics::register(registry);
-            Ok(Source::Kubernetes { _watch: Watch::start(options, events, metrics).await? })
+            Ok(Source::Kubernetes { watch: Watch::start(options, events, metrics).await? })
         }
     }
 }

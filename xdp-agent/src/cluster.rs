@@ -47,6 +47,9 @@ pub struct Options {
     pub nodeport_addresses: NodePortAddresses,
     /// Service networks beside those of ServiceCIDR objects.
     pub service_cidrs: Vec<(IpAddr, u8)>,
+    /// Addresses of this node, the primary one first, in place of those of their family that its Node object or its
+    /// interfaces have.
+    pub node_ips: Vec<IpAddr>,
     /// Zone of this node, in place of what its Node object says.
     pub zone: Option<String>,
 }

@@ -20,6 +20,7 @@ use xdp_common::conntrack::Timeouts;
 
 use crate::{
     cluster::{DetectLocal, NodePortAddresses, Options},
+    explain::ExplainArgs,
     plan::Limits,
 };
 
@@ -42,6 +43,10 @@ mod tests;
 mod uplinks;
 pub mod values;
 
+/// All of both families.
+const EVERYTHING: [(IpAddr, u8); 2] =
+    [(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0), (IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0)];
+
 /// kube-proxy's ports of health and metrics.
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
@@ -60,6 +65,8 @@ pub struct Cli {
 pub enum Command {
     /// Attach the programs and keep the maps as the Services say, until stopped.
     Run(Box<Args>),
+    /// Answer what a new connection would meet, and why, from files or from the maps of a running agent.
+    Explain(Box<ExplainArgs>),
 }
 
 /// Something the command line or the configuration file asks for that has no effect.
@@ -80,7 +87,7 @@ impl Cli {
     pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<(Self, Vec<Note>), clap::Error> {
         let words: Vec<OsString> = words.into_iter().collect();
         let cli = Self::try_parse_from(&words)?;
-        let Command::Run(args) = &cli.command;
+        let Command::Run(args) = &cli.command else { return Ok((cli, Vec::new())) };
         if let Some(refused) = args.ignored.0.iter().find(|ignored| ignored.is_refused) {
             let message = format!("--{}: {}", refused.flag, refused.why);
             return Err(Self::command().error(ErrorKind::UnknownArgument, message));
@@ -153,8 +160,6 @@ pub struct Config {
     pub source: ObjectSource,
     /// What decides, beside the objects, what is served.
     pub cluster: Options,
-    /// Addresses of this node that replace those of its family from the Node object or the interfaces, primary first.
-    pub node_ips: Vec<IpAddr>,
     /// XDP modes allowed.
     pub mode: ModeChoice,
     /// Where the HTTP servers listen.
@@ -249,7 +254,6 @@ impl Config {
         };
         Ok(Self {
             source: source(args.objects)?,
-            node_ips: args.cluster.node_ips(),
             listen: listen(&args.listen, args.cluster.bind_address),
             cluster: args.cluster.options()?,
             interfaces: interfaces(&args.programs.iface)?,
@@ -283,12 +287,12 @@ impl ClusterArgs {
             masquerade_all: self.masquerade_all,
             nodeport_addresses: self.nodeport_addresses()?,
             service_cidrs: all(&self.service_cidr).into_iter().map(Into::into).collect(),
+            node_ips: self.node_ips(),
             zone: self.zone.clone().filter(|zone| !zone.is_empty()),
         })
     }
 
-    /// Addresses of this node that replace those of their family that its Node object or its interfaces have.
-    pub fn node_ips(&self) -> Vec<IpAddr> {
+    fn node_ips(&self) -> Vec<IpAddr> {
         let mut ips = all(&self.node_ip);
         if let Some(primary) = self.bind_address.filter(|ip| !ip.is_unspecified())
             && !ips.iter().any(|ip| ip.is_ipv4() == primary.is_ipv4())
@@ -332,6 +336,7 @@ impl ClusterArgs {
         for address in all(&self.nodeport_addresses) {
             match address {
                 NodePortAddress::Primary => is_primary = true,
+                NodePortAddress::All => networks.extend(EVERYTHING),
                 NodePortAddress::In(cidr) => networks.push(cidr.into()),
             }
         }

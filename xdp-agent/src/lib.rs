@@ -14,6 +14,7 @@ pub mod config;
 pub mod devices;
 #[cfg(test)]
 mod documents;
+pub mod explain;
 pub mod gc;
 pub mod health;
 pub mod host;

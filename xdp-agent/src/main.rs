@@ -7,17 +7,32 @@ use tracing_subscriber::EnvFilter;
 use xdp_agent::{
     app, cleanup,
     config::{Args, Cli, Command, Config, LogFormat, Note, flags::LogArgs},
+    explain::{self, ExplainArgs},
 };
 
 fn main() -> ExitCode {
     let (cli, notes) = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    let Command::Run(args) = cli.command;
+    let args = match cli.command {
+        Command::Run(args) => args,
+        Command::Explain(args) => return explain(&args),
+    };
     if let Err(message) = start_logging(&args.logs) {
         eprintln!("xdp-agent: {message}");
         return ExitCode::from(2);
     }
     match run(*args, &notes) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xdp-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn explain(args: &ExplainArgs) -> ExitCode {
+    match explain::run(args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("xdp-agent: {error:#}");
             ExitCode::FAILURE

@@ -175,7 +175,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         loader.map_pin_path(spec.name, path);
     }
     let mut ebpf = loader.load(object).map_err(refused)?;
-    let image = ImageMaps::open(&mut ebpf)?;
+    let image = ImageMaps::open(|spec| take(&mut ebpf, spec))?;
     let established = EstablishedTable::open(&mut ebpf)?;
     let embryonic = EmbryonicTable::open(&ebpf)?;
     let accounts = Accounts::open(&mut ebpf)?;

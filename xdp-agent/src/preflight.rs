@@ -98,6 +98,11 @@ pub struct PinDir {
     _lock: File,
 }
 
+/// Where maps of the current layout are pinned below a directory of pins.
+pub fn maps_dir(pin_dir: &Path) -> PathBuf {
+    pin_dir.join(format!("v{}/maps", xdp_common::tables::LAYOUT_VERSION))
+}
+
 impl PinDir {
     /// Makes the directory, if it is on a BPF file system, and takes hold of it.
     ///
@@ -135,7 +140,7 @@ impl PinDir {
 
     /// Where maps of the current layout are pinned.
     pub fn maps(&self) -> PathBuf {
-        self.path.join(format!("v{}/maps", xdp_common::tables::LAYOUT_VERSION))
+        maps_dir(&self.path)
     }
 
     /// Where links are pinned.

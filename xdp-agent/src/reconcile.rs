@@ -3,7 +3,6 @@
 use std::{
     collections::VecDeque,
     io,
-    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -76,8 +75,6 @@ pub struct Parts {
     pub cluster: Options,
     /// Whether the source has the Node object of every node.
     pub expects_node: bool,
-    /// Addresses of this node that stand in for those of its interfaces, primary first.
-    pub node_ips: Vec<IpAddr>,
     /// Managed interfaces by name.
     pub names: Vec<String>,
     /// Source ports of translated flows.
@@ -150,6 +147,7 @@ impl Reconciler {
             snat_port_min: parts.snat_ports.min,
             snat_port_max: parts.snat_ports.max,
             embryonic_buckets: parts.embryonic_buckets,
+            masquerade_wire: 1,
             // Until the rules are known.
             policy_routing: 1,
         };

@@ -14,13 +14,14 @@ use axum::{
     routing::get,
 };
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use tracing::{info, warn};
 
 use crate::{
     config::Listen,
     metrics::{KubeProxy, Registries},
     status::{Health, STUCK_AFTER, Shared, Status},
+    watch::SourceHealth,
 };
 
 pub(crate) mod listen;
@@ -47,6 +48,8 @@ pub struct Sources {
     pub shared: Arc<Shared>,
     /// Whether the writer of the maps does its work.
     pub health: Health,
+    /// How watching the API server goes, where objects come from there.
+    pub watch: Option<watch::Receiver<SourceHealth>>,
     /// The resolved configuration.
     pub config: Arc<Value>,
 }
@@ -177,5 +180,6 @@ async fn configz(State(sources): State<Sources>) -> Json<Value> {
 }
 
 async fn status(State(sources): State<Sources>) -> Json<Status> {
-    Json(sources.shared.status())
+    let api_server = sources.watch.map_or_else(Vec::new, |health| health.borrow().status(Instant::now()));
+    Json(Status { api_server, ..sources.shared.status() })
 }

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::{
     cluster::{HealthCheck, NoLocalEndpoints},
     devices::{Mode, Transmit},
+    watch::KindStatus,
 };
 
 /// A writer that has not moved for this long, or lets changes wait for so long, is stuck: twice the period after which
@@ -50,6 +51,8 @@ pub struct Status {
     pub snat: SnatStatus,
     /// Where objects are read from.
     pub sources: Vec<PathBuf>,
+    /// How watching the API server goes, by kind of object; empty when objects come from files.
+    pub api_server: Vec<KindStatus>,
     /// Routing epoch.
     pub epoch: u32,
     /// Whether this agent took over from an earlier one.

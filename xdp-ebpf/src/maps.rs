@@ -123,6 +123,7 @@ impl Tables<V4> for Kernel {
             snat_port_min: 1,
             snat_port_max: 0,
             embryonic_buckets: 0,
+            masquerade_wire: 1,
             policy_routing: 1,
         })
     }

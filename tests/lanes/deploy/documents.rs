@@ -61,8 +61,8 @@ fn kustomizations_and_flags_that_documents_name_exist() {
     }
 }
 
-/// Flags of kubeadm, k3s and cargo, and of `explain`, which has its own tests, as far as the documents use them.
-const OTHERS: [&str; 7] = ["skip-phases", "disable-kube-proxy", "test", "from", "to", "proto", "live"];
+/// Flags of kubeadm, k3s and cargo, as far as the documents use them.
+const OTHERS: [&str; 3] = ["skip-phases", "disable-kube-proxy", "test"];
 
 fn flags_of(command: &clap::Command) -> Vec<String> {
     let names = |arg: &clap::Arg| {

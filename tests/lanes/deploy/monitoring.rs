@@ -12,13 +12,6 @@ const ALERTS: &str = "deploy/components/alerts/alerts.yaml";
 const DASHBOARD: &str = "deploy/components/dashboard/xdp-agent.json";
 /// Written from the agent's registry.
 const METRICS: &str = "docs/metrics.md";
-/// What the watch of the API server registers by itself (`watch::Metrics`).
-const OF_THE_WATCH: [&str; 4] = [
-    "xdp_agent_watch_events_total",
-    "xdp_agent_watch_relists_total",
-    "xdp_agent_watch_failures_total",
-    "xdp_agent_watch_bad_objects_total",
-];
 const RUNBOOK: &str = "https://github.com/xdp-agent/xdp-agent/blob/main/docs/troubleshoot.md#";
 
 fn alerts() -> Vec<Value> {
@@ -49,7 +42,7 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn every_metric_in_a_query_is_one_that_the_agent_has() {
     let text = files::text(METRICS);
-    let known: BTreeSet<&str> = words(&text).chain(OF_THE_WATCH).collect();
+    let known: BTreeSet<&str> = words(&text).collect();
     let mut used = BTreeSet::new();
     for query in queries() {
         for word in

@@ -10,7 +10,7 @@ use xdp_agent_tests::lab::capture::{Capture, Captured, PacketSocket};
 use xdp_agent_tests::lab::clients::{ANSWER_TIMEOUT, tcp};
 use xdp_agent_tests::lab::packets::{EXPERIMENTAL, Ends, without_ip_id};
 use xdp_agent_tests::lab::servers::pattern_of;
-use xdp_agent_tests::lab::world::{CLUSTER_IP, NODE, World, WorldOptions};
+use xdp_agent_tests::lab::world::{EXTERNAL_IP, NODE, World, WorldOptions};
 use xdp_agent_tests::lab::{block_on, runtime, wait_for, within};
 
 use crate::setup::Setup;
@@ -111,7 +111,7 @@ fn exchange(world: &World) -> Result<Exchange> {
 }
 
 fn strange_frames(ends: &Ends) -> Vec<Vec<u8>> {
-    let beside = Ends { ip: (ends.ip.0, CLUSTER_IP), ..*ends };
+    let beside = Ends { ip: (ends.ip.0, EXTERNAL_IP), ..*ends };
     vec![
         ends.arp_request(),
         ends.ping(7, 1, b"ping"),

@@ -64,7 +64,7 @@ fn an_agent_with_the_documented_capabilities_adopts_programs_and_serves(setup: S
     wait_answered(&loads)?;
     agent.stop()?;
     // The second start has pins to adopt, and the last one has to take everything off.
-    options.extra.clear();
+    options.extra.retain(|argument| argument != "--keep");
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
     setup.check_mode(&agent, "eth0")?;
     wait_answered(&loads)?;

@@ -107,6 +107,7 @@ impl Node {
             snat_port_min: SNAT_PORTS.0,
             snat_port_max: SNAT_PORTS.1,
             embryonic_buckets: sizes.buckets,
+            masquerade_wire: 0,
             policy_routing: 0,
         };
         let maps = Maps::take(programs.object());

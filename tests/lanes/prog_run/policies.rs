@@ -53,6 +53,8 @@ fn without_masquerading_the_clients_address_survives_the_way_to_another_node() {
         let expected = opener.with(|frame| frame.dst = (REMOTE, TARGET));
         let counts = [Event(E::FlowNew), SnatAttempt(0), Event(E::Delivered)];
         node.check("up", node.entry, &opener.bytes(), Action::Pass, &expected.bytes(), &counts);
+        node.configure(|config| config.masquerade_wire = 1);
+        node.open("unless all that comes by wire is masqueraded", &node.opener(TCP, 40_001, VIP), REMOTE);
     });
 }
 

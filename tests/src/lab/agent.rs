@@ -21,8 +21,6 @@ use super::{block_on, wait_for};
 pub const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9_400);
 /// Where the agent of a test pins its objects, in a file system of the test's own.
 pub const PIN_DIR: &str = "/sys/fs/bpf/xdp-agent-test";
-/// Network of all pods of the lab; clients outside it are masqueraded on their way to ClusterIPs.
-const POD_NETWORK: &str = "10.244.0.0/16";
 
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
@@ -100,7 +98,7 @@ impl AgentOptions {
             mode,
             node: "node".into(),
             pin_dir: PIN_DIR.into(),
-            extra: vec!["--cluster-cidr".into(), POD_NETWORK.into()],
+            extra: Vec::new(),
             privileges: Privileges::All,
         }
     }

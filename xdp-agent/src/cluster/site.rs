@@ -54,11 +54,12 @@ impl<A: IpAddress> Site<A> {
         let internal = listed(|node| &node.internal_ips);
         let external = listed(|node| &node.external_ips);
         let given: Vec<A> = of_family(&facts.addresses).collect();
+        let chosen: Vec<A> = of_family(&options.node_ips).collect();
         // `GetNodeHostIPs` in Kubernetes' pkg/util/node.
-        let first = internal.first().or(external.first()).copied();
+        let first = chosen.first().or(internal.first()).or(external.first()).copied();
         let node_ips = first.map_or_else(|| given.clone(), |first| vec![first]);
         let mut own: BTreeSet<A> = facts.own.iter().copied().filter_map(A::from_ip).collect();
-        own.extend(internal.iter().chain(&external).chain(&given));
+        own.extend(chosen.iter().chain(&internal).chain(&external).chain(&given));
         let node_ports = match &options.nodeport_addresses {
             NodePortAddresses::Primary => node_ips.clone(),
             NodePortAddresses::Cidrs(cidrs) => within(&own, &networks(cidrs)),

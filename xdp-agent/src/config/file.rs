@@ -70,7 +70,7 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("iptables.syncPeriod", NO_SYNC),
     ("ipvs.excludeCIDRs", NO_IPVS),
     ("ipvs.minSyncPeriod", NO_SYNC),
-    ("ipvs.scheduler", NO_IPVS),
+    ("ipvs.scheduler", Fate::Ignored(ignored::MAGLEV)),
     ("ipvs.strictARP", NO_IPVS),
     ("ipvs.syncPeriod", NO_SYNC),
     ("ipvs.tcpFinTimeout", Fate::Ignored("use conntrack.tcpCloseWaitTimeout")),

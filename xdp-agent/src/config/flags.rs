@@ -92,9 +92,9 @@ pub struct ClusterArgs {
     #[arg(long, env = "XDP_AGENT_ZONE", value_name = "ZONE")]
     pub zone: Option<String>,
 
-    /// Addresses of this node that NodePorts are served on: `primary`, or networks; networks of one family only
+    /// Addresses of this node that NodePorts are served on: `primary`, `all`, or networks; networks of one family
     /// restrict only that family [default: primary].
-    #[arg(long, env = "XDP_AGENT_NODEPORT_ADDRESSES", value_name = "primary|CIDR,…")]
+    #[arg(long, env = "XDP_AGENT_NODEPORT_ADDRESSES", value_name = "primary|all|CIDR,…")]
     pub nodeport_addresses: Vec<List<NodePortAddress>>,
 
     /// Ranges of ClusterIPs, beside those that ServiceCIDR objects name; what is addressed to a free one is dropped.
@@ -177,13 +177,13 @@ pub struct ProgramArgs {
 /// Metrics and health.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct ListenArgs {
-    /// Address of /healthz and /livez, for load balancers and probes; empty for none [default: 0.0.0.0:10256, or
-    /// [::]:10256 with an IPv6 --bind-address].
+    /// Address of /healthz and /livez, for load balancers and probes; empty for none [default: 0.0.0.0:10256, which
+    /// takes IPv6 too].
     #[arg(long, env = "XDP_AGENT_HEALTHZ_BIND_ADDRESS", value_name = "IP:PORT")]
     pub healthz_bind_address: Option<Bind>,
 
-    /// Address of /metrics, /status, /readyz and /configz; empty for none [default: 127.0.0.1:10249, or [::1]:10249
-    /// with an IPv6 --bind-address].
+    /// Address of /metrics, /status, /readyz and /configz; empty for none [default: 127.0.0.1:10249, or the
+    /// loopback of IPv6 with an IPv6 --bind-address].
     #[arg(
         long,
         env = "XDP_AGENT_METRICS_BIND_ADDRESS",

@@ -31,6 +31,7 @@ pub(super) const ONE_DATAPATH: &str = "there is one datapath, which behaves as k
 pub(super) const NO_NETFILTER: &str = "no packet is marked and no netfilter rule written";
 pub(super) const NO_SYNC: &str = "changes are written as they come; nothing is synchronised by the clock";
 pub(super) const NO_IPVS: &str = "there is no IPVS here";
+pub(super) const MAGLEV: &str = "backends are chosen by consistent hashing (Maglev)";
 pub(super) const NO_LOCALHOST: &str =
     "NodePorts are not served on the loopback, as in kube-proxy's nftables mode";
 pub(super) const OWN_TABLE: &str =
@@ -56,7 +57,7 @@ pub const IGNORED: &[Ignored] = &[
     switch("iptables-localhost-nodeports", NO_LOCALHOST),
     value("iptables-sync-period", NO_SYNC),
     value("iptables-min-sync-period", NO_SYNC),
-    value("ipvs-scheduler", "backends are chosen by consistent hashing (Maglev)"),
+    value("ipvs-scheduler", MAGLEV),
     value("ipvs-exclude-cidrs", NO_IPVS),
     switch("ipvs-strict-arp", NO_IPVS),
     value("ipvs-tcp-timeout", "use --tcp-established-timeout"),

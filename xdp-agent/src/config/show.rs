@@ -15,7 +15,6 @@ impl Config {
             interfaces,
             source,
             cluster,
-            node_ips,
             mode,
             listen,
             service_metrics,
@@ -26,7 +25,8 @@ impl Config {
             sizes,
             timeouts,
         } = self;
-        let Options { node, detect_local, masquerade_all, nodeport_addresses, service_cidrs, zone } = cluster;
+        let Options { node, detect_local, masquerade_all, nodeport_addresses, service_cidrs, node_ips, zone } =
+            cluster;
         let Listen { healthz, metrics, is_hard_fail } = listen;
         let Sizes { established, embryonic, frontends, backends, ring_slots, networks } = sizes;
         let Timeouts { tcp_established, tcp_half_closed, tcp_closed, udp } = timeouts;

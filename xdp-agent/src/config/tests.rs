@@ -7,7 +7,7 @@ use super::*;
 fn read(words: &[&str]) -> Result<(Args, Vec<Note>), clap::Error> {
     let words = ["xdp-agent", "run"].iter().chain(words).map(OsString::from);
     let (cli, notes) = Cli::read(words)?;
-    let Command::Run(args) = cli.command;
+    let Command::Run(args) = cli.command else { panic!("not run") };
     Ok((*args, notes))
 }
 
@@ -135,6 +135,14 @@ fn switches_are_written_as_in_go_and_empty_values_say_nothing() {
 }
 
 #[test]
+fn an_empty_name_of_the_node_is_the_hostname() {
+    let of_host = Config::resolve(args(&["--iface", "eth0"])).expect("valid").cluster.node;
+    let empty =
+        Config::resolve(args(&["--iface", "eth0", "--hostname-override="])).expect("valid").cluster.node;
+    assert!(!of_host.is_empty() && empty == of_host);
+}
+
+#[test]
 fn modes_that_need_a_name_say_so() {
     for (mode, needs) in [
         ("BridgeInterface", "--pod-bridge-interface"),
@@ -145,6 +153,11 @@ fn modes_that_need_a_name_say_so() {
         let config = config(&["--detect-local-mode", mode, needs, "cni"]).expect("valid");
         assert_ne!(config.cluster.detect_local, DetectLocal::None);
     }
+    let all = config(&["--nodeport-addresses", "all"]).expect("valid").cluster.nodeport_addresses;
+    assert_eq!(
+        all,
+        config(&["--nodeport-addresses", "0.0.0.0/0,::/0"]).expect("valid").cluster.nodeport_addresses
+    );
     let both = config(&["--nodeport-addresses", "primary,10.0.0.0/8"]).expect_err("refused").to_string();
     assert!(both.contains("stands alone"), "{both}");
 }
@@ -152,7 +165,7 @@ fn modes_that_need_a_name_say_so() {
 #[test]
 fn the_bind_address_is_the_primary_one_of_its_family_unless_another_is_given() {
     let ips = |words: &[&str]| {
-        config(words).expect("valid").node_ips.iter().map(ToString::to_string).collect::<Vec<_>>()
+        config(words).expect("valid").cluster.node_ips.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     assert_eq!(ips(&["--bind-address", "0.0.0.0"]), [""; 0]);
     assert_eq!(ips(&["--bind-address", "192.0.2.1"]), ["192.0.2.1"]);

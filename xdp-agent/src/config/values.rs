@@ -68,6 +68,8 @@ impl From<Cidr> for (IpAddr, u8) {
 pub enum NodePortAddress {
     /// The primary one of each family.
     Primary,
+    /// All.
+    All,
     /// Those in a network.
     In(Cidr),
 }
@@ -76,10 +78,14 @@ impl FromStr for NodePortAddress {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "primary" {
-            return Ok(Self::Primary);
+        match text {
+            "primary" => Ok(Self::Primary),
+            "all" => Ok(Self::All),
+            _ => text
+                .parse()
+                .map(Self::In)
+                .map_err(|_| "write it as primary, all, or networks like 192.0.2.0/24"),
         }
-        text.parse().map(Self::In).map_err(|_| "write it as primary, or as networks like 192.0.2.0/24")
     }
 }
 

@@ -3,12 +3,12 @@
 use std::{io, ops::Range, os::fd::OwnedFd};
 
 use aya::{
-    Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, lpm_trie},
+    Pod,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, lpm_trie},
 };
-use xdp_common::tables::{MapSpec, NETWORKS_V4, NetworkKey};
+use xdp_common::tables::NetworkKey;
 
-use super::{Addr, Raw, batch, capacity, descriptor, io_error, raw, take};
+use super::{Addr, Raw, batch, capacity, descriptor, io_error, raw};
 use crate::cluster::wanted::Network;
 
 /// What a group of writes has come to: how many are done, and why not the next one.
@@ -21,8 +21,7 @@ pub(super) struct Hash<K, V> {
 }
 
 impl<K: Pod, V: Pod> Hash<K, V> {
-    pub(super) fn open(ebpf: &mut Ebpf, spec: &MapSpec) -> anyhow::Result<Self> {
-        let map = take(ebpf, spec)?;
+    pub(super) fn of(map: Map) -> anyhow::Result<Self> {
         let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
         Ok(Self { map: HashMap::try_from(map)?, fd, capacity })
     }
@@ -66,8 +65,7 @@ pub(super) struct Slots<V: Pod> {
 }
 
 impl<V: Pod> Slots<V> {
-    pub(super) fn open(ebpf: &mut Ebpf, spec: &MapSpec) -> anyhow::Result<Self> {
-        let map = take(ebpf, spec)?;
+    pub(super) fn of(map: Map) -> anyhow::Result<Self> {
         let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
         Ok(Self { map: Array::try_from(map)?, fd, capacity })
     }
@@ -138,8 +136,7 @@ pub(super) struct NetworkTrie {
 const OWNER_BITS: u32 = u32::BITS;
 
 impl NetworkTrie {
-    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        let map = take(ebpf, &NETWORKS_V4)?;
+    pub(super) fn of(map: Map) -> anyhow::Result<Self> {
         let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
         Ok(Self { map: LpmTrie::try_from(map)?, fd, capacity })
     }

@@ -1,9 +1,10 @@
 //! The maps that say what is served: one writer.
 
-use std::{collections::HashMap, io, mem::discriminant, ops::Range};
+use std::{collections::HashMap, io, mem::discriminant, ops::Range, path::Path};
 
-use aya::Ebpf;
-use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS};
+use anyhow::Context;
+use aya::maps::{Map, MapData};
+use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS, MapSpec};
 
 use super::{
     Addr, Raw, batch,
@@ -31,16 +32,29 @@ impl std::fmt::Debug for ImageMaps {
 }
 
 impl ImageMaps {
-    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+    /// Handles of the maps that `find` finds.
+    pub(super) fn open(mut find: impl FnMut(&MapSpec) -> anyhow::Result<Map>) -> anyhow::Result<Self> {
         Ok(Self {
-            frontends: Hash::open(ebpf, &tables::FRONTENDS_V4)?,
-            backends: Slots::open(ebpf, &tables::BACKENDS_V4)?,
-            rings: Slots::open(ebpf, &tables::RINGS)?,
-            networks: NetworkTrie::open(ebpf)?,
-            ingress_gate: Slots::open(ebpf, &tables::GATE_INGRESS)?,
-            egress_gate: Slots::open(ebpf, &tables::GATE_EGRESS)?,
-            devices: Hash::open(ebpf, &tables::DEVICES_V4)?,
-            config: Slots::open(ebpf, &tables::CONFIG)?,
+            frontends: Hash::of(find(&tables::FRONTENDS_V4)?)?,
+            backends: Slots::of(find(&tables::BACKENDS_V4)?)?,
+            rings: Slots::of(find(&tables::RINGS)?)?,
+            networks: NetworkTrie::of(find(&tables::NETWORKS_V4)?)?,
+            ingress_gate: Slots::of(find(&tables::GATE_INGRESS)?)?,
+            egress_gate: Slots::of(find(&tables::GATE_EGRESS)?)?,
+            devices: Hash::of(find(&tables::DEVICES_V4)?)?,
+            config: Slots::of(find(&tables::CONFIG)?)?,
+        })
+    }
+
+    /// Handles of the maps that an agent has pinned in a directory, for somebody who only looks.
+    ///
+    /// # Errors
+    /// When they are not there, or the kernel lets nobody but root look.
+    pub fn pinned(dir: &Path) -> anyhow::Result<Self> {
+        Self::open(|spec| {
+            let path = dir.join(spec.name);
+            let map = MapData::from_pin(&path).and_then(Map::from_map_data);
+            map.with_context(|| format!("cannot open the pinned map {}", path.display()))
         })
     }
 

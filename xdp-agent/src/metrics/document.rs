@@ -48,6 +48,7 @@ impl Collector for Zeros {
 fn exported() -> String {
     let (mut registries, metrics, kube_proxy) = Registries::new();
     registries.agent.register_collector(Box::new(Zeros));
+    let _ = crate::watch::Metrics::register(&mut registries.agent);
     Accounts::register(&mut registries.agent, || {
         let text = String::new;
         let port =
@@ -95,6 +96,18 @@ struct Shown {
     labels: BTreeSet<String>,
 }
 
+impl Shown {
+    /// The name as queries have it.
+    fn name(&self, name: &str) -> String {
+        let suffix = match self.kind.as_str() {
+            "counter" => "_total",
+            "info" => "_info",
+            _ => "",
+        };
+        format!("{name}{suffix}")
+    }
+}
+
 fn shown(text: &str) -> (BTreeMap<String, Shown>, BTreeMap<String, BTreeSet<String>>) {
     let mut metrics: BTreeMap<String, Shown> = BTreeMap::new();
     let mut values: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -138,20 +151,16 @@ fn the_document_of_metrics_is_what_is_exported() {
         write!(text, "\n## {title}\n\n| metric | type | labels | tells |\n|---|---|---|---|\n")
             .expect("memory");
         for (name, metric) in metrics.iter().filter(|(name, _)| name.starts_with(prefix)) {
-            let suffix = match metric.kind.as_str() {
-                "counter" => "_total",
-                "info" => "_info",
-                _ => "",
-            };
             let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
-            let (kind, labels, help) = (&metric.kind, labels.join(" "), documents::cell(&metric.help));
-            writeln!(text, "| `{name}{suffix}` | {kind} | {labels} | {help} |").expect("memory");
+            let (name, kind, help) = (metric.name(name), &metric.kind, documents::cell(&metric.help));
+            writeln!(text, "| `{name}` | {kind} | {} | {help} |", labels.join(" ")).expect("memory");
         }
     }
     text += "\n## Values of labels\n\n| metric | label | values |\n|---|---|---|\n";
     for (of, values) in values {
         let (metric, label) = of.split_once('.').expect("as above");
         let values: Vec<String> = values.iter().map(|value| format!("`{value}`")).collect();
+        let metric = metrics[metric].name(metric);
         writeln!(text, "| `{metric}` | `{label}` | {} |", values.join(" ")).expect("memory");
     }
     documents::check("metrics.md", None, &text);

@@ -107,7 +107,7 @@ mod tests {
         let slice = |trigger: SystemTime| {
             let ms = trigger.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis();
             let mut slice = Slice::default();
-            slice.trigger_ms = Some(ms as i64);
+            slice.trigger_ms.replace(ms as i64);
             Change::Slice(ObjectName::new("shop", "web-1"), Some(Arc::new(slice)))
         };
         let hour = Duration::from_secs(3600);

@@ -60,11 +60,8 @@ impl Reconciler {
     /// Takes what is known of this node.
     pub(super) fn set_facts(&mut self, host: &Host) {
         let own: BTreeSet<_> = host.own_addresses().into_iter().map(Into::into).collect();
-        let mut addresses = self.parts.node_ips.clone();
         let found = preflight::node_addresses(&self.parts.names, host);
-        if !addresses.iter().any(|ip| ip.is_ipv4()) {
-            addresses.extend(found.into_iter().map(IpAddr::from));
-        }
+        let addresses = found.into_iter().map(IpAddr::from).collect();
         self.facts = NodeFacts { addresses, own };
         self.cluster.set_node(self.facts.clone());
     }

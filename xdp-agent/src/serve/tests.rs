@@ -30,6 +30,7 @@ async fn start() -> Agent {
         metrics,
         shared: Arc::clone(&shared),
         health: Health { sync, heartbeat: Heartbeat::new(Instant::now()) },
+        watch: None,
         config: Arc::new(json!({ "masquerade-all": true })),
     };
     let address = |socket: &Socket| socket.listeners[0].local_addr().expect("bound");

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use prometheus_client::{
-    metrics::{counter::Counter, family::Family},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 use serde::Serialize;
@@ -20,6 +20,7 @@ pub struct Metrics {
     relists: Family<Label, Counter>,
     failures: Family<Label, Counter>,
     bad_objects: Family<Label, Counter>,
+    up_to_date: Family<Label, Gauge>,
 }
 
 impl Metrics {
@@ -45,6 +46,11 @@ impl Metrics {
             }
             registry.register(name, help, family.clone());
         }
+        for kind in Kind::ALL {
+            drop(metrics.up_to_date.get_or_create(&[("kind", kind.label())]));
+        }
+        let help = "1 while the API server is watched, or has no such kind; 0 while what is known may be old";
+        registry.register("watch_up_to_date", help, metrics.up_to_date.clone());
         metrics
     }
 }
@@ -154,6 +160,8 @@ impl Reporter {
 
     /// The kind is in this state from now on, unless it was already.
     pub(super) fn state(&self, kind: Kind, state: State) {
+        let is_up_to_date = matches!(state, State::Watching | State::Absent);
+        self.metrics.up_to_date.get_or_create(&[("kind", kind.label())]).set(is_up_to_date.into());
         self.health.send_if_modified(|health| {
             let of_kind = &mut health.kinds[kind as usize];
             if of_kind.state == state {

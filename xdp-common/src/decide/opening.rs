@@ -83,8 +83,12 @@ pub(super) fn open<F: Family, T: Tables<F>>(
             flow.exit = exit::KERNEL;
             return Next::Reserve(false);
         }
-    } else if is_here || frontend.flags & masquerades(origin) == 0 {
-        return Next::Reserve(true);
+    } else {
+        let is_masqueraded = frontend.flags & masquerades(origin) != 0
+            || (hook != Hook::Host && tables.config().masquerade_wire != 0);
+        if is_here || !is_masqueraded {
+            return Next::Reserve(true);
+        }
     }
     Next::Reserve(!route_new(tables, packet, &entry, &mut work.flow))
 }

@@ -108,6 +108,7 @@ impl Model {
                 snat_port_min: 1024,
                 snat_port_max: 29_999,
                 embryonic_buckets: 1,
+                masquerade_wire: 0,
                 policy_routing: 0,
             }),
             established: Flows::default(),

@@ -29,6 +29,10 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         // An error concerns the connection that was not made.
         let Ok((stream, _)) = listener.accept().await else { continue };
+        // As kube-apiserver has it: else an event waits until the client acknowledges the one before, up to 40 ms.
+        if stream.set_nodelay(true).is_err() {
+            continue; // it is gone already
+        }
         let shared = Arc::clone(&shared);
         let service = service_fn(move |request| {
             let shared = Arc::clone(&shared);
@@ -112,8 +116,8 @@ fn list(
         }
         Some(Some((version, key))) => (version, Some(key)),
     };
-    let wanted = state.store.keyed(resource).filter(|(_, object)| selector.takes(object));
-    let mut wanted = wanted.filter(|(key, _)| after.as_ref().is_none_or(|after| *key > after)).peekable();
+    let wanted = state.store.after(resource, after);
+    let mut wanted = wanted.filter(|(_, object)| selector.takes(object)).peekable();
     let (mut items, mut last) = (Vec::new(), None);
     while items.len() < limit.unwrap_or(usize::MAX) {
         let Some((key, object)) = wanted.next() else { break };
@@ -126,7 +130,10 @@ fn list(
     let mut metadata = json!({ "resourceVersion": version.to_string() });
     if let (Some((namespace, name)), Some(_)) = (last, wanted.peek()) {
         metadata["continue"] = format!("{version}/{namespace}/{name}").into();
-        metadata["remainingItemCount"] = wanted.count().into();
+        // With a selector kube-apiserver does not count, because it would have to look at every object.
+        if *selector == Selector::default() {
+            metadata["remainingItemCount"] = wanted.count().into();
+        }
     }
     let kind = format!("{}List", resource.kind());
     let list = json!({

@@ -1,6 +1,7 @@
 //! Objects with their versions, and what has happened to them.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -126,11 +127,21 @@ impl Store {
     }
 
     pub(super) fn objects(&self, resource: Resource) -> impl Iterator<Item = &Arc<Value>> {
-        self.keyed(resource).map(|(_, object)| object)
+        self.after(resource, None).map(|(_, object)| object)
     }
 
-    pub(super) fn keyed(&self, resource: Resource) -> impl Iterator<Item = (&Key, &Arc<Value>)> {
-        let of_resource = self.objects.iter().filter(move |((other, _), _)| *other == resource);
+    /// The objects of a kind with their keys, those after a key when there is one.
+    pub(super) fn after(
+        &self,
+        resource: Resource,
+        key: Option<Key>,
+    ) -> impl Iterator<Item = (&Key, &Arc<Value>)> {
+        let from = match key {
+            Some(key) => Bound::Excluded((resource, key)),
+            None => Bound::Included((resource, Key::default())),
+        };
+        let objects = self.objects.range((from, Bound::Unbounded));
+        let of_resource = objects.take_while(move |((other, _), _)| *other == resource);
         of_resource.map(|((_, key), object)| (key, object))
     }
 
@@ -208,9 +219,9 @@ fn resource_of(object: &Value) -> Resource {
 fn key_of(object: &Value) -> Key {
     let text = |field: &str| match &object["metadata"][field] {
         Value::String(text) => text.clone(),
-        // Whatever else it is, the object has to be kept somewhere.
         Value::Null => String::new(),
-        other => other.to_string(),
+        // Whatever else it is, the object has to be kept somewhere.
+        other @ (Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_)) => other.to_string(),
     };
     (text("namespace"), text("name"))
 }

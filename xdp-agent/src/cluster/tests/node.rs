@@ -56,6 +56,25 @@ fn node_ports_follow_the_addresses_of_the_node() {
 }
 
 #[test]
+fn addresses_that_the_operator_gives_stand_in_for_those_of_their_family() {
+    let options = Options {
+        node_ips: ["192.0.2.5", "192.0.2.6"].map(|ip| ip.parse().unwrap()).into(),
+        ..Options::default()
+    };
+    let addresses = json!([
+        {"type": "InternalIP", "address": "192.0.2.77"}, {"type": "InternalIP", "address": "fd00::1"},
+    ]);
+    let world = World::with(options).service(node_port()).node(json!({"status": {"addresses": addresses}}));
+    assert_eq!(node_ports(&world), ["192.0.2.5", "[fd00::1]"]);
+    for own in ["192.0.2.6", "192.0.2.77"] {
+        assert!(
+            world.told.v4.networks.own.contains(&own.parse::<std::net::Ipv4Addr>().unwrap().octets()),
+            "{own}"
+        );
+    }
+}
+
+#[test]
 fn networks_choose_where_node_ports_are_served() {
     let own = ["127.0.0.1", "192.0.2.1", "198.51.100.1", "203.0.113.1", "::1", "fd00:1::1", "fe80::1"];
     for (cidrs, expected) in [

@@ -98,6 +98,23 @@ fn where_slots_are_scarce_every_service_gets_smaller_rings_and_one_problem_says_
 }
 
 #[test]
+fn rings_of_thirty_thousand_services_of_ten_endpoints_fit_by_default() {
+    let least = maglev::slots(10, *maglev::SCARCE_SLOTS_PER_BACKEND.last().unwrap());
+    assert!(30_000 * least <= xdp_common::tables::RINGS.entries);
+    // Ten thousand of them get more than the least, as they do where the array is a hundred times smaller.
+    let limits = Limits {
+        ring_slots: xdp_common::tables::RINGS.entries / 100,
+        frontends: 256,
+        backends: 2048,
+        networks: 8,
+    };
+    let ten: Vec<u8> = (1..=10).collect();
+    let mut node = Node::<V4>::new(limits);
+    node.wish((0..100).map(|n| simple(n, &ten)), 0);
+    assert_eq!(node.plan.fill().ring_slots, 100 * maglev::slots(10, 25));
+}
+
+#[test]
 fn a_small_ring_grows_when_its_list_changes_and_there_is_room() {
     let ten: Vec<u8> = (1..=10).collect();
     let limits = Limits { ring_slots: 16_384, frontends: 128, backends: 1024, networks: 8 };

@@ -1,0 +1,170 @@
+//! What a new connection would meet, and why: the agent's own decision, run in memory.
+//!
+//! Objects from files become maps by the code that `run` uses, or the maps of a running agent are read; `decide`, which the
+//! kernel runs, then answers. Nothing here knows a policy.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Write},
+    path::Path,
+};
+
+use anyhow::{Context, anyhow, bail};
+
+pub use self::{
+    answer::{Answer, Endpoint, Frontend, Source, Verdict},
+    args::{ExplainArgs, Output},
+    question::Question,
+};
+use self::{live::Live, world::World};
+use crate::{
+    cluster::{DetectLocal, Options},
+    manifests,
+    objects::{Change, Objects},
+    problem::ProblemKind,
+};
+
+mod answer;
+mod args;
+mod decision;
+mod dump;
+mod live;
+mod question;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod world;
+
+/// Who answers.
+enum Respondent {
+    /// The maps that the objects of the files make.
+    World(Box<World>),
+    /// The maps of the agent that runs here.
+    Live(Box<Live>),
+}
+
+impl Respondent {
+    fn ask(&self, question: &Question) -> Result<Answer, String> {
+        match self {
+            Self::World(world) => Ok(world.ask(question)),
+            Self::Live(live) => live.ask(question),
+        }
+    }
+
+    fn dump(&self) -> String {
+        match self {
+            Self::World(world) => world.dump(),
+            Self::Live(live) => live.dump(),
+        }
+    }
+}
+
+/// Answers what the flags ask, on the standard output; false when a line of a batch has no answer.
+///
+/// # Errors
+/// When the flags contradict each other, files or maps cannot be read, or the output is closed.
+pub fn run(args: &ExplainArgs) -> anyhow::Result<bool> {
+    let out = &mut io::stdout().lock();
+    let options = args.cluster.options()?;
+    is_answerable(&options)?;
+    let mut world = World::new(options);
+    read(args, &mut world)?;
+    let respondent = if args.live {
+        Respondent::Live(Box::new(Live::open(&args.pin_dir, world)?))
+    } else {
+        Respondent::World(Box::new(world))
+    };
+    if args.maps {
+        write!(out, "{}", respondent.dump())?;
+        return Ok(true);
+    }
+    if let Some(file) = &args.batch {
+        let is_input = file == Path::new("-");
+        return if is_input {
+            answer_all(io::stdin().lock(), &respondent, out)
+        } else {
+            answer_file(file, &respondent, out)
+        };
+    }
+    let (Some(from), Some(to)) = (args.from, args.to) else {
+        bail!("give --from and --to, or --batch");
+    };
+    let question = Question::new(from, to, args.proto).map_err(|message| anyhow!(message))?;
+    let answer = respondent.ask(&question).map_err(|message| anyhow!(message))?;
+    match args.output {
+        Output::Text => write!(out, "{answer}")?,
+        Output::Json => writeln!(out, "{}", serde_json::to_string(&answer)?)?,
+    }
+    Ok(true)
+}
+
+/// Whether an address alone tells who a client is.
+fn is_answerable(options: &Options) -> anyhow::Result<()> {
+    match options.detect_local {
+        DetectLocal::None | DetectLocal::ClusterCidr(_) | DetectLocal::NodeCidr => Ok(()),
+        DetectLocal::BridgeInterface(_) | DetectLocal::InterfaceNamePrefix(_) => {
+            bail!("a question names no interface to tell pods by; give their networks by --cluster-cidr")
+        }
+    }
+}
+
+/// Reads the objects and says what is wrong with them.
+fn read(args: &ExplainArgs, world: &mut World) -> anyhow::Result<()> {
+    let snapshot = manifests::read(&args.services, None);
+    world.apply(changes(&snapshot.objects));
+    for problem in snapshot.problems.iter().chain(&world.problems()) {
+        eprintln!("xdp-agent: {problem}");
+    }
+    if snapshot.problems.iter().any(|problem| problem.kind == ProblemKind::Unreadable) {
+        bail!("not all of --services can be read");
+    }
+    if !args.live && !world.has_address() {
+        eprintln!(
+            "xdp-agent: no address of the node is known, so that it serves no NodePorts; give --node-ip or its Node object"
+        );
+    }
+    Ok(())
+}
+
+fn answer_file(file: &Path, respondent: &Respondent, out: &mut impl Write) -> anyhow::Result<bool> {
+    let questions = File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
+    answer_all(BufReader::new(questions), respondent, out)
+}
+
+/// Answers question by question; false when a line has no answer.
+fn answer_all(
+    questions: impl BufRead,
+    respondent: &Respondent,
+    out: &mut impl Write,
+) -> anyhow::Result<bool> {
+    let mut is_sound = true;
+    for line in questions.split(b'\n') {
+        let line = line.context("cannot read the questions")?;
+        let question = Question::from_json(&String::from_utf8_lossy(&line));
+        match question.and_then(|question| respondent.ask(&question)) {
+            Ok(answer) => serde_json::to_writer(&mut *out, &answer)?,
+            Err(error) => {
+                is_sound = false;
+                serde_json::to_writer(&mut *out, &serde_json::json!({ "error": error }))?;
+            }
+        }
+        // Whoever asks line by line waits for the answer.
+        writeln!(out)?;
+        out.flush()?;
+    }
+    Ok(is_sound)
+}
+
+/// Every object as a change from nothing.
+fn changes(objects: &Objects) -> Vec<Change> {
+    let services =
+        objects.services.iter().map(|(name, object)| Change::Service(name.clone(), Some(object.clone())));
+    let slices =
+        objects.slices.iter().map(|(name, object)| Change::Slice(name.clone(), Some(object.clone())));
+    let nodes = objects.nodes.iter().map(|(name, object)| Change::Node(name.clone(), Some(object.clone())));
+    let cidrs = objects
+        .service_cidrs
+        .iter()
+        .map(|(name, object)| Change::ServiceCidr(name.clone(), Some(object.clone())));
+    services.chain(slices).chain(nodes).chain(cidrs).collect()
+}
