@@ -18,7 +18,7 @@ pub use self::{
 };
 use self::{live::Live, world::World};
 use crate::{
-    cluster::{DetectLocal, Options},
+    cluster::{DetectLocal, Options, wanted::Protocol},
     manifests,
     objects::{Change, Objects},
     problem::ProblemKind,
@@ -92,10 +92,28 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<bool> {
     let question = Question::new(from, to, args.proto).map_err(|message| anyhow!(message))?;
     let answer = respondent.ask(&question).map_err(|message| anyhow!(message))?;
     match args.output {
-        Output::Text => write!(out, "{answer}")?,
+        Output::Text => {
+            write!(out, "{answer}")?;
+            if answer.verdict == Verdict::Forward
+                && let Some(what) = not_forwarded(&question, args.proto, answer.source)
+            {
+                writeln!(out, "  this version leaves {what} to the kernel: the answer says what is to come")?;
+            }
+        }
         Output::Json => writeln!(out, "{}", serde_json::to_string(&answer)?)?,
     }
     Ok(true)
+}
+
+/// What of this the programs do not serve yet, though they decide on it.
+fn not_forwarded(question: &Question, protocol: Protocol, source: Source) -> Option<&'static str> {
+    match (question, protocol, source) {
+        (Question::V6(_), _, _) => Some("IPv6"),
+        (_, Protocol::Sctp, _) => Some("SCTP"),
+        (_, _, Source::Pod) => Some("what does not come by wire, as from pods of this node,"),
+        (_, _, Source::Host) => Some("what does not come by wire, as from processes of this node,"),
+        (Question::V4(_), Protocol::Tcp | Protocol::Udp, Source::External) => None,
+    }
 }
 
 /// Whether an address alone tells who a client is.

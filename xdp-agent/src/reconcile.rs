@@ -112,6 +112,9 @@ pub struct Reconciler {
     picture: Picture,
     reported: report::Reported,
     untold: sync::Untold,
+    /// Whether it has been said that IPv6 is not forwarded, and SCTP not.
+    is_ipv6_told: bool,
+    is_sctp_told: bool,
     /// Changes that wait for one that was refused.
     pending: VecDeque<Change<[u8; 4]>>,
     backlog: backlog::Backlog,
@@ -168,6 +171,8 @@ impl Reconciler {
             picture: Picture::default(),
             reported: report::Reported::default(),
             untold: sync::Untold::default(),
+            is_ipv6_told: false,
+            is_sctp_told: false,
             pending: VecDeque::new(),
             backlog,
             first_image,

@@ -11,7 +11,10 @@ use tracing::{debug, info, warn};
 
 use super::{RETRY_PAUSE, Reconciler};
 use crate::{
-    cluster::{Eligibility, NodeFacts},
+    cluster::{
+        self, Eligibility, NodeFacts,
+        wanted::{Delta, Protocol},
+    },
     host::Host,
     plan::{InUse, Update},
     preflight,
@@ -70,8 +73,8 @@ impl Reconciler {
     pub(super) fn sync(&mut self) {
         if self.is_complete {
             let began = Instant::now();
-            // The datapath has no maps of IPv6 yet, so that half of the update has nowhere to go.
-            let delta = self.cluster.update().v4;
+            let cluster::Update { v4: delta, v6 } = self.cluster.update();
+            self.tell_unserved(&delta, &v6);
             self.parts.names_of_services.forget(&delta, &self.plan);
             let update = self.plan.update(&delta, true, &self.picture.snat, self.now_ms());
             self.parts.names_of_services.learn(&delta, &self.plan);
@@ -89,6 +92,20 @@ impl Reconciler {
         }
         self.report();
         self.publish();
+    }
+
+    /// Says once of each what the datapath does not forward yet: it has no maps of IPv6, and reads no SCTP.
+    fn tell_unserved(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<[u8; 16]>) {
+        let has_sctp = v4.ports.iter().any(|(name, port)| port.is_some() && name.protocol == Protocol::Sctp);
+        let has_ipv6 = v6.ports.values().any(Option::is_some);
+        for (is_there, is_told, what) in [
+            (has_ipv6, &mut self.is_ipv6_told, "IPv6 addresses"),
+            (has_sctp, &mut self.is_sctp_told, "SCTP ports"),
+        ] {
+            if is_there && !std::mem::replace(is_told, true) {
+                warn!("Services have {what}, which this version leaves to the kernel");
+            }
+        }
     }
 
     pub(super) fn collect(&mut self, in_use: &InUse) {
