@@ -118,8 +118,8 @@ impl Reader<'_> {
             return; // named twice
         }
         self.now.files.insert(path.to_owned(), BTreeSet::new());
-        let text = match content(path) {
-            Ok(text) => text,
+        let (text, is_utf8) = match content(path) {
+            Ok(content) => content,
             Err(error) => {
                 self.unreadable(path, &error);
                 self.keep_file(path);
@@ -128,6 +128,11 @@ impl Reader<'_> {
         };
         let is_json = path.extension().is_some_and(|ext| ext == "json");
         for (at, document) in documents(&text, is_json).into_iter().enumerate() {
+            if !is_utf8 && document.text.contains(char::REPLACEMENT_CHARACTER) {
+                let place = Place { file: path.to_owned(), document: at + 1, line: Some(document.line) };
+                let message = "holds bytes that are not UTF-8, which are read as U+FFFD; write it as UTF-8";
+                self.report(Problem::at(ProblemKind::Syntax, place, message));
+            }
             self.document(path, at + 1, document);
         }
     }
@@ -279,7 +284,7 @@ impl Reader<'_> {
 }
 
 /// Reads a regular file of bounded size.
-fn content(path: &Path) -> io::Result<String> {
+fn content(path: &Path) -> io::Result<(String, bool)> {
     // Before it is opened: opening a pipe waits for its writer.
     let meta = fs::metadata(path)?;
     if !meta.is_file() {
@@ -290,12 +295,27 @@ fn content(path: &Path) -> io::Result<String> {
     if meta.len() > FILE_BYTES_MAX {
         return Err(too_large());
     }
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     // It may grow while it is read.
-    if file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)? as u64 > FILE_BYTES_MAX {
+    if file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)? as u64 > FILE_BYTES_MAX {
         return Err(too_large());
     }
-    Ok(text)
+    text(bytes)
+}
+
+/// The text of a file, in which bytes that are not UTF-8 become U+FFFD: one of them, in an annotation perhaps, must not cost
+/// the other objects of the file. A file that is mostly such bytes is no text.
+fn text(bytes: Vec<u8>) -> io::Result<(String, bool)> {
+    let bytes = match String::from_utf8(bytes) {
+        Ok(text) => return Ok((text, true)),
+        Err(error) => error.into_bytes(),
+    };
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let replaced = text.chars().filter(|char| *char == char::REPLACEMENT_CHARACTER).count();
+    if 2 * replaced >= text.chars().count() || text.contains('\0') {
+        return Err(io::Error::other("not UTF-8 text"));
+    }
+    Ok((text, false))
 }
 
 /// Reads an object, of which the name is known, and keeps what matters of it.

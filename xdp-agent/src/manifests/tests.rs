@@ -218,3 +218,24 @@ fn links_are_followed_as_in_a_mounted_config_map() {
         (vec!["shop/a 10.0.0.1".to_owned()], vec![ProblemKind::Unreadable])
     );
 }
+
+#[test]
+fn a_byte_that_is_not_utf8_costs_no_object() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("all.yaml");
+    let service = |name: &str, note: &[u8]| {
+        let head = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop, annotations: {{x: \""
+        );
+        let tail = b"\"}}\nspec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n";
+        [head.as_bytes(), note, tail].concat()
+    };
+    fs::write(&file, [service("one", b"\xff\xfe"), service("two", b"plain")].join(&b"---\n"[..])).unwrap();
+    let snapshot = read(&[file], None);
+    assert_eq!(snapshot.objects.services.len(), 2);
+    let problems: Vec<String> = snapshot.problems.iter().map(ToString::to_string).collect();
+    assert!(
+        matches!(&problems[..], [only] if only.contains("document 1") && only.contains("UTF-8")),
+        "{problems:?}"
+    );
+}

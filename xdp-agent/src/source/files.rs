@@ -110,6 +110,11 @@ mod tests {
         let many: String =
             (0..=BATCH_MAX).map(|n| format!("---\n{}", service(&format!("s{n}"), "10.0.0.1"))).collect();
         fs::write(directory.path().join("many.yaml"), many).unwrap();
+        // At once, as a file that is being written could be read before its end.
+        let replace = |text: String| {
+            fs::write(directory.path().join(".new"), text).unwrap();
+            fs::rename(directory.path().join(".new"), directory.path().join("many.yaml")).unwrap();
+        };
         let (sender, mut events) = mpsc::channel(1);
         let files = files(vec![directory.path().to_owned()], sender).await.unwrap();
         let mut objects = Objects::default();
@@ -119,13 +124,13 @@ mod tests {
             changes.into_iter().for_each(|change| objects.apply(change));
         }
         assert_eq!(next(&mut events).await, Event::Synced);
-        fs::write(directory.path().join("many.yaml"), service("s0", "10.0.0.2") + "---\nkind: [").unwrap();
+        replace(service("s0", "10.0.0.2") + "---\nkind: [");
         // What is broken may have been any of the others, so all of them stay.
         let Event::Changes(changes) = next(&mut events).await else { panic!("a change") };
         assert_eq!(changes.len(), 1);
         let Event::Problems(problems) = next(&mut events).await else { panic!("a problem") };
         assert_eq!(problems.len(), 1);
-        fs::write(directory.path().join("many.yaml"), service("s0", "10.0.0.2")).unwrap();
+        replace(service("s0", "10.0.0.2"));
         let Event::Changes(changes) = next(&mut events).await else { panic!("the rest is gone") };
         assert_eq!(changes.len(), BATCH_MAX);
         assert_eq!(next(&mut events).await, Event::Problems(Vec::new()));
