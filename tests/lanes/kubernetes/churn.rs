@@ -51,7 +51,7 @@ fn disturb(site: &mut Site, random: &mut Random) -> Result<()> {
         5 => server.inject(Some(resource), Injection::Error(410)),
         6 => server.inject(Some(resource), Injection::Bytes(b"no event\n".to_vec())),
         _ => {
-            server.go();
+            server.go()?;
             server.back()?;
         }
     }

@@ -60,7 +60,7 @@ type Endpoint = (SocketAddrV4, u8, u8);
 impl Image {
     /// Reads the maps that an agent has pinned.
     pub(crate) fn read(bpffs: &PrivateBpffs) -> Result<Self> {
-        Ok(Maps::open(bpffs)?.read()?)
+        Maps::open(bpffs)?.read()
     }
 
     /// Whether a frontend is served: one look instead of a whole image.

@@ -48,7 +48,7 @@ fn traffic_flows_while_the_api_server_is_gone_and_the_agent_starts_again() -> Re
     let agent = site.start_agent()?;
     let loads = start_loads(&site);
     wait_answered(&loads)?;
-    site.server.go();
+    site.server.go()?;
     wait_answered(&loads)?;
     agent.kill()?;
     // With nobody to tell what is served, what was served is.

@@ -28,7 +28,7 @@ fn what_vanished_while_the_watch_could_not_be_resumed_is_gone_after_the_next_lis
             }
         });
         world.until_synced();
-        world.server.go();
+        world.server.go().unwrap();
         for number in 0..5 {
             assert!(world.server.delete(Resource::Services, "shop", &format!("s{number}")));
         }
@@ -77,7 +77,7 @@ fn an_api_server_that_is_gone_takes_nothing_with_it() {
     });
     world.until_synced();
     let before = world.seen.objects.clone();
-    world.server.go();
+    world.server.go().unwrap();
     world.until("the loss to be noticed", |_, seen| {
         seen.watch.health.borrow().kinds.iter().all(|kind| matches!(kind.state, State::Failing(_)))
     });
@@ -93,7 +93,7 @@ fn an_api_server_that_is_gone_takes_nothing_with_it() {
 fn a_watch_begins_without_an_api_server() {
     let (mut server, directory) = World::without_watch();
     server.put(service("web", "10.96.0.10", 80));
-    server.go();
+    server.go().unwrap();
     let mut world = World::watching(server, directory, PACE);
     world.until("failures", |_, seen| seen.count("watch_failures", Kind::Service) > 2);
     assert!(world.seen.synced.is_empty());

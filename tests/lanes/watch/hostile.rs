@@ -78,7 +78,7 @@ fn names_of_64_kib_and_texts_that_are_no_utf_8_are_read() {
         server.put(malformed(&"m".repeat(64 << 10)));
     });
     world.until_synced();
-    assert_eq!(world.seen.services(), [long.clone()]);
+    assert_eq!(world.seen.services(), std::slice::from_ref(&long));
     world.until("the problem", |_, seen| seen.problems.len() == 1);
     let problem = world.seen.problems[0].to_string();
     assert!(problem.len() < 1_000, "{} bytes", problem.len());

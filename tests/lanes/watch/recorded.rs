@@ -14,19 +14,22 @@ use crate::setup::{PACE, World};
 /// The events of a recording.
 fn recorded(name: &str) -> Vec<Value> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("cases/watch").join(name);
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    let text = std::fs::read_to_string(path).expect("a recording");
+    text.lines().map(|line| serde_json::from_str(line).expect("an event")).collect()
 }
 
 fn version(event: &Value) -> u64 {
-    event["object"]["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap()
+    event["object"]["metadata"]["resourceVersion"]
+        .as_str()
+        .and_then(|text| text.parse().ok())
+        .expect("a version")
 }
 
 /// Makes happen on the server what an event tells.
 fn replay(server: &ApiServer, resource: Resource, event: &Value) {
     let object = &event["object"];
-    let text = |field: &str| object["metadata"][field].as_str().unwrap();
-    match event["type"].as_str().unwrap() {
+    let text = |field: &str| object["metadata"][field].as_str().expect("a name");
+    match event["type"].as_str().unwrap_or_default() {
         "ADDED" | "MODIFIED" => server.put_as_it_is(object.clone()),
         "DELETED" => {
             server.advance(version(event) - 1);
@@ -44,15 +47,15 @@ fn replay(server: &ApiServer, resource: Resource, event: &Value) {
 
 /// What a watch that asks as the recorded one did hears.
 fn heard(resource: Resource, path: &str, events: &[Value]) -> Vec<Value> {
-    let server = ApiServer::start().unwrap();
+    let server = ApiServer::start().expect("a server");
     let is_initial_end =
         |event: &Value| !event["object"]["metadata"]["annotations"]["k8s.io/initial-events-end"].is_null();
-    let initial = events.iter().position(is_initial_end).unwrap() + 1;
+    let initial = events.iter().position(is_initial_end).expect("an end of the initial events") + 1;
     let (before, after) = events.split_at(initial);
     before.iter().for_each(|event| replay(&server, resource, event));
     let query =
         "watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true";
-    let mut lines = Lines::open(&server, &format!("{path}?{query}&timeoutSeconds=60")).unwrap();
+    let mut lines = Lines::open(&server, &format!("{path}?{query}&timeoutSeconds=60")).expect("an answer");
     let mut said: Vec<Value> = before.iter().map(|_| lines.next()).collect();
     after.iter().for_each(|event| replay(&server, resource, event));
     said.extend(after.iter().map(|_| lines.next()));
@@ -79,7 +82,7 @@ impl Lines {
     }
 
     fn next(&mut self) -> Value {
-        serde_json::from_str(&self.line().unwrap()).unwrap()
+        serde_json::from_str(&self.line().expect("a line")).expect("an event")
     }
 }
 

@@ -58,9 +58,9 @@ pub(crate) struct Seen {
 impl World {
     /// A server with a Node, and nothing that watches it.
     pub(crate) fn without_watch() -> (ApiServer, TempDir) {
-        let server = ApiServer::start().unwrap();
+        let server = ApiServer::start().expect("a server");
         server.put(node());
-        (server, tempfile::tempdir().unwrap())
+        (server, tempfile::tempdir().expect("a directory"))
     }
 
     /// A server with a Node, and a watch of it.
@@ -77,12 +77,15 @@ impl World {
 
     /// A watch of a server.
     pub(crate) fn watching(server: ApiServer, directory: TempDir, pace: Pace) -> Self {
-        let access = Access { kubeconfig: Some(server.kubeconfig(directory.path()).unwrap()), master: None };
+        let access = Access {
+            kubeconfig: Some(server.kubeconfig(directory.path()).expect("a kubeconfig")),
+            master: None,
+        };
         let options = Options { access, node: NODE.into(), pace };
         let (sender, events) = mpsc::channel(64);
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
-        let watch = block_on(Watch::start(options, sender, metrics)).unwrap();
+        let watch = block_on(Watch::start(options, sender, metrics)).expect("a watch");
         let seen = Seen {
             watch,
             objects: Objects::default(),
@@ -161,10 +164,10 @@ impl Seen {
     /// The value of a counter of a kind.
     pub(crate) fn count(&self, name: &str, kind: Kind) -> u64 {
         let mut text = String::new();
-        encode(&mut text, &self.registry).unwrap();
+        encode(&mut text, &self.registry).expect("metrics");
         let key = format!("{name}_total{{kind=\"{}\"}} ", kind.label());
         let line = text.lines().find_map(|line| line.strip_prefix(&key));
-        line.unwrap_or_else(|| panic!("no {key} in\n{text}")).parse().unwrap()
+        line.unwrap_or_else(|| panic!("no {key} in\n{text}")).parse().expect("a number")
     }
 
     /// Names of the Services that are known.

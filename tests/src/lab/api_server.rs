@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -25,8 +25,8 @@ mod selectors;
 mod store;
 mod stream;
 
-/// Longest time for an address to be free again.
-const BIND_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time for connections to end.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running API server; dropping it ends every connection.
 pub struct ApiServer {
@@ -127,11 +127,16 @@ impl ApiServer {
     }
 
     /// Ends every connection and listens no more, as when the machine of the server is off.
-    pub fn go(&mut self) {
+    pub fn go(&mut self) -> Result<()> {
         if let Some(serving) = self.serving.take() {
             serving.abort();
         }
-        self.shared.change(|state| state.open.clear());
+        // Every connection shares the state, until the runtime has noticed that it is over.
+        wait_for("every connection to end", END_TIMEOUT, || {
+            let others = Arc::strong_count(&self.shared) - 1;
+            ensure!(others == 0, "{others} are left");
+            Ok(())
+        })
     }
 
     /// Listens again where the server listened before, with the objects it has.
@@ -144,13 +149,11 @@ impl ApiServer {
             socket.bind(address)?;
             socket.listen(128)
         };
-        // The socket from before closes when its task has noticed that it is over.
-        let listener = wait_for(&format!("an API server on {address}"), BIND_TIMEOUT, || {
-            Ok(match &self.namespace {
-                Some(namespace) => namespace.run(bind)?,
-                None => bind()?,
-            })
-        })?;
+        let bound = match &self.namespace {
+            Some(namespace) => namespace.run(bind),
+            None => bind(),
+        };
+        let listener = bound.with_context(|| format!("API server on {address}"))?;
         self.address = listener.local_addr()?;
         self.serving = Some(runtime().spawn(http::serve(listener, Arc::clone(&self.shared))));
         Ok(())
@@ -258,6 +261,8 @@ impl ApiServer {
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
-        self.go();
+        if let Some(serving) = self.serving.take() {
+            serving.abort();
+        }
     }
 }
