@@ -1,6 +1,6 @@
 //! What the command line, the environment and a configuration file ask for, and what they resolve to.
 //!
-//! [`flags`] holds the flags, [`file`] hands the fields of a kube-proxy configuration to them, and [`ignored`] explains
+//! [`flags`] holds the flags, [`mod@file`] hands the fields of a kube-proxy configuration to them, and [`ignored`] explains
 //! what of kube-proxy's has no effect here.
 
 use std::{

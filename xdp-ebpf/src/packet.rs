@@ -114,12 +114,12 @@ impl<'a> XdpFrame<'a> {
     /// Makes the frame these bytes.
     #[inline(always)]
     fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool {
-        // SAFETY: the context is the verifier's; the helpers take numbers beside it.
         let len = match self.has_frags {
+            // SAFETY: the context is the verifier's; the helper (5.18) takes nothing else.
             true => unsafe { helpers::generated::bpf_xdp_get_buff_len(self.ctx.ctx) as usize },
             false => self.ctx.data_end() - self.ctx.data(),
         };
-        // SAFETY: as above.
+        // SAFETY: the context is the verifier's; the helper takes a number beside it.
         if unsafe { helpers::bpf_xdp_adjust_tail(self.ctx.ctx, N as i32 - len as i32) } != 0 {
             return false;
         }

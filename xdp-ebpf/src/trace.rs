@@ -18,6 +18,7 @@ pub(crate) fn verdict<C: EbpfContext>(
     let what = match verdict.action {
         Action::Pass => return,
         Action::Drop(reason) => reason.label(),
+        Action::Reject(reason) => reason.label(),
         Action::Stack => "to the stack",
         Action::Transmit => "transmitted",
         Action::Redirect => "redirected",

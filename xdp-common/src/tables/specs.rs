@@ -54,7 +54,7 @@ pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
 pub const GATE_INGRESS: MapSpec = MapSpec { name: "GATE_INGRESS", entries: GATE_WORDS };
 /// Filter in front of egress.
 pub const GATE_EGRESS: MapSpec = MapSpec { name: "GATE_EGRESS", entries: GATE_WORDS };
-/// One slot of [`Config`].
+/// One slot of [`Config`](super::Config).
 pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
 /// Per-CPU work area.
 pub const WORK_V4: MapSpec = MapSpec { name: "WORK_V4", entries: 1 };
