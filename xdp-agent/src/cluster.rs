@@ -16,7 +16,7 @@ use self::{
     family::{Concerned, Served, Side},
     problems::Problems,
     site::Site,
-    wanted::Delta,
+    wanted::{Delta, Ip6},
 };
 use crate::{
     objects::{Change, Node, ObjectName, Service, ServiceCidr, Slice},
@@ -95,7 +95,7 @@ pub struct Update {
     /// In IPv4.
     pub v4: Delta<[u8; 4]>,
     /// In IPv6.
-    pub v6: Delta<[u8; 16]>,
+    pub v6: Delta<Ip6>,
 }
 
 /// A port on which load balancers ask whether this node has endpoints of a Service. It claims nothing: it is the agent's
@@ -153,7 +153,7 @@ pub struct Cluster {
     /// Every slice that is used, to find the Service that it was of.
     slices: HashMap<ObjectName, Arc<Slice>>,
     v4: Side<[u8; 4]>,
-    v6: Side<[u8; 16]>,
+    v6: Side<Ip6>,
     health_checks: BTreeMap<ObjectName, HealthCheck>,
     problems: Problems,
     touched: BTreeSet<ObjectName>,
@@ -169,7 +169,7 @@ struct Entry {
     service: Option<Arc<Service>>,
     slices: BTreeMap<Box<str>, Arc<Slice>>,
     v4: Served<[u8; 4]>,
-    v6: Served<[u8; 16]>,
+    v6: Served<Ip6>,
 }
 
 impl Cluster {
@@ -333,7 +333,7 @@ impl Cluster {
                 service: name.clone(),
                 port,
                 local_endpoints_v4: local_ready::<[u8; 4]>(slices.clone(), here),
-                local_endpoints_v6: local_ready::<[u8; 16]>(slices, here),
+                local_endpoints_v6: local_ready::<Ip6>(slices, here),
             };
             self.health_checks.insert(name.clone(), check);
         } else {

@@ -30,7 +30,7 @@ struct World {
 #[derive(Debug, Default, PartialEq)]
 struct Told {
     v4: ToldFamily<[u8; 4]>,
-    v6: ToldFamily<[u8; 16]>,
+    v6: ToldFamily<Ip6>,
 }
 
 #[derive(Debug, PartialEq)]

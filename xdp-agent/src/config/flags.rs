@@ -230,7 +230,7 @@ pub struct SizeArgs {
 
     /// Slots of all Maglev rings together, 4 bytes each.
     #[arg(long, env = "XDP_AGENT_MAX_RING_SLOTS", value_name = "SLOTS",
-        default_value_t = tables::RINGS.entries, value_parser = entries())]
+        default_value_t = tables::RINGS_V4.entries, value_parser = entries())]
     pub max_ring_slots: u32,
 
     /// Networks: of pods, of ServiceCIDRs, and source ranges of load balancers; when full, further Services with such

@@ -4,7 +4,7 @@ use std::{net::IpAddr, str::FromStr};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use xdp_common::net::FlowKey;
+use xdp_common::net::{FlowKey, Ip6};
 
 use crate::cluster::{address::parse_ip_sloppy, wanted::Protocol};
 
@@ -17,7 +17,7 @@ pub enum Question {
     /// In IPv4.
     V4(FlowKey<[u8; 4]>),
     /// In IPv6.
-    V6(FlowKey<[u8; 16]>),
+    V6(FlowKey<Ip6>),
 }
 
 /// An address with a port or without.
@@ -57,7 +57,7 @@ impl Question {
                 Ok(Self::V4(key(src.octets(), dst.octets(), from.port, to.port, protocol)))
             }
             (IpAddr::V6(src), IpAddr::V6(dst)) => {
-                Ok(Self::V6(key(src.octets(), dst.octets(), from.port, to.port, protocol)))
+                Ok(Self::V6(key(src.octets().into(), dst.octets().into(), from.port, to.port, protocol)))
             }
             (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
                 Err(format!("{} and {} are of different families", from.addr, to.addr))

@@ -10,7 +10,7 @@ use k8s_openapi::{
 use super::{Flaws, quoted, service::port_number};
 use crate::cluster::{
     address::{parse_ip_sloppy, special},
-    wanted::{IpAddress, Protocol},
+    wanted::{Ip6, IpAddress, Protocol},
 };
 
 const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -27,7 +27,7 @@ pub struct Slice {
     /// Its endpoints, when its addresses are IPv4.
     pub v4: Box<[SliceEndpoint<[u8; 4]>]>,
     /// Its endpoints, when its addresses are IPv6.
-    pub v6: Box<[SliceEndpoint<[u8; 16]>]>,
+    pub v6: Box<[SliceEndpoint<Ip6>]>,
     names: Names,
     /// When what it tells happened, in milliseconds since 1970, as its controller says.
     pub trigger_ms: Option<i64>,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    cluster::wanted::{Delta, ServicePortName},
+    cluster::wanted::{Delta, IpAddress, ServicePortName},
     plan::Plan,
 };
 
@@ -23,7 +23,7 @@ impl ServiceNames {
     }
 
     /// Forgets those that are about to go.
-    pub(super) fn forget(&self, delta: &Delta<[u8; 4]>, plan: &Plan<[u8; 4]>) {
+    pub(super) fn forget<A: IpAddress>(&self, delta: &Delta<A>, plan: &Plan<A>) {
         let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for id in delta.ports.keys().filter_map(|name| plan.service_id(name)) {
             names.remove(&id);
@@ -31,7 +31,7 @@ impl ServiceNames {
     }
 
     /// Learns those that have come.
-    pub(super) fn learn(&self, delta: &Delta<[u8; 4]>, plan: &Plan<[u8; 4]>) {
+    pub(super) fn learn<A: IpAddress>(&self, delta: &Delta<A>, plan: &Plan<A>) {
         let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for name in delta.ports.keys() {
             names.extend(plan.service_id(name).map(|id| (id, name.clone())));

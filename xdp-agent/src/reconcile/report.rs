@@ -6,6 +6,7 @@ use tracing::{info, warn};
 
 use super::Reconciler;
 use crate::{
+    cluster::wanted::Ip6,
     problem::{Place, Problem, ProblemKind},
     status::ProblemStatus,
 };
@@ -28,17 +29,9 @@ pub(super) struct Reported {
 impl Reconciler {
     /// Says in the log, the metrics and the status what is served and what is not.
     pub(super) fn report(&mut self) {
-        let fill = self.plan.fill();
-        self.parts.metrics.services.set(self.plan.services() as i64);
-        self.parts.metrics.fill(fill);
-        let services = self.plan.services();
-        self.parts.shared.update(|status| {
-            status.services = services;
-            status.frontends = fill.frontends;
-            status.backends = fill.backends;
-        });
+        self.tell_fill();
         let versions = (self.source_problems_version, self.cluster.problems_version());
-        let of_plan = self.plan.problems();
+        let of_plan = [self.v4.plan.problems(), self.v6.plan.problems()].concat();
         if self.reported.versions != versions || self.reported.plan != of_plan {
             let all = self.source_problems.iter().cloned().chain(self.cluster.problems());
             let now =
@@ -46,6 +39,25 @@ impl Reconciler {
             self.report_problems(&now);
             self.reported = Reported { versions, plan: of_plan, said: now };
         }
+    }
+
+    /// Service ports that are served, of the family that has more of them.
+    pub(super) fn services(&self) -> usize {
+        self.v4.plan.services().max(self.v6.plan.services())
+    }
+
+    /// Says how much is served and how full the maps are.
+    pub(super) fn tell_fill(&self) {
+        let services = self.services();
+        let (v4, v6) = (self.v4.plan.fill(), self.v6.plan.fill());
+        self.told.metrics.services.set(services as i64);
+        self.told.metrics.fill::<[u8; 4]>(v4);
+        self.told.metrics.fill::<Ip6>(v6);
+        self.told.shared.update(|status| {
+            status.services = services;
+            status.frontends = v4.frontends + v6.frontends;
+            status.backends = v4.backends + v6.backends;
+        });
     }
 
     fn report_problems(&self, now: &BTreeMap<Identity, Problem>) {
@@ -61,17 +73,17 @@ impl Reconciler {
         for (_, problem) in gone.take(LOGGED_MAX) {
             info!(kind = problem.kind.label(), %problem, "no problem any more");
         }
-        self.parts.metrics.problems(now.values());
+        self.told.metrics.problems(now.values());
         let status =
             |problem: &Problem| ProblemStatus { kind: problem.kind.label(), message: problem.to_string() };
         let of_status = now.values().map(status).collect();
-        self.parts.shared.update(|all| all.problems = of_status);
+        self.told.shared.update(|all| all.problems = of_status);
     }
 
     /// Counts the objects.
     pub(super) fn report_objects(&self) {
         for (kind, count) in self.cluster.objects() {
-            self.parts.metrics.objects.get_or_create(&[("kind", kind)]).set(count as i64);
+            self.told.metrics.objects.get_or_create(&[("kind", kind)]).set(count as i64);
         }
     }
 }
