@@ -300,6 +300,7 @@ impl Reconciler {
             self.parts.clock.store(clock, Ordering::Relaxed);
         }
         self.tell_writes();
+        self.log_problems();
         self.report_objects();
     }
 
