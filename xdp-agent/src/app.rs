@@ -186,6 +186,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             health: Health { sync, heartbeat },
             watch: health_of_watch,
             config: Arc::new(config.to_json()),
+            names,
+            slis: metrics::Slis::default(),
         },
         stop,
         not_ready,
