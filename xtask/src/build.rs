@@ -46,8 +46,13 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
 
 /// Sets up and builds what running the agent takes; returns the agent.
 pub(crate) fn release_agent(workspace: &Workspace) -> Result<PathBuf> {
+    agent_and_objects(workspace, Profile::Release)
+}
+
+/// Sets up and builds what running the agent takes, in a profile; returns the agent.
+pub(crate) fn agent_and_objects(workspace: &Workspace, profile: Profile) -> Result<PathBuf> {
     bpf_objects(workspace, &setup::ensure()?, None)?;
-    agent(workspace, Profile::Release, None)
+    agent(workspace, profile, None)
 }
 
 /// Builds one binary of the default members.

@@ -12,6 +12,7 @@ mod setup;
 mod test;
 mod tidy;
 mod tool;
+mod vm;
 mod workspace;
 
 use anyhow::{Result, bail};
@@ -27,6 +28,7 @@ cargo xtask VERB [ARGS]
   test [LANE...]                        lanes: host, prog-run, netns; all of them by default
   lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
   tidy                                  the rules of the source tree that a program can check
+  vm [--kernel LIST] [--arch LIST]      lanes in emulated machines: 5.10, 6.1, 6.12, newest; x86_64, arm64, arm64-16k
   bench NAME [ARGS]                     measurements, each beside its references (`bench prog`)
 
 CARGO_TARGET_DIR is honoured. XDP_AGENT_BPF_RUSTC names the compiler for the BPF programs when the one that is
@@ -52,6 +54,7 @@ fn dispatch(verb: Option<&str>, args: &[String]) -> Result<()> {
         Some("test") => test::verb(&workspace, args),
         Some("lint") => lint::verb(&workspace, args),
         Some("tidy") => tidy::verb(&workspace, args),
+        Some("vm") => vm::verb(&workspace, args),
         Some("bench") => bench::verb(&workspace, args),
         None | Some("help" | "--help" | "-h") => {
             println!("{HELP}");
