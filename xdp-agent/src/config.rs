@@ -54,7 +54,7 @@ const METRICS_PORT: u16 = 10249;
 
 /// Balances Kubernetes Services at XDP, in place of kube-proxy.
 #[derive(Debug, Parser)]
-#[command(name = "xdp-agent", version, about, disable_help_subcommand = true)]
+#[command(name = "xdp-agent", version = crate::VERSION, about, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -24,6 +24,7 @@ pub mod interfaces;
 pub mod manifests;
 pub mod maps;
 pub mod metrics;
+pub mod names;
 pub mod neighbours;
 pub mod netdev;
 pub mod netlink;
@@ -36,3 +37,9 @@ pub mod serve;
 pub mod source;
 pub mod status;
 pub mod watch;
+
+/// The commit that a released agent is built from; `unknown` in one that `cargo xtask dist` has not built.
+pub const REVISION: &str = env!("XDP_AGENT_REVISION");
+
+/// Version and revision, as people read them.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (revision ", env!("XDP_AGENT_REVISION"), ")");

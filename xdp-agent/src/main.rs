@@ -9,9 +9,11 @@ use xdp_agent::{
     config::{Args, Cli, Command, Config, LogFormat, Note, flags::LogArgs},
     doctor::{self, DoctorArgs},
     explain::{self, ExplainArgs},
+    names,
 };
 
 fn main() -> ExitCode {
+    names::look_up_by_files_and_dns();
     let (cli, notes) = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let args = match cli.command {
         Command::Run(args) => args,
@@ -63,7 +65,7 @@ fn run(args: Args, notes: &[Note]) -> anyhow::Result<()> {
         return cleanup::run(&args.programs.pin_dir);
     }
     let config = Config::resolve(args)?;
-    info!(version = env!("CARGO_PKG_VERSION"), ?config, "starting");
+    info!(version = xdp_agent::VERSION, ?config, "starting");
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))
 }
 

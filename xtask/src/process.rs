@@ -32,6 +32,11 @@ pub(crate) fn cargo_compile(workspace: &Workspace) -> Command {
 
 /// As [`cargo_compile`], by a named cargo and with no directory set.
 pub(crate) fn cargo_compile_by(program: &OsStr) -> Command {
+    in_outer_netns(program)
+}
+
+/// Prepares a program that fetches or compiles and runs nothing of ours, where it has a way out.
+pub(crate) fn in_outer_netns(program: &OsStr) -> Command {
     let Some(outer) = host::outer_netns() else { return cargo_by(program) };
     let mut command = cargo_by(OsStr::new("nsenter"));
     command.arg(format!("--net={}", outer.display())).arg("--").arg(program);

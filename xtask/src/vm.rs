@@ -7,6 +7,7 @@ mod packages;
 mod payload;
 mod results;
 
+use crate::arch::Arch;
 use crate::workspace::{Profile, Workspace};
 use anyhow::{Context, Result, bail};
 use initramfs::Initramfs;
@@ -42,11 +43,11 @@ impl Architecture {
         }
     }
 
-    /// Debian's name of the architecture.
-    pub(crate) fn debian(self) -> &'static str {
+    /// The architecture of its programs.
+    pub(crate) fn arch(self) -> Arch {
         match self {
-            Self::X86 => "amd64",
-            Self::Arm | Self::Arm16k => "arm64",
+            Self::X86 => Arch::Amd64,
+            Self::Arm | Self::Arm16k => Arch::Arm64,
         }
     }
 
@@ -56,14 +57,6 @@ impl Architecture {
             Self::X86 => "amd64",
             Self::Arm => "arm64",
             Self::Arm16k => "arm64-16k",
-        }
-    }
-
-    /// Whether this machine runs its programs.
-    pub(crate) fn is_native(self) -> bool {
-        match self {
-            Self::X86 => cfg!(target_arch = "x86_64"),
-            Self::Arm | Self::Arm16k => cfg!(target_arch = "aarch64"),
         }
     }
 }
@@ -116,11 +109,12 @@ pub(crate) struct Guest {
 }
 
 /// What was asked for.
-struct Request {
+pub(crate) struct Request {
     kernels: Vec<String>,
     architectures: Vec<Architecture>,
     lanes: Vec<Lane>,
     profile: Profile,
+    /// The beginning or a part of the names of tests; all of them without.
     filter: Option<String>,
 }
 
@@ -128,8 +122,7 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     let request = parse(args)?;
     let mut rows = Vec::new();
     for &architecture in &request.architectures {
-        let filter = request.filter.as_deref();
-        let payload = payload::pack(workspace, architecture, &request.lanes, request.profile, filter)?;
+        let payload = payload::pack(workspace, architecture.arch(), &request)?;
         for version in &request.kernels {
             let outcome = boot(workspace, architecture, version, &payload, &request.lanes).unwrap_or_else(|error| {
                 Outcome { problems: vec![format!("{error:#}")], ..Outcome::default() }

@@ -43,7 +43,7 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Finds the newest kernel of a version (`6.1`, [`NEWEST`]), and fetches it once.
     pub(crate) fn find(architecture: Architecture, version: &str) -> Result<Self> {
-        let apt = Apt::of(architecture.debian())?;
+        let apt = Apt::of(architecture.arch().name())?;
         let names = apt.names("linux-")?;
         let packages = candidates(&names, architecture.flavour(), version);
         ensure!(
@@ -214,12 +214,12 @@ fn numbers(release: &str) -> Vec<u64> {
 
 /// The shell of a guest, of its own architecture.
 pub(crate) fn busybox(architecture: Architecture) -> Result<PathBuf> {
-    let root = packages::cache()?.join(format!("busybox-{}", architecture.debian()));
+    let root = packages::cache()?.join(format!("busybox-{}", architecture.arch().name()));
     let places = ["usr/bin/busybox", "bin/busybox"].map(|path| root.join(path));
     if let Some(found) = places.iter().find(|path| process::is_executable(path)) {
         return Ok(found.clone());
     }
-    Apt::of(architecture.debian())?.unpack(&["busybox-static".to_owned()], &root)?;
+    Apt::of(architecture.arch().name())?.unpack(&["busybox-static".to_owned()], &root)?;
     places.into_iter().find(|path| process::is_executable(path)).context("the package busybox-static has no busybox")
 }
 

@@ -1,67 +1,87 @@
 //! What runs in a guest: the compiled lanes, the agent and its objects, the same for every kernel of an architecture.
 
-use super::{Architecture, Lane, initramfs::Initramfs};
+use super::{Lane, Request, initramfs::Initramfs};
+use crate::arch::Arch;
 use crate::build;
+use crate::cross;
+use crate::dist;
 use crate::process;
-use crate::workspace::{Profile, Workspace};
+use crate::setup;
+use crate::workspace::Workspace;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Builds everything and packs it, with the list of what is run.
-pub(crate) fn pack(
-    workspace: &Workspace,
-    architecture: Architecture,
-    lanes: &[Lane],
-    profile: Profile,
-    filter: Option<&str>,
-) -> Result<Vec<u8>> {
-    let agent = build::agent_and_objects(workspace, profile)?;
+pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Result<Vec<u8>> {
+    let objects = workspace.bpf_objects();
+    build::bpf_objects(workspace, &setup::ensure()?, None)?;
+    let programs = compile(workspace, arch, request)?;
+    let program = |name: &str| {
+        let found = executable(&programs, name);
+        found.with_context(|| format!("cargo names no program {name}"))
+    };
     let mut archive = Initramfs::default();
-    let mut programs = vec![agent.clone()];
-    archive.copy("xdp-agent", &agent)?;
-    for object in std::fs::read_dir(workspace.bpf_objects())? {
+    let mut binaries = vec![program("xdp-agent")?];
+    for object in std::fs::read_dir(&objects).with_context(|| format!("cannot read {}", objects.display()))? {
         let object = object?;
         archive.copy(&format!("bpf/{}", object.file_name().to_string_lossy()), &object.path())?;
     }
     let mut list = String::new();
-    let messages = compile(workspace, lanes, profile)?;
-    for lane in lanes {
-        let program = executable(&messages, lane.target());
-        let program = program.with_context(|| format!("cargo names no program of {}", lane.name()))?;
-        archive.copy(lane.target(), &program)?;
-        let filter = filter.map(|filter| format!(" {filter}")).unwrap_or_default();
+    for lane in &request.lanes {
+        binaries.push(program(lane.target())?);
+        let filter = request.filter.as_ref().map(|filter| format!(" {filter}")).unwrap_or_default();
         list.push_str(&format!(
             "{} XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent RUST_BACKTRACE=0 /{} --test-threads={}{filter} 2>&1\n",
             lane.name(),
             lane.target(),
             lane.threads(),
         ));
-        programs.push(program);
     }
-    list.push_str("doctor /xdp-agent doctor --output json\n");
+    let names = std::iter::once("xdp-agent").chain(request.lanes.iter().map(|lane| lane.target()));
+    for (name, binary) in names.zip(&binaries) {
+        archive.copy(name, binary)?;
+    }
     archive.file("run.list", list.as_bytes());
-    for library in libraries(&programs)? {
+    for library in libraries(&binaries)? {
         archive.copy(&library.to_string_lossy(), &library)?;
     }
-    debug_assert!(architecture.is_native());
     Ok(archive.finish())
 }
 
-/// Compiles the lanes, all at once so that what they share is compiled once; cargo says where their programs are.
-fn compile(workspace: &Workspace, lanes: &[Lane], profile: Profile) -> Result<String> {
-    let mut command = process::cargo_compile(workspace);
-    command.arg("test").args(profile.flags()).args(["--no-run", "--message-format=json-render-diagnostics"]);
+/// Compiles the agent and the lanes, for this machine's processor as the lanes are compiled here, for another one as
+/// released binaries are; cargo says where they are.
+fn compile(workspace: &Workspace, arch: Arch, request: &Request) -> Result<String> {
+    let call = |verb: &[&str]| -> Result<Command> {
+        let mut command = if arch == Arch::here()? {
+            process::cargo_compile(workspace)
+        } else {
+            dist::cargo(workspace, &cross::ensure(&[arch])?, arch)
+        };
+        command.args(verb).args(request.profile.flags());
+        if arch != Arch::here()? {
+            command.args(["--target", &arch.target()]);
+        }
+        Ok(command)
+    };
     // Whichever lanes are asked for, the features are the same: nothing is compiled again for fewer.
-    let features = Lane::ALL.map(|lane| format!("xdp-agent-tests/{}", lane.name()));
-    command.arg("--features").arg(features.join(","));
-    for lane in lanes {
-        command.args(["--test", lane.target()]);
+    let features = Lane::ALL.map(|lane| format!("xdp-agent-tests/{}", lane.name())).join(",");
+    let mut messages = run(&mut call(&["build", "--bin", "xdp-agent", FORMAT])?)?;
+    let mut tests = call(&["test", "--no-run", FORMAT, "--features", &features])?;
+    for lane in &request.lanes {
+        tests.args(["--test", lane.target()]);
     }
-    process::show(&command);
+    messages.push_str(&run(&mut tests)?);
+    Ok(messages)
+}
+
+const FORMAT: &str = "--message-format=json-render-diagnostics";
+
+fn run(command: &mut Command) -> Result<String> {
+    process::show(command);
     let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     if !output.status.success() {
-        bail!("the lanes do not compile");
+        bail!("the guests' programs do not compile");
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
