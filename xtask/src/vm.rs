@@ -68,16 +68,19 @@ pub(crate) enum Lane {
     ProgRun,
     /// Traffic between namespaces.
     Netns,
+    /// Traffic over cards of every driver there is.
+    Devices,
 }
 
 impl Lane {
-    const ALL: [Self; 2] = [Self::ProgRun, Self::Netns];
+    const ALL: [Self; 3] = [Self::ProgRun, Self::Netns, Self::Devices];
 
     /// The word on the command line, which is the feature too.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::ProgRun => "prog-run",
             Self::Netns => "netns",
+            Self::Devices => "devices",
         }
     }
 
@@ -86,6 +89,31 @@ impl Lane {
         match self {
             Self::ProgRun => "prog_run",
             Self::Netns => "netns",
+            Self::Devices => "devices",
+        }
+    }
+
+    /// A few tests that meet every program, every way out of a node, and everything the agent does with the kernel.
+    fn quick(self) -> &'static [&'static str] {
+        match self {
+            Self::ProgRun => &[
+                "forwarding::packets_of_every_form",
+                "forwarding::long_frames_in_several_buffers",
+                "here::answers_of_every_form",
+                "answers::",
+                "flows::",
+                "checksums::",
+                "full_tables::a_flood_disturbs_no_established_flow",
+            ],
+            Self::Netns => &[
+                "clean_host::stopping_leaves_the_host_as_it_was",
+                "explain::",
+                "restart::",
+                "slow_path::a_second_node_behind_a_peer_without_a_program_is_served",
+                "traffic::datagrams_of_every_size_come_back_unchanged",
+                "traffic::http_bodies_arrive_intact",
+            ],
+            Self::Devices => &[],
         }
     }
 
@@ -93,7 +121,7 @@ impl Lane {
     fn threads(self) -> u32 {
         match self {
             Self::ProgRun => 2,
-            Self::Netns => 1,
+            Self::Netns | Self::Devices => 1,
         }
     }
 }
@@ -114,8 +142,17 @@ pub(crate) struct Request {
     architectures: Vec<Architecture>,
     lanes: Vec<Lane>,
     profile: Profile,
-    /// The beginning or a part of the names of tests; all of them without.
-    filter: Option<String>,
+    /// Parts of the names of tests that are run; all of them without.
+    tests: Vec<String>,
+    is_quick: bool,
+}
+
+impl Request {
+    /// What the test program of a lane is told to run.
+    pub(crate) fn tests(&self, lane: Lane) -> Vec<String> {
+        let quick = lane.quick().iter().filter(|_| self.is_quick).map(|&test| test.to_owned());
+        self.tests.iter().cloned().chain(quick).collect()
+    }
 }
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
@@ -167,7 +204,7 @@ fn boot(
         initrd: directory.join(format!("{name}.initrd")),
         log: directory.join(format!("{name}.log")),
         kernel: kernel.image,
-        has_cards: false,
+        has_cards: lanes.contains(&Lane::Devices),
         architecture,
         name,
     };
@@ -204,7 +241,8 @@ fn parse(args: &[String]) -> Result<Request> {
         architectures: vec![Architecture::X86, Architecture::Arm],
         lanes: Lane::ALL.to_vec(),
         profile: Profile::Release,
-        filter: None,
+        tests: Vec::new(),
+        is_quick: false,
     };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -213,10 +251,12 @@ fn parse(args: &[String]) -> Result<Request> {
             "--kernel" => request.kernels = value()?.split(',').map(str::to_owned).collect(),
             "--arch" => request.architectures = all(value()?, &Architecture::ALL, Architecture::name)?,
             "--lane" => request.lanes = all(value()?, &Lane::ALL, Lane::name)?,
-            "--test" => request.filter = Some(value()?.clone()),
+            "--test" => request.tests.extend(value()?.split(',').map(str::to_owned)),
+            "--quick" => request.is_quick = true,
             "--debug" => request.profile = Profile::Debug,
             other => bail!(
-                "`vm` does not know `{other}`; it takes --kernel LIST, --arch LIST, --lane LIST, --test NAME and --debug"
+                "`vm` does not know `{other}`; it takes --kernel LIST, --arch LIST, --lane LIST, --test LIST, --quick and \
+                 --debug"
             ),
         }
     }

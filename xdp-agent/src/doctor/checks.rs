@@ -118,7 +118,7 @@ fn jit(setting: Option<&str>) -> Check {
     match setting.map(str::trim) {
         Some("0") => Check::warning("jit", "off", "interpreted programs are many times slower; run `sysctl net.core.bpf_jit_enable=1`"),
         Some(_) => Check::good("jit", "on"),
-        None => Check::warning("jit", "unknown", "the kernel does not say; build it with CONFIG_BPF_JIT"),
+        None => Check::warning("jit", "unknown", "only the first network namespace shows net.core.bpf_jit_enable; it should be 1"),
     }
 }
 

@@ -10,7 +10,7 @@ use std::process::Command;
 
 /// What the lanes make devices with, and drivers of the machine's network cards. One that is neither built in nor there
 /// ends the run.
-const MODULES: [&str; 15] = [
+const MODULES: [&str; 14] = [
     "veth",
     "bridge",
     "vxlan",
@@ -25,7 +25,6 @@ const MODULES: [&str; 15] = [
     "e1000e",
     "igb",
     "vmxnet3",
-    "nf_tables",
 ];
 
 /// The word for the highest version there is.

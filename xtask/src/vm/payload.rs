@@ -12,6 +12,9 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+/// Where a lane finds the programs, and that time goes slowly.
+const ENVIRONMENT: &str = "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_LAB_PATIENCE=10";
+
 /// Builds everything and packs it, with the list of what is run.
 pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Result<Vec<u8>> {
     let objects = workspace.bpf_objects();
@@ -30,12 +33,12 @@ pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Resu
     let mut list = String::new();
     for lane in &request.lanes {
         binaries.push(program(lane.target())?);
-        let filter = request.filter.as_ref().map(|filter| format!(" {filter}")).unwrap_or_default();
         list.push_str(&format!(
-            "{} XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent RUST_BACKTRACE=0 /{} --test-threads={}{filter} 2>&1\n",
+            "{} {ENVIRONMENT} /{} --test-threads={} {} 2>&1\n",
             lane.name(),
             lane.target(),
             lane.threads(),
+            request.tests(*lane).join(" ")
         ));
     }
     let names = std::iter::once("xdp-agent").chain(request.lanes.iter().map(|lane| lane.target()));
