@@ -69,6 +69,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         "built without the BPF object: run `cargo xtask build` and build the agent again"
     );
     let kernel = KernelVersion::current()?;
+    preflight::check_kernel(kernel)?;
     preflight::check_privileges()?;
     preflight::raise_memlock(kernel);
     // Signals from here on end the agent by its own way out.

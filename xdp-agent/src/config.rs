@@ -20,6 +20,7 @@ use xdp_common::conntrack::Timeouts;
 
 use crate::{
     cluster::{DetectLocal, NodePortAddresses, Options},
+    doctor::DoctorArgs,
     explain::ExplainArgs,
     plan::Limits,
 };
@@ -53,7 +54,7 @@ pub(crate) const METRICS_PORT: u16 = 10249;
 
 /// Balances Kubernetes Services at XDP, in place of kube-proxy.
 #[derive(Debug, Parser)]
-#[command(name = "xdp-agent", version, about, disable_help_subcommand = true)]
+#[command(name = "xdp-agent", version = crate::VERSION, about, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -67,6 +68,8 @@ pub enum Command {
     Run(Box<Args>),
     /// Answer what a new connection would meet, and why, from files or from the maps of a running agent.
     Explain(Box<ExplainArgs>),
+    /// Tell whether `run` would work here, how XDP would run on each interface, and what would make it better.
+    Doctor(Box<DoctorArgs>),
 }
 
 /// Something the command line or the configuration file asks for that has no effect.
@@ -374,7 +377,11 @@ fn listen(args: &ListenArgs, bind_address: Option<IpAddr>) -> Listen {
     }
 }
 
-fn interfaces(given: &[String]) -> anyhow::Result<Vec<String>> {
+/// The interfaces of `--iface`, without repetitions; without any those of the default routes.
+///
+/// # Errors
+/// When a name is empty, or there is no default route.
+pub(crate) fn interfaces(given: &[String]) -> anyhow::Result<Vec<String>> {
     if given.is_empty() {
         return uplinks::names();
     }

@@ -183,7 +183,8 @@ impl Registries {
     /// Registries with everything in them that the agent measures of itself.
     pub fn new() -> (Self, Metrics, KubeProxy) {
         let mut agent = Registry::with_prefix("xdp_agent");
-        agent.register("build", "Version of the agent", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        let build = [("version", env!("CARGO_PKG_VERSION")), ("revision", crate::REVISION)];
+        agent.register("build", "Version of the agent, and the commit a release is built from", Info::new(build));
         let metrics = Metrics::register(&mut agent);
         let mut kube_proxy = Registry::with_prefix("kubeproxy");
         let of_kube_proxy = KubeProxy::new(&mut kube_proxy);
