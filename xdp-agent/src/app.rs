@@ -71,6 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         "built without the BPF object: run `cargo xtask build` and build the agent again"
     );
     let kernel = KernelVersion::current()?;
+    preflight::check_kernel(kernel)?;
     preflight::check_privileges()?;
     preflight::raise_memlock(kernel);
     // Signals from here on end the agent by its own way out.
@@ -140,6 +141,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     let (to_sync, sync) = watch::channel(SyncState::default());
     metrics::kube_proxy::Sync::register(&mut registries.kube_proxy, sync.clone());
     let (v4_names, v6_names) = (ServiceNames::default(), ServiceNames::default());
+    let names_of_families = (v4_names.clone(), v6_names.clone());
     if config.service_metrics {
         let of_families = [(loaded.v4.accounts, v4_names.clone()), (loaded.v6.accounts, v6_names.clone())];
         metrics::Accounts::register(&mut registries.agent, move || {
@@ -197,6 +199,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             health: Health { sync, heartbeat },
             watch: health_of_watch,
             config: Arc::new(config.to_json()),
+            names: names_of_families,
+            slis: metrics::Slis::default(),
         },
         stop,
         not_ready,

@@ -16,7 +16,7 @@ use xdp_common::{
     net::{FlowKey, Ip6, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey,
-        MapSpec, NetworkKey, WAYS,
+        MapSpec, Mapped, NetworkKey, WAYS,
     },
 };
 
@@ -195,6 +195,11 @@ fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 13] {
         (&maps.gate_ingress, of::<u32, u64>()),
         (&maps.gate_egress, of::<u32, u64>()),
     ]
+}
+
+/// Every map of the datapath.
+pub fn specs() -> impl Iterator<Item = &'static MapSpec> {
+    <[u8; 4]>::MAPS.all().into_iter().chain(Ip6::MAPS.all()).chain(tables::SHARED)
 }
 
 /// Creates the maps, or adopts those an earlier agent has pinned.

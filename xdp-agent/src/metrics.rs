@@ -27,6 +27,7 @@ use crate::{
 pub use accounts::Accounts;
 pub use datapath::Datapath;
 pub use kube_proxy::KubeProxy;
+pub use slis::Slis;
 
 pub mod accounts;
 pub mod datapath;
@@ -34,6 +35,7 @@ pub mod datapath;
 mod document;
 pub mod kube_proxy;
 pub mod process;
+pub mod slis;
 
 /// One fact of a closed set.
 type Label = [(&'static str, &'static str); 1];
@@ -203,7 +205,12 @@ impl Registries {
     /// Registries with everything in them that the agent measures of itself.
     pub fn new() -> (Self, Metrics, KubeProxy) {
         let mut agent = Registry::with_prefix("xdp_agent");
-        agent.register("build", "Version of the agent", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        let build = [("version", env!("CARGO_PKG_VERSION")), ("revision", crate::REVISION)];
+        agent.register(
+            "build",
+            "Version of the agent, and the commit a release is built from",
+            Info::new(build),
+        );
         let metrics = Metrics::register(&mut agent);
         let mut kube_proxy = Registry::with_prefix("kubeproxy");
         let of_kube_proxy = KubeProxy::new(&mut kube_proxy);

@@ -318,6 +318,7 @@ impl Reconciler {
             self.told.clock.store(clock, Ordering::Relaxed);
         }
         self.tell_writes();
+        self.log_problems();
         self.report_objects();
     }
 

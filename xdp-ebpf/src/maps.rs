@@ -3,6 +3,7 @@
 use core::{
     ffi::c_void,
     marker::PhantomData,
+    mem::MaybeUninit,
     ops::{Deref, DerefMut},
 };
 
@@ -304,16 +305,16 @@ impl<F: Maps> Kernel<F> {
     /// Asks the kernel's routing table.
     #[inline(always)]
     fn ask(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route {
-        // SAFETY: the structure is plain numbers.
-        let mut params: FibParams = unsafe { core::mem::zeroed() };
-        F::ask(&mut params, src, dst, tos);
+        let mut question = MaybeUninit::uninit();
+        let params = zeroed(&mut question);
+        F::ask(params, src, dst, tos);
         params.l4_protocol = proto;
         params.ifindex = ifindex;
         // A length of 0 asks for no MTU check; the answer carries the MTU in its place (5.13).
         params.__bindgen_anon_1.tot_len = 0;
         // SAFETY: context and parameters are valid; the size is that of the structure.
         let answer =
-            unsafe { helpers::bpf_fib_lookup(self.ctx, &raw mut params, size_of::<FibParams>() as i32, 0) };
+            unsafe { helpers::bpf_fib_lookup(self.ctx, &raw mut *params, size_of::<FibParams>() as i32, 0) };
         match answer as u32 {
             BPF_FIB_LKUP_RET_SUCCESS => Route::Hop {
                 ifindex: params.ifindex,
@@ -327,6 +328,28 @@ impl<F: Maps> Kernel<F> {
             _ => Route::Kernel,
         }
     }
+}
+
+/// Parameters of the routing table's helper, aligned so that words can be written.
+#[repr(C, align(8))]
+struct Question(FibParams);
+
+const _: () =
+    assert!(size_of::<Question>() == size_of::<FibParams>(), "whole words, and nothing behind them");
+
+/// Zeroes a question word by word. As a whole it becomes a call, and before kernel 6.8 the frame of even an empty function
+/// takes 32 bytes of the stack that all calls share.
+#[inline(always)] // see above
+fn zeroed(question: &mut MaybeUninit<Question>) -> &mut FibParams {
+    let words = question.as_mut_ptr().cast::<u64>();
+    let mut at = 0;
+    while at < size_of::<Question>() / 8 {
+        // SAFETY: within the structure, which is aligned to words.
+        unsafe { words.add(at).write_volatile(0) };
+        at += 1;
+    }
+    // SAFETY: every byte has been written, and the structure is plain numbers.
+    unsafe { &mut question.assume_init_mut().0 }
 }
 
 /// Nanoseconds in a period of answers, as a shift: 1.07 seconds.

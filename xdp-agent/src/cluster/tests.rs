@@ -13,6 +13,7 @@ use super::{
 
 mod claims;
 mod endpoints;
+mod flaws;
 mod frontends;
 mod health;
 mod node;

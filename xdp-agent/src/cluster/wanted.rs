@@ -259,13 +259,21 @@ impl Protocol {
     }
 }
 
+impl ServicePortName {
+    /// `namespace/name:port`, and `namespace/name` where the port has no name.
+    pub fn without_protocol(&self) -> String {
+        let Self { namespace, service, port, .. } = self;
+        if port.is_empty() {
+            format!("{namespace}/{service}")
+        } else {
+            format!("{namespace}/{service}:{port}")
+        }
+    }
+}
+
 impl fmt::Display for ServicePortName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.service)?;
-        if !self.port.is_empty() {
-            write!(f, ":{}", self.port)?;
-        }
-        write!(f, "/{}", self.protocol.name())
+        write!(f, "{}/{}", self.without_protocol(), self.protocol.name())
     }
 }
 

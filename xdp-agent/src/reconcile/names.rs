@@ -1,7 +1,7 @@
 //! Which service port has which service id, for those who read accounts.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -20,6 +20,12 @@ impl ServiceNames {
         let names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let named = |(id, packets, bytes)| Some((names.get(&id)?.clone(), packets, bytes));
         accounts.into_iter().filter_map(named).collect()
+    }
+
+    /// Every service port by its id, as `namespace/name:port`.
+    pub fn by_id(&self) -> BTreeMap<u32, String> {
+        let names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        names.iter().map(|(id, name)| (*id, name.without_protocol())).collect()
     }
 
     /// Forgets those that are about to go.
