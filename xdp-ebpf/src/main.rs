@@ -27,7 +27,7 @@ use xdp_common::{
 
 use crate::{
     family::Maps,
-    maps::{Kernel, count},
+    maps::{Kernel, count, parse},
     packet::{TcFrame, Wire, XdpFrame},
 };
 
@@ -91,8 +91,7 @@ fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 #[classifier]
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
-    // SAFETY: the context is the verifier's, valid for the whole program.
-    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+    match TcFrame::of(skb).ethertype() {
         V4::ETHERTYPE => tc_ingress_of::<V4>(skb),
         V6::ETHERTYPE => tc_ingress_of::<V6>(skb),
         _ => TC_ACT_UNSPEC,
@@ -111,8 +110,7 @@ fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
 #[classifier]
 pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
-    // SAFETY: the context is the verifier's, valid for the whole program.
-    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+    match TcFrame::of(skb).ethertype() {
         V4::ETHERTYPE => tc_egress_of::<V4>(skb),
         V6::ETHERTYPE => tc_egress_of::<V6>(skb),
         _ => TC_ACT_UNSPEC,
@@ -155,16 +153,6 @@ fn answer<R>(send: impl FnOnce(&mut AnswerFrame) -> Option<R>) -> Option<R> {
     let event = if sent.is_some() { Event::Answered } else { Event::Unanswered };
     count(Counter::Event(event));
     sent
-}
-
-/// The packet in a frame. It is put where programs share memory: the stack is small, and what is read from there is
-/// unknown to the verifier, which then need not follow every way through the headers to the end.
-#[inline(always)] // bounds proofs do not survive a call
-fn parse<F: Maps, R: frame::Frame>(frame: &R, ifindex: u32) -> Option<&'static frame::Packet<F::Addr>> {
-    let place = F::packets().get_ptr_mut(0)?;
-    // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
-    let place = unsafe { &mut *place };
-    if F::parse_into(frame, ifindex, place) { Some(place) } else { None }
 }
 
 // Checked on the host, by clippy and editors, the crate takes its panic handler from std.

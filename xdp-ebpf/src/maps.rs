@@ -17,6 +17,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     answer::AnswerFrame,
+    frame::{Frame, Packet},
     gate,
     net::FlowKey,
     tables::{
@@ -368,6 +369,16 @@ pub(crate) fn answer_area() -> Option<&'static mut AnswerFrame> {
     }
     answers.spent += 1;
     if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
+}
+
+/// The packet in a frame. It is put where programs share memory: the stack is small, and what is read from there is
+/// unknown to the verifier, which then need not follow every way through the headers to the end.
+#[inline(always)] // bounds proofs do not survive a call
+pub(crate) fn parse<F: Maps, R: Frame>(frame: &R, ifindex: u32) -> Option<&'static Packet<F::Addr>> {
+    let place = F::packets().get_ptr_mut(0)?;
+    // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
+    let place = unsafe { &mut *place };
+    if F::parse_into(frame, ifindex, place) { Some(place) } else { None }
 }
 
 /// Counts on this CPU.

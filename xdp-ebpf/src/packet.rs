@@ -288,6 +288,13 @@ impl TcFrame {
         Self { ctx: TcContext::new(ctx) }
     }
 
+    /// The EtherType of the packet, as the kernel has found it.
+    #[inline(always)]
+    pub(crate) fn ethertype(&self) -> u16 {
+        // SAFETY: the context is the verifier's, valid for the whole program.
+        u16::from_be(unsafe { (*self.skb()).protocol } as u16)
+    }
+
     /// Takes a frame of a family, with its headers pulled into the linear part where a driver has left them elsewhere.
     #[inline(always)]
     pub(crate) fn new<F: Wire>(ctx: *mut __sk_buff) -> Self {

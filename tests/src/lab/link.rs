@@ -1,6 +1,6 @@
 //! Devices, addresses, routes and neighbours of a namespace, by netlink.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
@@ -90,9 +90,9 @@ impl Namespace {
     }
 
     /// Adds an address to a device.
-    pub fn address(&self, device: &str, address: Ipv4Addr, prefix: u8) -> Result<()> {
-        let index = self.index(device)?;
-        block_on(self.netlink().address().add(index, address.into(), prefix).execute())
+    pub fn address(&self, device: &str, address: impl Into<IpAddr>, prefix: u8) -> Result<()> {
+        let (index, address) = (self.index(device)?, address.into());
+        block_on(self.netlink().address().add(index, address, prefix).execute())
             .with_context(|| format!("address {address}/{prefix} on {device} in {self:?}"))
     }
 
@@ -102,6 +102,13 @@ impl Namespace {
             RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(destination, prefix).gateway(gateway);
         block_on(self.netlink().route().add(route.build()).execute())
             .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
+    }
+
+    /// Adds a default route of IPv6.
+    pub fn default_route_v6(&self, gateway: Ipv6Addr) -> Result<()> {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway);
+        block_on(self.netlink().route().add(route.build()).execute())
+            .with_context(|| format!("default route via {gateway} in {self:?}"))
     }
 
     /// Adds a route to destinations that are neighbours on a device.

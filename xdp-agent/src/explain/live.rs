@@ -35,7 +35,7 @@ impl Live {
         let devices = image.devices().context("cannot read the map of interfaces")?;
         let snat = devices.into_iter().map(|(_, device)| device.snat).find(|addr| *addr != UNKNOWN);
         let host = neighbours::read_host().context("cannot read the addresses of this host")?;
-        let own = host.own_addresses().into_iter().map(IpAddr::from).collect();
+        let own = host.own_addresses();
         Ok(Self { maps: Maps::of(found, snat.unwrap_or(UNKNOWN)), own, world, names })
     }
 
