@@ -64,7 +64,7 @@ fn a_snapshot_notices_a_route_an_address_and_a_setting() -> Result<()> {
     let world = World::build(WorldOptions { local: 0, remote: 0, ..WorldOptions::default() })?;
     let before = Snapshot::take(&world.node)?;
     ensure!(before.difference(&Snapshot::take(&world.node)?).is_empty());
-    world.node.address("eth0", "192.168.50.99".parse()?, 24)?;
+    world.node.address("eth0", [192, 168, 50, 99], 24)?;
     world.node.sysctl("net/ipv4/conf/eth0/send_redirects", "0")?;
     let difference = before.difference(&Snapshot::take(&world.node)?);
     for part in ["+ address", "+ route", "send_redirects = 0"] {
