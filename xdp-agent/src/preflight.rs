@@ -5,7 +5,6 @@ use std::{
     fmt,
     fs::{self, File},
     io,
-    net::Ipv4Addr,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
 };
@@ -13,7 +12,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use tracing::{debug, warn};
 
-use crate::{bpf::Link, host::Host};
+use crate::{bpf::Link, cluster::wanted::IpAddress, host::Host};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -265,8 +264,8 @@ pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
             "{name} is the loopback, which needs no load balancing; leave it out of --iface"
         );
         ensure!(
-            host.source_address(link.index).is_some(),
-            "{name} has no IPv4 address of global scope, so nothing can be addressed to it and translated flows would \
+            host.has_source_address(link.index),
+            "{name} has no address of global scope, so nothing can be addressed to it and translated flows would \
              have no source; give it one with `ip address add ADDRESS/PREFIX dev {name}`"
         );
     }
@@ -306,7 +305,7 @@ pub fn settings(names: &[String]) -> Vec<String> {
 }
 
 /// The addresses NodePorts are served on when no Node object says so: those of the managed interfaces.
-pub fn node_addresses(names: &[String], host: &Host) -> Vec<Ipv4Addr> {
+pub fn node_addresses<A: IpAddress>(names: &[String], host: &Host) -> Vec<A> {
     let links = names.iter().filter_map(|name| host.link(name));
     links.filter_map(|link| host.source_address(link.index)).collect()
 }
@@ -362,7 +361,8 @@ mod tests {
                 Interface { index, name: name.to_owned(), is_loopback, ..Interface::default() },
             );
         }
-        let address = Address { addr: Ipv4Addr::new(192, 0, 2, 1), scope: 0, is_secondary: false };
+        let address =
+            Address { addr: [192, 0, 2, 1].into(), scope: 0, is_secondary: false, is_tentative: false };
         host.addresses.insert(2, vec![address]);
         let check =
             |name: &str| check_interfaces(&[name.to_owned()], &host).map_err(|error| error.to_string());

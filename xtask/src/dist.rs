@@ -94,10 +94,15 @@ fn agent(workspace: &Workspace, cross: &Cross, arch: Arch, commit: &Commit) -> R
     let target = arch.target();
     let build = workspace.dist_build();
     let mut command = cargo(workspace, cross, arch);
-    command
-        .env("XDP_AGENT_REVISION", &commit.revision)
-        .env("SOURCE_DATE_EPOCH", &commit.epoch)
-        .args(["build", "--release", "--locked", "--package", "xdp-agent", "--target", &target]);
+    command.env("XDP_AGENT_REVISION", &commit.revision).env("SOURCE_DATE_EPOCH", &commit.epoch).args([
+        "build",
+        "--release",
+        "--locked",
+        "--package",
+        "xdp-agent",
+        "--target",
+        &target,
+    ]);
     process::run(&mut command)?;
     Ok(build.join(target).join("release/xdp-agent"))
 }

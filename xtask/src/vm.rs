@@ -164,9 +164,10 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     for &architecture in &request.architectures {
         let payload = payload::pack(workspace, architecture.arch(), &request)?;
         for version in &request.kernels {
-            let outcome = boot(workspace, architecture, version, &payload, &request.lanes).unwrap_or_else(|error| {
-                Outcome { problems: vec![format!("{error:#}")], ..Outcome::default() }
-            });
+            let outcome =
+                boot(workspace, architecture, version, &payload, &request.lanes).unwrap_or_else(|error| {
+                    Outcome { problems: vec![format!("{error:#}")], ..Outcome::default() }
+                });
             for problem in &outcome.problems {
                 eprintln!("vm: {} {version}: {problem}", architecture.name());
             }
@@ -179,7 +180,11 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     }
     let bad = rows.iter().filter(|(_, _, outcome)| !outcome.is_good()).count();
     if bad > 0 {
-        bail!("{bad} of {} machines failed; their consoles are in {}", rows.len(), machine::logs(&workspace.target)?.display());
+        bail!(
+            "{bad} of {} machines failed; their consoles are in {}",
+            rows.len(),
+            machine::logs(&workspace.target)?.display()
+        );
     }
     Ok(())
 }
@@ -214,7 +219,8 @@ fn boot(
         architecture,
         name,
     };
-    std::fs::write(&guest.initrd, initrd).with_context(|| format!("cannot write {}", guest.initrd.display()))?;
+    std::fs::write(&guest.initrd, initrd)
+        .with_context(|| format!("cannot write {}", guest.initrd.display()))?;
     let (console, problem) = machine::run(&guest)?;
     std::fs::remove_file(&guest.initrd)?;
     let mut outcome = Outcome::read(&console, lanes);

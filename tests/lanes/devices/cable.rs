@@ -40,7 +40,8 @@ impl Cable {
     /// Two machines that are not connected yet; the node runs a pod.
     pub(crate) fn unplugged() -> Result<Self> {
         xdp_agent_tests::lab::require_root()?;
-        let (node, client, pod) = (Namespace::new("node")?, Namespace::new("client")?, Namespace::new("pod")?);
+        let (node, client, pod) =
+            (Namespace::new("node")?, Namespace::new("client")?, Namespace::new("pod")?);
         node.sysctl("net/ipv4/ip_forward", "1")?;
         veth(&node, "pod1", &pod, "eth0")?;
         node.address("pod1", GATEWAY, 32)?;

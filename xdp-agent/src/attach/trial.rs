@@ -2,7 +2,6 @@
 
 use anyhow::{Context, ensure};
 use aya::{EbpfLoader, VerifierLogLevel};
-use xdp_common::tables;
 
 use super::{Programs, ensure_free, xdp};
 use crate::{config::ModeChoice, devices::Mode, host::Link, maps};
@@ -26,7 +25,7 @@ impl Trial {
         );
         let mut loader = EbpfLoader::new();
         loader.verifier_log_level(VerifierLogLevel::DEBUG);
-        for spec in tables::MAPS {
+        for spec in maps::specs() {
             loader.map_max_entries(spec.name, spec.entries.min(ENTRIES_MAX));
         }
         let ebpf = loader.load(maps::OBJECT).context("the kernel refuses a map")?;

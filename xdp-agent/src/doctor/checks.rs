@@ -104,11 +104,18 @@ pub(super) fn network(names: &[String], host: &Host) -> Vec<Check> {
 fn kernel(release: &str) -> Check {
     let release = release.trim();
     let Some(version) = KernelVersion::parse(release) else {
-        return Check::warning("kernel", release, "the release says no version; what it lacks shows when it runs");
+        return Check::warning(
+            "kernel",
+            release,
+            "the release says no version; what it lacks shows when it runs",
+        );
     };
     let check = Check::of("kernel", release, preflight::check_kernel(version));
     if check.health == Health::Good && version < TESTED_SINCE {
-        let advice = format!("the programs should run from {} on, and have been run from {TESTED_SINCE} on", preflight::KERNEL_MIN);
+        let advice = format!(
+            "the programs should run from {} on, and have been run from {TESTED_SINCE} on",
+            preflight::KERNEL_MIN
+        );
         return Check::warning("kernel", release, advice);
     }
     check
@@ -116,9 +123,17 @@ fn kernel(release: &str) -> Check {
 
 fn jit(setting: Option<&str>) -> Check {
     match setting.map(str::trim) {
-        Some("0") => Check::warning("jit", "off", "interpreted programs are many times slower; run `sysctl net.core.bpf_jit_enable=1`"),
+        Some("0") => Check::warning(
+            "jit",
+            "off",
+            "interpreted programs are many times slower; run `sysctl net.core.bpf_jit_enable=1`",
+        ),
         Some(_) => Check::good("jit", "on"),
-        None => Check::warning("jit", "unknown", "only the first network namespace shows net.core.bpf_jit_enable; it should be 1"),
+        None => Check::warning(
+            "jit",
+            "unknown",
+            "only the first network namespace shows net.core.bpf_jit_enable; it should be 1",
+        ),
     }
 }
 
@@ -142,8 +157,12 @@ fn cgroups(mounts: &str) -> Check {
 fn features() -> Check {
     match Netdev::find() {
         Ok(Some(_)) => Check::good("drivers", "the kernel says what they can do at XDP"),
-        Ok(None) => Check::good("drivers", "before kernel 6.3 only a trial tells what they can do at XDP (--try)"),
-        Err(error) => Check::warning("drivers", "unknown", format!("generic netlink does not answer: {error}")),
+        Ok(None) => {
+            Check::good("drivers", "before kernel 6.3 only a trial tells what they can do at XDP (--try)")
+        }
+        Err(error) => {
+            Check::warning("drivers", "unknown", format!("generic netlink does not answer: {error}"))
+        }
     }
 }
 

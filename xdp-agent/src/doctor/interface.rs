@@ -53,7 +53,9 @@ impl InterfaceReport {
         let features = devices::features(host, link.index);
         let owner = attach::owner(link);
         let Expectation { mode, health, reason } = match tried {
-            Some(Ok((mode, reason))) => Expectation { mode: Some(mode), health: health(mode, choice), reason },
+            Some(Ok((mode, reason))) => {
+                Expectation { mode: Some(mode), health: health(mode, choice), reason }
+            }
             Some(Err(error)) => Expectation { mode: None, health: Health::Bad, reason: format!("{error:#}") },
             None => match owner {
                 Some(owner) => carried(link, owner.as_deref()),
@@ -115,7 +117,8 @@ fn expected(mtu: u32, features: Option<u64>, choice: ModeChoice) -> Expectation 
         return is(None, Health::Warning, "no card is known that takes these programs; --try asks this one");
     }
     let Some(features) = features else {
-        let reason = "native if the driver has it, else generic: this kernel does not say before it is tried (--try)";
+        let reason =
+            "native if the driver has it, else generic: this kernel does not say before it is tried (--try)";
         return is(None, Health::Good, reason);
     };
     let (is_native, has_frags) = (features & netdev::BASIC != 0, features & netdev::RX_SG != 0);
@@ -130,7 +133,11 @@ fn expected(mtu: u32, features: Option<u64>, choice: ModeChoice) -> Expectation 
         return is(Some(Mode::Native), Health::Good, "the driver announces it");
     }
     if has_frags {
-        return is(Some(Mode::NativeFrags), Health::Good, "the MTU is longer than a buffer, and the driver has frags");
+        return is(
+            Some(Mode::NativeFrags),
+            Health::Good,
+            "the MTU is longer than a buffer, and the driver has frags",
+        );
     }
     let reason = "the MTU may be longer than the driver's buffers and it has no frags: a lower MTU (3498) is sure to run \
                   natively; --try finds out";
@@ -143,7 +150,8 @@ fn driver(link: &Link) -> String {
         return link.kind.clone();
     }
     let path = Path::new("/sys/class/net").join(&link.name).join("device/driver");
-    let driver = fs::read_link(path).ok().and_then(|target| Some(target.file_name()?.to_string_lossy().into_owned()));
+    let driver =
+        fs::read_link(path).ok().and_then(|target| Some(target.file_name()?.to_string_lossy().into_owned()));
     driver.unwrap_or_else(|| "unknown".to_owned())
 }
 
@@ -165,7 +173,11 @@ mod tests {
             (1500, None, ModeChoice::Auto, None, Health::Good),
         ] {
             let expectation = expected(mtu, features, choice);
-            assert_eq!((expectation.mode, expectation.health), (mode, health), "{mtu} {features:?} {choice:?}");
+            assert_eq!(
+                (expectation.mode, expectation.health),
+                (mode, health),
+                "{mtu} {features:?} {choice:?}"
+            );
             assert!(!expectation.reason.is_empty());
         }
     }

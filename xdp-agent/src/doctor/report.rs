@@ -27,7 +27,10 @@ pub struct Report {
 impl Report {
     /// Sums up: one bad finding is enough.
     pub(super) fn new(checks: Vec<Check>, interfaces: Vec<InterfaceReport>) -> Self {
-        let mut all = checks.iter().map(|check| check.health).chain(interfaces.iter().map(|interface| interface.health));
+        let mut all = checks
+            .iter()
+            .map(|check| check.health)
+            .chain(interfaces.iter().map(|interface| interface.health));
         Self {
             version: env!("CARGO_PKG_VERSION"),
             architecture: env::consts::ARCH,
@@ -93,7 +96,8 @@ mod tests {
 
     #[test]
     fn a_report_reads_line_by_line_and_as_json() {
-        let report = Report::new(vec![Check::bad("bpffs", "/tmp", "mount one")], vec![interface(Health::Warning)]);
+        let report =
+            Report::new(vec![Check::bad("bpffs", "/tmp", "mount one")], vec![interface(Health::Warning)]);
         let text = report.to_string();
         let expected = "\
 BAD  bpffs         /tmp

@@ -114,7 +114,8 @@ mod tests {
         archive.file("a/b/other", b"");
         let bytes = archive.finish();
         let at = |name: &str| bytes.windows(name.len()).position(|window| window == name.as_bytes());
-        let order = [at("a\0"), at("a/b\0"), at("a/b/file\0"), at("12345"), at("a/b/other\0"), at("TRAILER!!!\0")];
+        let order =
+            [at("a\0"), at("a/b\0"), at("a/b/file\0"), at("12345"), at("a/b/other\0"), at("TRAILER!!!\0")];
         assert!(order.iter().all(Option::is_some) && order.is_sorted(), "{order:?}");
         assert_eq!(bytes.len() % 4, 0);
         assert_eq!(bytes.windows(6).filter(|window| window == b"070701").count(), 5);

@@ -68,7 +68,8 @@ impl Kernel {
         if !root.is_dir() {
             eprintln!("vm: fetching {package}");
             // From 7.2 on an image comes in three packages.
-            let parts = ["linux-binary-", "linux-modules-", "linux-base-"].map(|part| format!("{part}{release}"));
+            let parts =
+                ["linux-binary-", "linux-modules-", "linux-base-"].map(|part| format!("{part}{release}"));
             let mut wanted = vec![package.to_owned()];
             wanted.extend(parts.into_iter().filter(|part| names.contains(part)));
             let partial = root.with_extension("partial");
@@ -87,13 +88,18 @@ impl Kernel {
 
     /// The archive with the modules, in the order in which they are loaded, their names in `/modules`.
     pub(crate) fn modules(&self) -> Result<Vec<u8>> {
-        let directory = ["usr/lib/modules", "lib/modules"].map(|path| self.root.join(path).join(&self.release));
+        let directory =
+            ["usr/lib/modules", "lib/modules"].map(|path| self.root.join(path).join(&self.release));
         let directory = directory.into_iter().find(|path| path.is_dir());
         let directory = directory.with_context(|| format!("no modules in {}", self.root.display()))?;
         let built_in = std::fs::read_to_string(directory.join("modules.builtin")).unwrap_or_default();
         let mut files = BTreeMap::new();
         index(&directory.join("kernel"), &mut files)?;
-        let mut found = Modules { files, built_in: built_in.lines().filter_map(module_name).collect(), order: Vec::new() };
+        let mut found = Modules {
+            files,
+            built_in: built_in.lines().filter_map(module_name).collect(),
+            order: Vec::new(),
+        };
         for module in MODULES {
             found.load(module).with_context(|| format!("kernel {}", self.release))?;
         }
@@ -132,7 +138,8 @@ impl Modules {
 }
 
 fn index(directory: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
-    let entries = std::fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
+    let entries =
+        std::fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
     for entry in entries {
         let path = entry?.path();
         if path.is_dir() {
@@ -155,7 +162,8 @@ fn decompressed(file: &Path) -> Result<Vec<u8>> {
     if file.extension().is_some_and(|extension| extension == "ko") {
         return std::fs::read(file).with_context(|| format!("cannot read {}", file.display()));
     }
-    let output = Command::new("xz").arg("-dc").arg(file).output().context("cannot start `xz`: install xz-utils")?;
+    let output =
+        Command::new("xz").arg("-dc").arg(file).output().context("cannot start `xz`: install xz-utils")?;
     ensure!(output.status.success(), "xz cannot read {}", file.display());
     Ok(output.stdout)
 }
@@ -198,7 +206,8 @@ fn versions(names: &[String], flavour: &str) -> Vec<String> {
 /// package that only points to the newest.
 fn release<'a>(name: &'a str, flavour: &str) -> Option<&'a str> {
     let release = name.strip_prefix(IMAGE)?;
-    let release = release.strip_suffix(UNSIGNED).unwrap_or(release).strip_suffix(flavour)?.strip_suffix('-')?;
+    let release =
+        release.strip_suffix(UNSIGNED).unwrap_or(release).strip_suffix(flavour)?.strip_suffix('-')?;
     let is_plain = !release.ends_with("-cloud") && !release.ends_with("-rt");
     (is_plain && numbers(release).len() > 2).then_some(release)
 }
@@ -219,7 +228,10 @@ pub(crate) fn busybox(architecture: Architecture) -> Result<PathBuf> {
         return Ok(found.clone());
     }
     Apt::of(architecture.arch().name())?.unpack(&["busybox-static".to_owned()], &root)?;
-    places.into_iter().find(|path| process::is_executable(path)).context("the package busybox-static has no busybox")
+    places
+        .into_iter()
+        .find(|path| process::is_executable(path))
+        .context("the package busybox-static has no busybox")
 }
 
 #[cfg(test)]
@@ -246,8 +258,11 @@ mod tests {
     #[test]
     fn the_newest_package_of_a_version_comes_first() {
         let of_6_1 = candidates(&names(), "amd64", "6.1");
-        let packages =
-            ["linux-image-6.1.0-56-amd64", "linux-image-6.1.0-56-amd64-unsigned", "linux-image-6.1.0-9-amd64"];
+        let packages = [
+            "linux-image-6.1.0-56-amd64",
+            "linux-image-6.1.0-56-amd64-unsigned",
+            "linux-image-6.1.0-9-amd64",
+        ];
         assert_eq!(of_6_1, packages);
         assert_eq!(candidates(&names(), "amd64", NEWEST)[0], "linux-image-7.3.4+deb13-amd64");
         assert_eq!(candidates(&names(), "arm64-16k", NEWEST), ["linux-image-7.3.4+deb13-arm64-16k"]);

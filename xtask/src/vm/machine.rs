@@ -17,14 +17,8 @@ const TOTAL_MAX: Duration = Duration::from_secs(7_200);
 
 /// Network cards of the lane `devices`: each with a peer at the other end of a cable, and nothing of this machine near it.
 /// The last two bytes of an address are the number of the cable, and which end of it (1 the card, 2 its peer).
-const CARDS: [&str; 6] = [
-    "virtio-net-pci,mq=on,vectors=10",
-    "virtio-net-pci",
-    "e1000",
-    "e1000e",
-    "igb",
-    "vmxnet3",
-];
+const CARDS: [&str; 6] =
+    ["virtio-net-pci,mq=on,vectors=10", "virtio-net-pci", "e1000", "e1000e", "igb", "vmxnet3"];
 
 /// Finds the emulator of an architecture, or installs its package.
 pub(crate) fn emulator(architecture: Architecture) -> Result<PathBuf> {
@@ -38,7 +32,8 @@ pub(crate) fn emulator(architecture: Architecture) -> Result<PathBuf> {
     if !crate::host::is_root() {
         bail!("no {program} on PATH: install it (`apt-get install {package}` on Debian)");
     }
-    packages::install(package).with_context(|| format!("no {program} on PATH, and it cannot be installed"))?;
+    packages::install(package)
+        .with_context(|| format!("no {program} on PATH, and it cannot be installed"))?;
     process::on_path(program).with_context(|| format!("the package {package} has no {program}"))
 }
 
@@ -60,13 +55,15 @@ pub(crate) fn run(guest: &Guest) -> Result<(String, Option<String>)> {
         }
     });
     let mut text = String::new();
-    let mut log = std::fs::File::create(&guest.log).with_context(|| format!("cannot write {}", guest.log.display()))?;
+    let mut log =
+        std::fs::File::create(&guest.log).with_context(|| format!("cannot write {}", guest.log.display()))?;
     let start = Instant::now();
     let problem = loop {
         match received.recv_timeout(SILENCE_MAX) {
             Ok(line) => {
                 log.write_all(line.as_bytes())?;
-                if line.starts_with("##vm") || line.starts_with("test result") || line.contains("... FAILED") {
+                if line.starts_with("##vm") || line.starts_with("test result") || line.contains("... FAILED")
+                {
                     eprint!("vm: {} {line}", guest.name);
                 }
                 text.push_str(&line);

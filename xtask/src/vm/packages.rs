@@ -58,9 +58,9 @@ impl Apt {
     }
 
     fn sources(&mut self, suites: &[(&str, &str)]) -> Result<()> {
-        let lines = suites.iter().map(|(archive, suite)| {
-            format!("deb [signed-by={KEYRING}] {MIRROR}/{archive} {suite} main\n")
-        });
+        let lines = suites
+            .iter()
+            .map(|(archive, suite)| format!("deb [signed-by={KEYRING}] {MIRROR}/{archive} {suite} main\n"));
         let path = self.directory.join("sources.list");
         std::fs::write(&path, lines.collect::<String>())?;
         let lists = self.directory.join("lists").display().to_string();
@@ -116,7 +116,9 @@ impl Apt {
         let _ = std::fs::remove_dir_all(&downloads);
         std::fs::create_dir_all(&downloads)?;
         let mut download = self.command("apt-get")?;
-        process::run_briefly(download.current_dir(&downloads).args(["download", "--quiet=2"]).args(packages))?;
+        process::run_briefly(
+            download.current_dir(&downloads).args(["download", "--quiet=2"]).args(packages),
+        )?;
         for package in std::fs::read_dir(&downloads)? {
             process::run_briefly(Command::new("dpkg").arg("-x").arg(package?.path()).arg(into))?;
         }

@@ -92,7 +92,8 @@ fn run(command: &mut Command) -> Result<String> {
 /// The program of a test target in cargo's messages, one JSON object a line.
 fn executable(messages: &str, target: &str) -> Option<PathBuf> {
     let name = format!("\"name\":\"{target}\"");
-    let of_target = messages.lines().filter(|line| line.contains("\"compiler-artifact\"") && line.contains(&name));
+    let of_target =
+        messages.lines().filter(|line| line.contains("\"compiler-artifact\"") && line.contains(&name));
     let paths = of_target.filter_map(|line| {
         let (_, rest) = line.split_once("\"executable\":\"")?;
         Some(PathBuf::from(rest.split('"').next()?))

@@ -116,7 +116,10 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         assert!(outcome.is_good(), "{outcome:?}");
         assert_eq!(outcome.kernel.as_deref(), Some("6.1.0-56-amd64"));
         assert_eq!(outcome.doctor.as_deref(), Some("{\"kernel\":\"6.1\"}"));
-        assert_eq!((outcome.cell(Lane::ProgRun), outcome.cell(Lane::Netns)), ("5 passed".into(), "7 passed".into()));
+        assert_eq!(
+            (outcome.cell(Lane::ProgRun), outcome.cell(Lane::Netns)),
+            ("5 passed".into(), "7 passed".into())
+        );
     }
 
     #[test]
@@ -135,9 +138,11 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
 
     #[test]
     fn a_module_that_does_not_load_is_a_failure() {
-        let broken = GOOD.replace("##vm begin netns", "##vm broken cannot load /lib/modules/igb.ko\n##vm begin netns");
+        let broken =
+            GOOD.replace("##vm begin netns", "##vm broken cannot load /lib/modules/igb.ko\n##vm begin netns");
         assert!(!Outcome::read(&broken, &LANES).is_good());
-        let failed = GOOD.replace("7 passed; 0 failed", "6 passed; 1 failed").replace("end netns 0", "end netns 101");
+        let failed =
+            GOOD.replace("7 passed; 0 failed", "6 passed; 1 failed").replace("end netns 0", "end netns 101");
         let outcome = Outcome::read(&failed, &LANES);
         assert!(!outcome.is_good() && outcome.cell(Lane::Netns) == "1 FAILED, 6 passed");
     }
