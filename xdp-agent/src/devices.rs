@@ -19,13 +19,15 @@ pub enum Mode {
     NativeFrags,
     /// In the stack.
     Generic,
+    /// On the network card.
+    Offload,
     /// Not at all: the interface is not there now.
     Absent,
 }
 
 impl Mode {
     /// Every mode, for metrics.
-    pub const ALL: [Self; 4] = [Self::Native, Self::NativeFrags, Self::Generic, Self::Absent];
+    pub const ALL: [Self; 5] = [Self::Native, Self::NativeFrags, Self::Generic, Self::Offload, Self::Absent];
 
     /// The metric label.
     pub const fn label(self) -> &'static str {
@@ -33,6 +35,7 @@ impl Mode {
             Self::Native => "native",
             Self::NativeFrags => "native-frags",
             Self::Generic => "generic",
+            Self::Offload => "offload",
             Self::Absent => "absent",
         }
     }
@@ -63,6 +66,8 @@ pub fn transmit(link: &Link, mode: Mode, features: Option<u64>) -> Transmit {
         Mode::Native | Mode::NativeFrags => {
             Transmit { transmit: !is_veth || takes_redirects, redirect: takes_redirects }
         }
+        // A card knows no other device.
+        Mode::Offload => Transmit { transmit: true, redirect: false },
         // Generic XDP sends by the ordinary way of the device.
         Mode::Generic => Transmit { transmit: true, redirect: takes_redirects },
         Mode::Absent => Transmit { transmit: false, redirect: false },

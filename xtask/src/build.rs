@@ -4,6 +4,7 @@ use crate::compiler::{BPF_TARGET, Core};
 use crate::process;
 use crate::remap;
 use crate::setup::{self, Toolchain};
+use crate::stack;
 use crate::workspace::{Profile, Workspace};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
@@ -110,6 +111,10 @@ pub(crate) fn bpf_objects(
     process::run(&mut command)?;
     let built = workspace.bpf_build().join(BPF_TARGET).join("release");
     for object in BPF_OBJECTS {
+        // With further features they are for the machine that builds them.
+        if features.is_none() {
+            stack::check(&built.join(object))?;
+        }
         copy_if_changed(&built.join(object), &workspace.bpf_objects().join(object))?;
     }
     Ok(())

@@ -14,6 +14,7 @@ mod process;
 mod remap;
 mod run;
 mod setup;
+mod stack;
 mod test;
 mod tidy;
 mod tool;

@@ -5,6 +5,7 @@ mod kernel;
 mod machine;
 mod packages;
 mod payload;
+mod record;
 mod results;
 
 use crate::arch::Arch;
@@ -145,6 +146,8 @@ pub(crate) struct Request {
     /// Parts of the names of tests that are run; all of them without.
     tests: Vec<String>,
     is_quick: bool,
+    /// Whether docs/compatibility.md is to say what was found.
+    is_recorded: bool,
 }
 
 impl Request {
@@ -172,6 +175,9 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
         }
     }
     println!("{}", table(&rows, &request.lanes));
+    if request.is_recorded {
+        record::write(workspace, &rows, &request.lanes, request.is_quick || !request.tests.is_empty())?;
+    }
     let bad = rows.iter().filter(|(_, _, outcome)| !outcome.is_good()).count();
     if bad > 0 {
         bail!(
@@ -249,6 +255,7 @@ fn parse(args: &[String]) -> Result<Request> {
         profile: Profile::Release,
         tests: Vec::new(),
         is_quick: false,
+        is_recorded: false,
     };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -259,10 +266,11 @@ fn parse(args: &[String]) -> Result<Request> {
             "--lane" => request.lanes = all(value()?, &Lane::ALL, Lane::name)?,
             "--test" => request.tests.extend(value()?.split(',').map(str::to_owned)),
             "--quick" => request.is_quick = true,
+            "--record" => request.is_recorded = true,
             "--debug" => request.profile = Profile::Debug,
             other => bail!(
-                "`vm` does not know `{other}`; it takes --kernel LIST, --arch LIST, --lane LIST, --test LIST, --quick and \
-                 --debug"
+                "`vm` does not know `{other}`; it takes --kernel LIST, --arch LIST, --lane LIST, --test LIST, --quick, \
+                 --record and --debug"
             ),
         }
     }

@@ -80,9 +80,8 @@ impl Cable {
     }
 
     /// What an agent that is expected to refuse says.
-    pub(crate) fn refusal(&self, device: &str, mode: &str) -> Result<String> {
-        let mut options = self.options(device, Mode::Auto);
-        options.extra = vec!["--mode".to_owned(), mode.to_owned()];
+    pub(crate) fn refusal(&self, device: &str, mode: Mode) -> Result<String> {
+        let options = self.options(device, mode);
         Ok(Agent::refuse(&self.node, &self.bpffs, &options)?.log)
     }
 

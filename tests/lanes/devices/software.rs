@@ -68,7 +68,7 @@ fn a_program_of_somebody_else_is_never_replaced() -> Result<()> {
     let mut cable = veth_pair()?;
     cable.plug("eth0", "eth0")?;
     let theirs = PassProgram::attach(&cable.node, "eth0")?;
-    let said = cable.refusal("eth0", "auto")?;
+    let said = cable.refusal("eth0", Mode::Auto)?;
     ensure!(said.contains("already carries XDP program"), "{said}");
     let report = cable.doctor("eth0")?;
     ensure!(report["works"] == false, "{report}");
@@ -82,8 +82,10 @@ fn a_mode_that_a_device_refuses_is_not_replaced_by_another_when_it_is_asked_for(
     cable.node.bridge("br0")?;
     cable.node.enslave("eth0", "br0")?;
     cable.plug("br0", "eth0")?;
-    let said = cable.refusal("br0", "native")?;
+    let said = cable.refusal("br0", Mode::Native)?;
     ensure!(said.contains("no XDP mode works: native: not supported by the driver"), "{said}");
+    let said = cable.refusal("br0", Mode::Offload)?;
+    ensure!(said.contains("no XDP mode works: offload: not supported by the driver [Underlying driver"), "{said}");
     let agent = cable.start("br0", Mode::Generic)?;
     cable.serves()?;
     agent.stop()

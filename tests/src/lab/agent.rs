@@ -34,6 +34,8 @@ pub enum Mode {
     Native,
     /// In the kernel's receive path.
     Generic,
+    /// On the card.
+    Offload,
 }
 
 impl Mode {
@@ -43,6 +45,7 @@ impl Mode {
             Self::Auto => "auto",
             Self::Native => "native",
             Self::Generic => "generic",
+            Self::Offload => "offload",
         }
     }
 }

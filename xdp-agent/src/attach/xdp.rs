@@ -1,4 +1,4 @@
-//! XDP on one interface: native, native with frags, generic, until one is taken.
+//! XDP on one interface: native, native with frags, generic, until one is taken; on the card where that is asked for.
 
 use std::{
     io,
@@ -22,6 +22,7 @@ use crate::{
 const XDP_FLAGS_UPDATE_IF_NOEXIST: u32 = 1;
 const XDP_FLAGS_SKB_MODE: u32 = 2;
 const XDP_FLAGS_DRV_MODE: u32 = 4;
+const XDP_FLAGS_HW_MODE: u32 = 8;
 const XDP_ATTACHED_SKB: u8 = 2;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_FD: u16 = 1;
@@ -48,6 +49,8 @@ pub(super) fn attach(
             ModeChoice::Auto => true,
             ModeChoice::Native => !is_generic,
             ModeChoice::Generic => is_generic,
+            // A program of a card is bound to it when it is loaded, and is not replaced.
+            ModeChoice::Offload => false,
         };
         if is_allowed {
             let (mode, reason) = adopt(programs, link, &found, is_generic)?;
@@ -104,12 +107,16 @@ pub(super) fn create(
     choice: ModeChoice,
 ) -> anyhow::Result<(bpf::Link, Mode, String)> {
     let mut refusals: Vec<Refusal> = Vec::new();
-    for mode in [Mode::Native, Mode::NativeFrags, Mode::Generic] {
+    for mode in [Mode::Offload, Mode::Native, Mode::NativeFrags, Mode::Generic] {
         if !is_worth_trying(mode, choice, refusals.last()) {
             continue;
         }
         let program = programs.xdp(if mode == Mode::NativeFrags { FRAGS } else { PLAIN })?;
-        let flags = if mode == Mode::Generic { XDP_FLAGS_SKB_MODE } else { XDP_FLAGS_DRV_MODE };
+        let flags = match mode {
+            Mode::Generic => XDP_FLAGS_SKB_MODE,
+            Mode::Offload => XDP_FLAGS_HW_MODE,
+            Mode::Native | Mode::NativeFrags | Mode::Absent => XDP_FLAGS_DRV_MODE,
+        };
         match bpf::Link::create(program, link.index, AttachType::Xdp, flags) {
             Ok(made) => return Ok((made, mode, reason(mode, choice, &refusals))),
             Err(error) => {
@@ -121,7 +128,11 @@ pub(super) fn create(
     }
     let refused: Vec<String> = refusals.iter().map(Refusal::to_string).collect();
     let remedy = refusals.last().map_or("", Refusal::remedy);
-    let hint = if choice == ModeChoice::Native { ", or allow generic mode with --mode auto" } else { "" };
+    let hint = match choice {
+        ModeChoice::Native => ", or allow generic mode with --mode auto",
+        ModeChoice::Offload => ", or let this machine run it with --mode auto",
+        ModeChoice::Auto | ModeChoice::Generic => "",
+    };
     bail!("no XDP mode works: {}; remedy: {remedy}{hint}", refused.join("; "))
 }
 
@@ -132,10 +143,11 @@ fn is_worth_trying(mode: Mode, choice: ModeChoice, last: Option<&Refusal>) -> bo
             last.is_some_and(Refusal::may_frags_help)
         }
         (Mode::Generic, ModeChoice::Auto) => last.is_some_and(Refusal::may_generic_help),
-        (Mode::Generic, ModeChoice::Generic) => true,
-        (Mode::Native | Mode::NativeFrags, ModeChoice::Generic)
-        | (Mode::Generic, ModeChoice::Native)
-        | (Mode::Absent, ModeChoice::Auto | ModeChoice::Native | ModeChoice::Generic) => false,
+        (Mode::Generic, ModeChoice::Generic) | (Mode::Offload, ModeChoice::Offload) => true,
+        (Mode::Native | Mode::NativeFrags, ModeChoice::Generic | ModeChoice::Offload)
+        | (Mode::Generic, ModeChoice::Native | ModeChoice::Offload)
+        | (Mode::Offload, ModeChoice::Auto | ModeChoice::Native | ModeChoice::Generic)
+        | (Mode::Absent, _) => false,
     }
 }
 
@@ -148,7 +160,7 @@ fn reason(mode: Mode, choice: ModeChoice, refusals: &[Refusal]) -> String {
     }
     match (mode, choice) {
         (Mode::Generic, _) => "asked for by --mode generic".to_owned(),
-        (Mode::Native | Mode::NativeFrags | Mode::Absent, _) => "the driver takes it".to_owned(),
+        (Mode::Native | Mode::NativeFrags | Mode::Offload | Mode::Absent, _) => "the driver takes it".to_owned(),
     }
 }
 
@@ -212,6 +224,10 @@ mod tests {
             (Mode::Generic, ModeChoice::Auto, Some(&busy), false),
             (Mode::Generic, ModeChoice::Native, Some(&unsupported), false),
             (Mode::Generic, ModeChoice::Generic, None, true),
+            (Mode::Offload, ModeChoice::Offload, None, true),
+            (Mode::Offload, ModeChoice::Auto, None, false),
+            (Mode::Native, ModeChoice::Offload, Some(&unsupported), false),
+            (Mode::Generic, ModeChoice::Offload, Some(&unsupported), false),
         ] {
             assert_eq!(is_worth_trying(mode, choice, last), wanted, "{mode:?} {choice:?} {last:?}");
         }

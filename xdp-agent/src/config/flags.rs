@@ -150,7 +150,8 @@ pub struct ProgramArgs {
     #[arg(long, env = "XDP_AGENT_IFACE", value_name = "IFACE", value_delimiter = ',')]
     pub iface: Vec<String>,
 
-    /// How XDP runs: in the driver (native), in the kernel's stack (generic), or as well as each interface can (auto).
+    /// How XDP runs: in the driver (native), in the kernel's stack (generic), on the network card itself (offload), or as
+    /// well as each interface can (auto), which never tries the card.
     #[arg(long, env = "XDP_AGENT_MODE", value_enum, default_value_t = ModeChoice::Auto)]
     pub mode: ModeChoice,
 
@@ -299,6 +300,8 @@ pub enum ModeChoice {
     Native,
     /// In the stack: slower, and works on every interface.
     Generic,
+    /// On the network card or not at all; no card is known that takes these programs.
+    Offload,
 }
 
 /// How log lines look.

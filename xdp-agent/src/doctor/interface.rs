@@ -78,16 +78,20 @@ impl InterfaceReport {
 /// Falling back is worth a word, unless it was asked for.
 fn health(mode: Mode, choice: ModeChoice) -> Health {
     match (mode, choice) {
-        (Mode::Native | Mode::NativeFrags, _) | (Mode::Generic, ModeChoice::Generic) => Health::Good,
-        (Mode::Generic, ModeChoice::Auto | ModeChoice::Native) => Health::Warning,
+        (Mode::Native | Mode::NativeFrags | Mode::Offload, _) | (Mode::Generic, ModeChoice::Generic) => Health::Good,
+        (Mode::Generic, ModeChoice::Auto | ModeChoice::Native | ModeChoice::Offload) => Health::Warning,
         (Mode::Absent, _) => Health::Bad,
     }
 }
 
 /// What to expect of an interface that carries a program already, by the name of the program.
 fn carried(link: &Link, owner: Option<&str>) -> Expectation {
-    // IFLA_XDP_ATTACHED (include/uapi/linux/if_link.h): 1 native, 2 generic.
-    let mode = if link.xdp.attached == 2 { Mode::Generic } else { Mode::Native };
+    // IFLA_XDP_ATTACHED (include/uapi/linux/if_link.h): 1 native, 2 generic, 3 on the card.
+    let mode = match link.xdp.attached {
+        2 => Mode::Generic,
+        3 => Mode::Offload,
+        _ => Mode::Native,
+    };
     if owner.is_some_and(|name| name.starts_with("xdp_ingress")) {
         let reason = "an xdp-agent runs here, or has left its program; a start takes it over".to_owned();
         return Expectation { mode: Some(mode), health: Health::Good, reason };
@@ -108,6 +112,9 @@ fn expected(mtu: u32, features: Option<u64>, choice: ModeChoice) -> Expectation 
     let is = |mode, health, reason: &str| Expectation { mode, health, reason: reason.to_owned() };
     if choice == ModeChoice::Generic {
         return is(Some(Mode::Generic), Health::Good, "asked for by --mode generic");
+    }
+    if choice == ModeChoice::Offload {
+        return is(None, Health::Warning, "no card is known that takes these programs; --try asks this one");
     }
     let Some(features) = features else {
         let reason =

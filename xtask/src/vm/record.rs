@@ -1,0 +1,96 @@
+//! The table of what was run, in docs/compatibility.md: a run with `--record` replaces the cells it has measured.
+
+use super::{Architecture, Lane, results::Outcome};
+use crate::process;
+use crate::workspace::Workspace;
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
+use std::process::Command;
+
+const DOCUMENT: &str = "docs/compatibility.md";
+const START: &str = "<!-- measured -->\n";
+const END: &str = "<!-- end of measured -->";
+
+/// Cells by lane, of one architecture and one kernel.
+type Rows = BTreeMap<(String, Vec<u64>, String), BTreeMap<&'static str, String>>;
+
+/// Writes outcomes into the document.
+pub(crate) fn write(
+    workspace: &Workspace,
+    rows: &[(Architecture, String, Outcome)],
+    lanes: &[Lane],
+    is_quick: bool,
+) -> Result<()> {
+    let path = workspace.root.join(DOCUMENT);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
+    let answer = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        let answer = process::output(command.args(args).current_dir(&workspace.root));
+        answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
+    };
+    let when = format!("{}, {}", answer("date", &["-u", "+%F"])?, answer("git", &["rev-parse", "--short=10", "HEAD"])?);
+    let marks = format!("{DOCUMENT} has not the comments that the table is between");
+    let (before, rest) = text.split_once(START).context(marks.clone())?;
+    let (table, after) = rest.split_once(END).context(marks)?;
+    let mut known = parse(table);
+    for (architecture, _, outcome) in rows {
+        let Some(kernel) = &outcome.kernel else { continue };
+        let cells = known.entry(key(architecture.name(), kernel)).or_default();
+        for lane in lanes {
+            let amount = if is_quick { ", quick" } else { "" };
+            cells.insert(lane.name(), format!("{}{amount} ({when})", outcome.cell(*lane)));
+        }
+    }
+    std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
+    Ok(())
+}
+
+fn key(architecture: &str, kernel: &str) -> (String, Vec<u64>, String) {
+    let numbers = kernel.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok());
+    (architecture.to_owned(), numbers.collect(), kernel.to_owned())
+}
+
+fn parse(table: &str) -> Rows {
+    let mut rows = Rows::new();
+    for line in table.lines().skip(2) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [architecture, kernel, results @ ..] = cells.as_slice() else { continue };
+        let row = rows.entry(key(architecture, kernel)).or_default();
+        for (lane, cell) in Lane::ALL.iter().zip(results).filter(|(_, cell)| **cell != NOT_RUN) {
+            row.insert(lane.name(), (*cell).to_owned());
+        }
+    }
+    rows
+}
+
+const NOT_RUN: &str = "not run";
+
+fn render(rows: &Rows) -> String {
+    let names = Lane::ALL.map(Lane::name).join(" | ");
+    let mut text = format!("| architecture | kernel | {names} |\n|---|---|{}\n", "---|".repeat(Lane::ALL.len()));
+    for ((architecture, _, kernel), cells) in rows {
+        text.push_str(&format!("| {architecture} | {kernel} |"));
+        for lane in Lane::ALL {
+            let cell = cells.get(lane.name()).map_or(NOT_RUN, String::as_str);
+            text.push_str(&format!(" {cell} |"));
+        }
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_measured_before_is_kept_and_kernels_are_in_order() {
+        let mut rows = Rows::new();
+        rows.entry(key("x86_64", "6.12.117-amd64")).or_default().insert("netns", "7 passed (a day)".to_owned());
+        rows.entry(key("x86_64", "6.1.0-56-amd64")).or_default().insert("prog-run", "5 passed (a day)".to_owned());
+        let table = render(&rows);
+        assert_eq!(parse(&table), rows);
+        let kernels: Vec<_> = table.lines().skip(2).filter_map(|line| line.split('|').nth(2)).collect();
+        assert_eq!(kernels, [" 6.1.0-56-amd64 ", " 6.12.117-amd64 "]);
+    }
+}
