@@ -78,7 +78,7 @@ fn read_half(cli: &Cli, release: &Release, half: &str) -> Result<Half> {
     let added = [library("rust", rust, "MIT OR Apache-2.0"), library("glibc", glibc, "LGPL-2.1-or-later")];
     let document = sbom::document(release, arch, &[&trees[0], &trees[1]], &lock, &added)?;
     let sbom = serde_json::to_vec(&document)?;
-    let beside = file.with_extension("cdx.json");
+    let beside = file.with_added_extension("cdx.json");
     std::fs::write(&beside, &sbom).with_context(|| format!("cannot write {}", beside.display()))?;
     Ok(Half { arch: arch.to_owned(), program, sbom })
 }

@@ -1,5 +1,7 @@
 //! The layout as others read it: every blob is what its descriptor says, and nothing else is there.
 
+#![allow(clippy::unwrap_used, reason = "what cannot be had in a test fails it")]
+
 use oci_client::config::ConfigFile;
 use oci_client::manifest::{OciImageIndex, OciImageManifest};
 use std::collections::{BTreeMap, BTreeSet};
