@@ -3,7 +3,8 @@
 //! [`app`] wires everything. [`manifests`] reads objects, [`cluster`] says what should be, [`plan`] how to get there, and
 //! [`reconcile`] writes it into [`maps`]. [`attach`] puts the programs on the interfaces, [`neighbours`] follows the
 //! kernel's network, [`gc`] ends flows that are over. [`serve`] tells people and Prometheus about all of it,
-//! [`health`] tells load balancers where Services have endpoints. [`cleanup`] removes what an agent has left.
+//! [`health`] tells load balancers where Services have endpoints. [`cleanup`] removes what an agent has left, [`doctor`]
+//! tells whether one could run.
 
 pub mod app;
 pub mod attach;
@@ -12,6 +13,7 @@ pub mod cleanup;
 pub mod cluster;
 pub mod config;
 pub mod devices;
+pub mod doctor;
 #[cfg(test)]
 mod documents;
 pub mod explain;

@@ -7,6 +7,7 @@ use tracing_subscriber::EnvFilter;
 use xdp_agent::{
     app, cleanup,
     config::{Args, Cli, Command, Config, LogFormat, Note, flags::LogArgs},
+    doctor::{self, DoctorArgs},
     explain::{self, ExplainArgs},
     names,
 };
@@ -17,6 +18,7 @@ fn main() -> ExitCode {
     let args = match cli.command {
         Command::Run(args) => args,
         Command::Explain(args) => return explain(&args),
+        Command::Doctor(args) => return doctor(&args),
     };
     if let Err(message) = start_logging(&args.logs) {
         eprintln!("xdp-agent: {message}");
@@ -32,7 +34,16 @@ fn main() -> ExitCode {
 }
 
 fn explain(args: &ExplainArgs) -> ExitCode {
-    match explain::run(args) {
+    answered(explain::run(args))
+}
+
+fn doctor(args: &DoctorArgs) -> ExitCode {
+    answered(doctor::run(args))
+}
+
+/// The exit status of a question that has been answered well, or not well, or not at all.
+fn answered(result: anyhow::Result<bool>) -> ExitCode {
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -9,7 +9,10 @@ pub fn look_up_by_files_and_dns() {
     {
         unsafe extern "C" {
             /// nss.h; returns 0 for a known database and a line that can be read, as this is.
-            fn __nss_configure_lookup(database: *const libc::c_char, line: *const libc::c_char) -> libc::c_int;
+            fn __nss_configure_lookup(
+                database: *const libc::c_char,
+                line: *const libc::c_char,
+            ) -> libc::c_int;
         }
         // SAFETY: both are strings that live as long as the program, and no other thread runs yet.
         unsafe { __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr()) };

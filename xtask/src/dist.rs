@@ -99,6 +99,24 @@ impl Commit {
 fn agent(workspace: &Workspace, cross: &Cross, arch: Arch, commit: &Commit) -> Result<PathBuf> {
     let target = arch.target();
     let build = workspace.dist_build();
+    let mut command = cargo(workspace, cross, arch);
+    command.env("XDP_AGENT_REVISION", &commit.revision).env("SOURCE_DATE_EPOCH", &commit.epoch).args([
+        "build",
+        "--release",
+        "--locked",
+        "--package",
+        "xdp-agent",
+        "--target",
+        &target,
+    ]);
+    process::run(&mut command)?;
+    Ok(build.join(target).join("release/xdp-agent"))
+}
+
+/// A cargo call that compiles static binaries of an architecture; its `--target` is left to the caller.
+pub(crate) fn cargo(workspace: &Workspace, cross: &Cross, arch: Arch) -> Command {
+    let target = arch.target();
+    let build = workspace.dist_build();
     let mut flags = remap::flags(workspace, &cross.sysroot, &build);
     flags.push(format!("--sysroot={}", cross.sysroot.display()));
     flags.push("-Ctarget-feature=+crt-static".to_owned());
@@ -114,13 +132,9 @@ fn agent(workspace: &Workspace, cross: &Cross, arch: Arch, commit: &Commit) -> R
             format!("CFLAGS_{}", target.replace('-', "_")),
             remap::c_flags(workspace, &cross.sysroot, &build).join(" "),
         )
-        .env("XDP_AGENT_REVISION", &commit.revision)
-        .env("SOURCE_DATE_EPOCH", &commit.epoch)
         .env_remove("RUSTFLAGS")
-        .env_remove("RUSTC_WRAPPER")
-        .args(["build", "--release", "--locked", "--package", "xdp-agent", "--target", &target]);
-    process::run(&mut command)?;
-    Ok(build.join(target).join("release/xdp-agent"))
+        .env_remove("RUSTC_WRAPPER");
+    command
 }
 
 /// Writes the checksums of files, by the program that checks them.

@@ -17,6 +17,7 @@ mod setup;
 mod test;
 mod tidy;
 mod tool;
+mod vm;
 mod workspace;
 
 use anyhow::{Result, bail};
@@ -35,6 +36,7 @@ cargo xtask VERB [ARGS]
   dist [--arch NAME] [--check]          static binaries for amd64 and arm64, with checksums, into target/dist;
                                         or two builds of the commit at different places, compared
   image [--arch NAME] [--push REF]      the OCI image of both, into target/dist/image and to REGISTRY/NAME:TAG
+  vm [--kernel LIST] [--arch LIST]      lanes in emulated machines: 5.10, 6.1, 6.12, newest; x86_64, arm64, arm64-16k
   bench NAME [ARGS]                     measurements, each beside its references (`bench prog`)
 
 CARGO_TARGET_DIR is honoured. XDP_AGENT_BPF_RUSTC names the compiler for the BPF programs when the one that is
@@ -62,6 +64,7 @@ fn dispatch(verb: Option<&str>, args: &[String]) -> Result<()> {
         Some("tidy") => tidy::verb(&workspace, args),
         Some("dist") => dist::verb(&workspace, args),
         Some("image") => image::verb(&workspace, args),
+        Some("vm") => vm::verb(&workspace, args),
         Some("bench") => bench::verb(&workspace, args),
         None | Some("help" | "--help" | "-h") => {
             println!("{HELP}");

@@ -72,6 +72,16 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command that is not worth a line, and fails with what it said when it does.
+pub(crate) fn run_briefly(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| cannot_start(command))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("`{}` failed: {}", line(command), said.trim());
+    }
+    Ok(())
+}
+
 /// Shows the command and becomes it, so that signals reach it and nothing else.
 pub(crate) fn become_process(command: &mut Command) -> Result<()> {
     show(command);

@@ -77,9 +77,9 @@ impl Lane {
 
 /// What tests reported.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-struct Tally {
-    passed: u64,
-    failed: u64,
+pub(crate) struct Tally {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
 }
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
@@ -179,7 +179,7 @@ fn count(command: &mut Command) -> Result<(Tally, bool)> {
 }
 
 /// Reads libtest's closing line: `test result: ok. 5 passed; 0 failed; …`.
-fn result_line(line: &str) -> Option<Tally> {
+pub(crate) fn result_line(line: &str) -> Option<Tally> {
     let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let number = |word: &str| {
         let part = counts.split(';').map(str::trim).find_map(|part| part.strip_suffix(word))?;
