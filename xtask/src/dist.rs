@@ -1,5 +1,7 @@
 //! `dist`: static binaries of the agent for every architecture, with checksums, the same from every build of a commit.
 
+mod check;
+
 use crate::arch::{ARCHS, Arch};
 use crate::build;
 use crate::cross::{self, Cross};
@@ -12,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The checksums, in the form of `sha256sum --check`.
-const CHECKSUMS: &str = "SHA256SUMS";
+pub(crate) const CHECKSUMS: &str = "SHA256SUMS";
 
 /// Ends the revision of a tree with changes of its own.
 const DIRTY: &str = "-dirty";
@@ -26,18 +28,22 @@ pub(crate) struct Commit {
 }
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
-    let mut archs = Vec::new();
+    let (mut archs, mut check) = (Vec::new(), false);
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--arch" => {
                 archs.push(Arch::parse(args.next().context("`--arch` needs a name, such as `arm64`")?)?)
             }
-            other => bail!("`dist` does not know `{other}`; it takes --arch NAME"),
+            "--check" => check = true,
+            other => bail!("`dist` does not know `{other}`; it takes --arch NAME and --check"),
         }
     }
     if archs.is_empty() {
         archs = ARCHS.to_vec();
+    }
+    if check {
+        return check::verb(workspace, &archs);
     }
     for file in binaries(workspace, &archs)? {
         println!("{}", file.display());
@@ -131,8 +137,8 @@ pub(crate) fn cargo(workspace: &Workspace, cross: &Cross, arch: Arch) -> Command
     command
 }
 
-/// Written by the program that checks them.
-fn checksums(directory: &Path, files: &[PathBuf]) -> Result<PathBuf> {
+/// Writes the checksums of files, by the program that checks them.
+pub(crate) fn checksums(directory: &Path, files: &[PathBuf]) -> Result<PathBuf> {
     let mut command = Command::new("sha256sum");
     command.current_dir(directory).stderr(Stdio::inherit()).arg("--");
     for file in files {

@@ -9,7 +9,7 @@ use crate::process;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, bail};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
@@ -33,15 +33,29 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
 
 /// Builds the binaries and writes the layout, then pushes it where that is asked for; returns its directory.
 pub(crate) fn layout(workspace: &Workspace, archs: &[Arch], push: Option<&str>) -> Result<PathBuf> {
+    write(workspace, archs, &tool(workspace)?, push)
+}
+
+/// Builds the program that makes images.
+pub(crate) fn tool(workspace: &Workspace) -> Result<PathBuf> {
+    build::binary(workspace, "xdp-agent-image")
+}
+
+/// As [`layout`], by a program that is there.
+pub(crate) fn write(
+    workspace: &Workspace,
+    archs: &[Arch],
+    tool: &Path,
+    push: Option<&str>,
+) -> Result<PathBuf> {
     let commit = Commit::of(workspace)?;
     if push.is_some() && commit.is_dirty() {
         bail!(
             "the tree has changes that are not committed, and an image names its commit: commit them first"
         );
     }
-    dist::binaries(workspace, archs)?;
+    let mut files = dist::binaries(workspace, archs)?;
     let rust = cross::ensure(archs)?.release()?;
-    let tool = build::binary(workspace, "xdp-agent-image")?;
     let layout = workspace.dist().join("image");
     let mut command = Command::new(tool);
     command.arg("--repository").arg(&workspace.root);
@@ -55,6 +69,10 @@ pub(crate) fn layout(workspace: &Workspace, archs: &[Arch], push: Option<&str>) 
         command.args(["--push", to]);
     }
     process::run(&mut command)?;
+    // The bills of materials are beside the binaries now, and belong to what is checked.
+    files.retain(|file| file.file_name() != Some(dist::CHECKSUMS.as_ref()));
+    files.extend(archs.iter().map(|&arch| dist::binary(workspace, arch).with_added_extension("cdx.json")));
+    dist::checksums(&workspace.dist(), &files)?;
     Ok(layout)
 }
 

@@ -34,7 +34,8 @@ cargo xtask VERB [ARGS]
   test [LANE...]                        lanes: host, prog-run, netns, kubernetes, image; all by default
   lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
   tidy                                  the rules of the source tree that a program can check
-  dist [--arch NAME]                    static binaries for amd64 and arm64, with checksums, into target/dist
+  dist [--arch NAME] [--check]          static binaries for amd64 and arm64, with checksums, into target/dist;
+                                        or two builds of the commit at different places, compared
   image [--arch NAME] [--push REF]      the OCI image of both, into target/dist/image and to REGISTRY/NAME:TAG
   vm [--kernel LIST] [--arch LIST]      lanes in emulated machines: 5.10, 6.1, 6.12, newest; x86_64, arm64, arm64-16k
   bench NAME [ARGS]                     measurements, each beside its references (`bench prog`)

@@ -118,9 +118,10 @@ fn parse(args: &[String]) -> Result<Vec<Lane>> {
     args.iter().map(lane).collect()
 }
 
-/// Builds what the lanes that meet the kernel need; the host lane goes without.
+/// Builds what the lanes that meet the kernel need; the host lane goes without, the image has an agent of its own.
 fn prepare(workspace: &Workspace, lanes: &[Lane]) -> Result<()> {
-    if !lanes.iter().any(|lane| lane.needs_root()) || !host::is_root() {
+    let need_the_agent = |lane: &Lane| lane.needs_root() && *lane != Lane::Image;
+    if !lanes.iter().any(need_the_agent) || !host::is_root() {
         return Ok(());
     }
     build::release_agent(workspace).map(drop)
