@@ -60,6 +60,14 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Default + 'static {
     fn network(self) -> u64;
     /// Whether a unicast packet can come from it: neither unspecified, multicast, broadcast nor loopback.
     fn is_unicast(self) -> bool;
+    /// Whether it is the node's own loopback.
+    fn is_loopback(self) -> bool;
+    /// What stands for a network namespace where clients are known by address: an address that no client has.
+    fn of_namespace(cookie: u64) -> Self;
+    /// It as 16 bytes: IPv4 as IPv6 maps it (RFC 4291, 2.5.5.2).
+    fn wide(self) -> [u8; 16];
+    /// The address of [`Address::wide`].
+    fn from_wide(wide: [u8; 16]) -> Self;
 }
 
 impl Address for [u8; 4] {
@@ -87,6 +95,28 @@ impl Address for [u8; 4] {
     #[inline(always)]
     fn is_unicast(self) -> bool {
         self[0] != 0 && self[0] != 127 && self[0] < 224
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self[0] == 127
+    }
+
+    #[inline(always)]
+    fn of_namespace(cookie: u64) -> Self {
+        // 0.0.0.0/8 is nobody's (RFC 6890). Cookies count up; two that share 24 bits share an affinity, no more.
+        (cookie as u32 & 0x00ff_ffff).to_be_bytes()
+    }
+
+    #[inline(always)]
+    fn wide(self) -> [u8; 16] {
+        let [a, b, c, d] = self;
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    }
+
+    #[inline(always)]
+    fn from_wide(wide: [u8; 16]) -> Self {
+        [wide[12], wide[13], wide[14], wide[15]]
     }
 }
 
@@ -123,6 +153,27 @@ impl Address for [u8; 16] {
     fn is_unicast(self) -> bool {
         let value = u128::from_be_bytes(self);
         self[0] != 0xff && value != 0 && value != 1
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        u128::from_be_bytes(self) == 1
+    }
+
+    #[inline(always)]
+    fn of_namespace(cookie: u64) -> Self {
+        // ::/64 but for ::1 is nobody's any more (RFC 4291, 2.5.5.1).
+        (1 << 63 | cookie as u128).to_be_bytes()
+    }
+
+    #[inline(always)]
+    fn wide(self) -> [u8; 16] {
+        self
+    }
+
+    #[inline(always)]
+    fn from_wide(wide: [u8; 16]) -> Self {
+        wide
     }
 }
 

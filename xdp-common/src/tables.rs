@@ -13,9 +13,11 @@ use crate::{
 pub const LAYOUT_VERSION: u32 = 2;
 
 mod flags;
+mod peers;
 mod specs;
 
 pub use flags::*;
+pub use peers::*;
 pub use specs::*;
 
 plain! {
@@ -407,5 +409,9 @@ mod tests {
         prove::<Embryo<[u8; 4]>>();
         prove::<Embryo<[u8; 16]>>();
         prove::<Config>();
+        prove::<PeerKey>();
+        prove::<Peer>();
+        prove::<SocketSettings<[u8; 4]>>();
+        prove::<SocketSettings<[u8; 16]>>();
     }
 }

@@ -6,6 +6,8 @@
 mod embryonic;
 mod maps;
 mod packet;
+mod socket;
+mod sockets;
 #[cfg(feature = "trace")]
 mod trace;
 
