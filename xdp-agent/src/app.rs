@@ -12,13 +12,14 @@ use anyhow::{Context, ensure};
 use prometheus_client::registry::Registry;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
 };
 use tracing::{debug, error, info, warn};
 
 use crate::{
     attach::Attacher,
-    config::{Config, ObjectSource},
+    cgroup::Cgroup,
+    config::{Config, ObjectSource, SocketLb},
     gc::{Collector, Outlets},
     health,
     host::Host,
@@ -29,8 +30,9 @@ use crate::{
     preflight::{self, KernelVersion, PinDir},
     reconcile::{Inlets, Parts, Reconciler, ServiceNames},
     serve,
+    sockets::{Hooks, Sweeper},
     source::{self, Event},
-    status::{Health, Heartbeat, NotReady, Shared, Status, SyncState},
+    status::{Health, Heartbeat, NotReady, Shared, SocketStatus, Status, SyncState},
     watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
@@ -51,6 +53,8 @@ struct Running {
     sources: serve::Sources,
     stop: oneshot::Sender<()>,
     not_ready: NotReady,
+    /// What ends sockets, and what tells it to.
+    sweeper: Option<(Sweeper, Arc<Notify>)>,
 }
 
 /// What tells of objects; dropping it ends it.
@@ -81,6 +85,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(follow(follower));
     tokio::spawn(serve_health_checks(running.sources.health.clone(), config.clone()));
     tokio::spawn(running.servers.run(running.sources));
+    if let Some((sweeper, gone)) = running.sweeper {
+        tokio::spawn(sweeper.run(gone));
+    }
     if let Some(access) = access(&config) {
         let node = config.cluster.node.clone();
         tokio::spawn(async move { watch_objects::event(&access, &node, &Notice::Starting).await });
@@ -121,6 +128,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         Source::Files { .. } => None,
         Source::Kubernetes { watch } => Some(watch.health.clone()),
     };
+    let cgroup = match config.sockets.scope {
+        SocketLb::Off => None,
+        SocketLb::All | SocketLb::HostOnly => Some(Cgroup::find(config.sockets.cgroup.as_deref())?),
+    };
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
     metrics.capacities(&loaded.sizes);
@@ -129,6 +140,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),
         sources: config.files().to_vec(),
+        sockets: SocketStatus {
+            scope: config.sockets.scope.label(),
+            cgroup: cgroup.as_ref().map(|cgroup| cgroup.path.clone()),
+        },
         adopted: loaded.is_adopted,
         ..Status::default()
     });
@@ -146,6 +161,17 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             }
         });
     }
+    let hooks = match config.sockets.scope {
+        SocketLb::Off => None,
+        scope @ (SocketLb::All | SocketLb::HostOnly) => {
+            let hooks = Hooks::new(loaded.sockets, scope, config.sockets.is_on_loopback);
+            Some(hooks.context("cannot tell the socket hooks of the node")?)
+        }
+    };
+    let sweeper = hooks.as_ref().map(|hooks| {
+        let metrics = metrics::SocketMetrics::add(&mut registries.agent, loaded.socket_counters);
+        (Sweeper::new(loaded.peers, metrics), Arc::clone(&hooks.gone))
+    });
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {
         maps: loaded.image,
@@ -163,8 +189,9 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         metrics: Arc::clone(&metrics),
         kube_proxy: kube_proxy.clone(),
         names_of_services: names.clone(),
+        hooks,
     };
-    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel);
+    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup);
     let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
     let (to_in_use, in_use) = mpsc::channel(1);
     let (stop, stopped) = oneshot::channel();
@@ -189,6 +216,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         },
         stop,
         not_ready,
+        sweeper,
     })
 }
 

@@ -254,6 +254,12 @@ impl Cluster {
         }
     }
 
+    /// The node's primary address of IPv4, and the first that NodePorts are served on, as of the last update.
+    pub fn own_v4(&self) -> [Option<[u8; 4]>; 2] {
+        let rules = &self.v4.site.rules;
+        [rules.node_ips.first().copied(), rules.node_ports.first().copied()]
+    }
+
     /// Computes what the changes since the last update touch, and tells what differs from what was told before.
     ///
     /// Takes time in proportion to the Services touched; a change of the node's zone, name or main addresses touches all.

@@ -20,12 +20,13 @@ use xdp_common::{
     },
 };
 
-use crate::{attach::Programs, config::Sizes};
+use crate::{attach::Programs, config::Sizes, preflight::KernelVersion};
 
 pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use image::ImageMaps;
+pub use sockets::{PeerMaps, SocketCounters, SocketMaps};
 
 mod accounts;
 mod batch;
@@ -35,6 +36,7 @@ mod handles;
 pub mod image;
 mod known;
 mod mapping;
+mod sockets;
 
 type Addr = [u8; 4];
 
@@ -52,6 +54,10 @@ pub(crate) fn raw<T: Plain>(value: T) -> Raw<T> {
     Raw(value)
 }
 
+/// From this version on socket hooks may name the error that a call ends with (`bpf_set_retval`, kernel commit
+/// dea6a4e17013).
+const NAMES_ERRORS_SINCE: KernelVersion = KernelVersion(6, 0);
+
 /// The BPF object that the build has embedded; empty when there was none.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/xdp-ebpf"));
 
@@ -68,6 +74,12 @@ pub struct Loaded {
     pub counters: Counters,
     /// Accounts of service ports.
     pub accounts: Accounts,
+    /// What the socket hooks are told.
+    pub sockets: SocketMaps,
+    /// What they have told UDP sockets.
+    pub peers: PeerMaps,
+    /// Their counters.
+    pub socket_counters: SocketCounters,
     /// The programs, not yet loaded.
     pub programs: Programs,
     /// Sizes as the maps have them, which are those of an earlier agent where its maps were adopted.
@@ -163,7 +175,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
     let mut is_adopted = false;
-    for (spec, layout) in PINNED {
+    for (spec, layout) in PINNED.into_iter().chain(sockets::PINNED) {
         let path = dir.join(spec.name);
         let wanted = entries(spec, wanted);
         let pinned = pinned_entries(spec, layout, &path, wanted)?;
@@ -174,11 +186,16 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         loader.map_max_entries(spec.name, pinned.unwrap_or(wanted));
         loader.map_pin_path(spec.name, path);
     }
+    let names_errors = u32::from(KernelVersion::current()? >= NAMES_ERRORS_SINCE);
+    loader.override_global("NAMES_ERRORS", &names_errors, true);
     let mut ebpf = loader.load(object).map_err(refused)?;
     let image = ImageMaps::open(|spec| take(&mut ebpf, spec))?;
     let established = EstablishedTable::open(&mut ebpf)?;
     let embryonic = EmbryonicTable::open(&ebpf)?;
     let accounts = Accounts::open(&mut ebpf)?;
+    let sockets = SocketMaps::open(&mut ebpf)?;
+    let peers = PeerMaps::open(&mut ebpf, &dir.join(tables::BACKENDS_V4.name))?;
+    let socket_counters = SocketCounters::open(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     let sizes = Sizes {
         established: established.capacity(),
@@ -192,7 +209,20 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
     }
     let programs = Programs::new(ebpf);
-    Ok(Loaded { image, established, embryonic, counters, accounts, programs, sizes, is_adopted, pins })
+    Ok(Loaded {
+        image,
+        established,
+        embryonic,
+        counters,
+        accounts,
+        sockets,
+        peers,
+        socket_counters,
+        programs,
+        sizes,
+        is_adopted,
+        pins,
+    })
 }
 
 /// Entries of the pinned map, if there is one that can be adopted.

@@ -26,6 +26,7 @@ use crate::{
 pub use accounts::Accounts;
 pub use datapath::Datapath;
 pub use kube_proxy::KubeProxy;
+pub use sockets::SocketMetrics;
 
 pub mod accounts;
 pub mod datapath;
@@ -33,6 +34,7 @@ pub mod datapath;
 mod document;
 pub mod kube_proxy;
 pub mod process;
+pub mod sockets;
 
 /// One fact of a closed set.
 type Label = [(&'static str, &'static str); 1];

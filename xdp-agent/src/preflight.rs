@@ -200,7 +200,8 @@ fn pins_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     entries.with_context(|| format!("cannot read {}", dir.display()))
 }
 
-fn file_system(path: &Path) -> io::Result<i64> {
+/// The magic number of the file system that a path is on.
+pub(crate) fn file_system(path: &Path) -> io::Result<i64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the path ends in a zero and the structure is writable; both live across the call.

@@ -28,6 +28,7 @@ use crate::{
     plan::{Change, InUse, Limits, Plan},
     preflight,
     problem::Problem,
+    sockets::Hooks,
     source::Event,
     status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
 };
@@ -93,6 +94,8 @@ pub struct Parts {
     pub kube_proxy: KubeProxy,
     /// Names for accounts.
     pub names_of_services: ServiceNames,
+    /// The socket hooks, if there are any.
+    pub hooks: Option<Hooks>,
 }
 
 /// The writer.

@@ -83,6 +83,7 @@ impl Reconciler {
                 self.backlog.wait();
             }
             self.take(update);
+            self.tell_hooks(changes > 0);
             let took = began.elapsed();
             self.parts.metrics.sync_duration.observe(took.as_secs_f64());
             self.note_written((!delta.is_empty()).then_some(took));
@@ -92,6 +93,19 @@ impl Reconciler {
         }
         self.report();
         self.publish();
+    }
+
+    /// Tells the socket hooks what they have to know of the node, and that backends may have gone.
+    fn tell_hooks(&mut self, may_be_gone: bool) {
+        let [node, node_port] = self.cluster.own_v4();
+        let Some(hooks) = &mut self.parts.hooks else { return };
+        if let Err(error) = hooks.set_node(node, node_port) {
+            self.parts.metrics.map_write_failures.inc();
+            warn!(%error, "cannot tell the socket hooks of the node; trying again with the next change");
+        }
+        if may_be_gone {
+            hooks.gone.notify_one();
+        }
     }
 
     /// Says once of each what the datapath does not forward yet: it has no maps of IPv6, and reads no SCTP.
