@@ -118,8 +118,8 @@ fn a_local_external_policy_does_not_bind_callers_of_this_node() -> Result<()> {
     let mut place = Place::serve(World::build(WorldOptions::default())?, &[service.yaml()], &[])?;
     for (kind, target) in http_frontends() {
         for caller in [&mut place.pod, &mut place.node] {
-            let places = places(&repeated(|| caller.http(target))?);
-            ensure!(places == ["local", "remote"], "{kind}: {places:?}");
+            let answers = repeated(|| caller.http(target))?;
+            ensure!(places(&answers) == ["local", "remote"], "{kind}: {answers:?}");
         }
     }
     place.stop()
