@@ -170,7 +170,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     };
     let sweeper = hooks.as_ref().map(|hooks| {
         let metrics = metrics::SocketMetrics::add(&mut registries.agent, loaded.socket_counters);
-        (Sweeper::new(loaded.peers, metrics), Arc::clone(&hooks.gone))
+        (Sweeper::new(loaded.peers, loaded.pods, hooks, metrics), Arc::clone(&hooks.gone))
     });
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {

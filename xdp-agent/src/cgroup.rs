@@ -46,6 +46,10 @@ impl Cgroup {
                 )?
             }
         };
+        // Hybrid hosts have it below the controllers of v1, where a mount of all of it brings it along.
+        let unified = path.join("unified");
+        let is_v2 = |path: &Path| file_system(path).is_ok_and(|magic| magic == CGROUP2_MAGIC);
+        let path = if !is_v2(&path) && is_v2(&unified) { unified } else { path };
         let magic = file_system(&path).with_context(|| format!("cannot look at {}", path.display()))?;
         ensure!(
             magic == CGROUP2_MAGIC,

@@ -26,7 +26,7 @@ pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use image::ImageMaps;
-pub use sockets::{PeerMaps, SocketCounters, SocketMaps};
+pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
 
 mod accounts;
 mod batch;
@@ -78,6 +78,8 @@ pub struct Loaded {
     pub sockets: SocketMaps,
     /// What they have told UDP sockets.
     pub peers: PeerMaps,
+    /// Addresses of pods, for them.
+    pub pods: PodMaps,
     /// Their counters.
     pub socket_counters: SocketCounters,
     /// The programs, not yet loaded.
@@ -195,6 +197,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let accounts = Accounts::open(&mut ebpf)?;
     let sockets = SocketMaps::open(&mut ebpf)?;
     let peers = PeerMaps::open(&mut ebpf, &dir.join(tables::BACKENDS_V4.name))?;
+    let pods = PodMaps::open(&mut ebpf)?;
     let socket_counters = SocketCounters::open(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     let sizes = Sizes {
@@ -217,6 +220,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         accounts,
         sockets,
         peers,
+        pods,
         socket_counters,
         programs,
         sizes,

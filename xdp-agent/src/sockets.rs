@@ -7,9 +7,12 @@
 //! kernel 6.5), but its iterators are as bound to one namespace, so nothing would be gained but a minimal version.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -22,7 +25,8 @@ use xdp_common::{
 
 use crate::{
     config::SocketLb,
-    maps::{PeerMaps, SocketMaps},
+    cluster::wanted::{Delta, ServicePort, ServicePortName},
+    maps::{PeerMaps, PodMaps, SocketMaps},
     metrics::SocketMetrics,
 };
 
@@ -33,6 +37,8 @@ pub use namespaces::own_cookie;
 
 /// Endpoints come and go in bursts; sockets are looked at at most this often.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Time between two looks for the addresses of pods, while source ranges ask for them.
+const PODS_PERIOD: Duration = Duration::from_secs(1);
 /// Time before a look that failed is repeated.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -44,6 +50,10 @@ pub struct Hooks {
     is_on_loopback: bool,
     /// Told when backends may have gone.
     pub gone: Arc<Notify>,
+    /// Service ports that ask for their clients' addresses.
+    restricted: HashSet<ServicePortName>,
+    /// Whether there are any.
+    pub asks_for_pods: Arc<AtomicBool>,
 }
 
 impl Hooks {
@@ -64,9 +74,29 @@ impl Hooks {
             flags,
             zero: [0; 4],
         };
-        let mut hooks = Self { maps, settings, is_on_loopback, gone: Arc::default() };
+        let mut hooks = Self {
+            maps,
+            settings,
+            is_on_loopback,
+            gone: Arc::default(),
+            restricted: HashSet::new(),
+            asks_for_pods: Arc::default(),
+        };
         hooks.maps.set(hooks.settings)?;
         Ok(hooks)
+    }
+
+    /// Notes which service ports have source ranges.
+    pub fn note(&mut self, delta: &Delta<[u8; 4]>) {
+        for (name, port) in &delta.ports {
+            let is_restricted = |port: &ServicePort<_>| port.frontends.iter().any(|at| at.is_restricted);
+            if port.as_deref().is_some_and(is_restricted) {
+                self.restricted.insert(name.clone());
+            } else {
+                self.restricted.remove(name);
+            }
+        }
+        self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
     }
 
     /// Takes the node's primary address and one that serves NodePorts.
@@ -91,15 +121,21 @@ impl Hooks {
 #[derive(Debug)]
 pub struct Sweeper {
     peers: PeerMaps,
+    pods: PodMaps,
     metrics: SocketMetrics,
+    /// Whether there are source ranges that ask for the addresses of pods.
+    asks_for_pods: Arc<AtomicBool>,
+    /// Whether backends may have gone since the last look.
+    is_due: bool,
     /// Whether it has been said that pods' namespaces cannot be entered.
     is_refusal_told: bool,
 }
 
 impl Sweeper {
     /// A sweeper over what the hooks have told sockets.
-    pub fn new(peers: PeerMaps, metrics: SocketMetrics) -> Self {
-        Self { peers, metrics, is_refusal_told: false }
+    pub fn new(peers: PeerMaps, pods: PodMaps, hooks: &Hooks, metrics: SocketMetrics) -> Self {
+        let asks_for_pods = Arc::clone(&hooks.asks_for_pods);
+        Self { peers, pods, metrics, asks_for_pods, is_due: true, is_refusal_told: false }
     }
 
     /// Looks once for what went while no agent ran, then whenever backends may have gone.
@@ -118,10 +154,12 @@ impl Sweeper {
             match result {
                 Ok(()) => {
                     tokio::time::sleep(PAUSE).await;
-                    gone.notified().await;
+                    // Pods come and go without a word to this node's agent.
+                    sweeper.is_due = tokio::time::timeout(PODS_PERIOD, gone.notified()).await.is_ok();
                 }
                 Err(error) => {
                     debug!(%error, "cannot look at UDP sockets; trying again");
+                    sweeper.is_due = true;
                     tokio::time::sleep(RETRY_PAUSE).await;
                 }
             }
@@ -129,6 +167,12 @@ impl Sweeper {
     }
 
     fn sweep(&mut self) -> io::Result<()> {
+        if self.asks_for_pods.load(Ordering::Relaxed) {
+            self.learn_pods()?;
+        }
+        if !std::mem::take(&mut self.is_due) {
+            return Ok(());
+        }
         let stale = self.peers.stale()?;
         if stale.is_empty() {
             return Ok(());
@@ -147,15 +191,7 @@ impl Sweeper {
             },
             Err(error) => refused = Some(error),
         });
-        if let Some(error) = refused
-            && !std::mem::replace(&mut self.is_refusal_told, true)
-        {
-            warn!(
-                %error,
-                "cannot enter the network namespaces of pods, so their connected UDP sockets do not notice when a backend \
-                 goes; grant CAP_SYS_ADMIN and CAP_SYS_PTRACE, and hostPID in a pod"
-            );
-        }
+        self.tell_refusal(refused);
         for key in &stale {
             self.peers.forget(key)?;
         }
@@ -165,6 +201,38 @@ impl Sweeper {
             info!(sockets = destroyed, ?took, "ended UDP sockets of backends that are gone");
         }
         Ok(())
+    }
+}
+
+impl Sweeper {
+    /// Learns which address each pod has, for source ranges.
+    fn learn_pods(&mut self) -> io::Result<()> {
+        let mut pods = HashMap::new();
+        let mut refused = None;
+        namespaces::each(|result| match result {
+            Ok(()) => {
+                if let (Ok(cookie), Some(addr)) = (own_cookie(), namespaces::own_address()) {
+                    pods.insert(cookie, addr);
+                }
+            }
+            Err(error) => refused = Some(error),
+        });
+        self.tell_refusal(refused);
+        self.pods.set(&pods)
+    }
+
+    /// Says once that pods cannot be looked into.
+    fn tell_refusal(&mut self, refused: Option<io::Error>) {
+        if let Some(error) = refused
+            && !std::mem::replace(&mut self.is_refusal_told, true)
+        {
+            warn!(
+                %error,
+                "cannot enter the network namespaces of pods: their connected UDP sockets do not notice when a backend goes, \
+                 and source ranges take them for strangers; grant CAP_SYS_ADMIN, and show them to the agent (/run/netns of \
+                 the node, or its processes)"
+            );
+        }
     }
 }
 

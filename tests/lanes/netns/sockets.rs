@@ -206,6 +206,32 @@ fn node_ports_are_on_the_loopback_of_the_node_when_asked_for() -> Result<()> {
 }
 
 #[test]
+fn source_ranges_hold_for_pods_and_the_node() -> Result<()> {
+    let world = World::build(WorldOptions::default())?;
+    let pod = world.pod("local-1")?.server.address();
+    let only = |range: String| {
+        let ranges = format!("spec:\n  loadBalancerSourceRanges:\n  - {range}\n");
+        standard_service().yaml().replacen("spec:\n", &ranges, 1)
+    };
+    let mut place = Place::serve(world, &[only(format!("{pod}/32"))], &[])?;
+    let target: SocketAddr = (xdp_agent_tests::lab::world::LOAD_BALANCER_IP, SERVICE_HTTP).into();
+    place.wait_until("the pod's address to be known", |place| {
+        place.pod.http(target)??;
+        Ok(())
+    })?;
+    refused("node", libc::EPERM, || place.node.http(target))?;
+    place.world.manifests.write("web.yaml", &[only(format!("{NODE}/32"))])?;
+    place.wait_until("the other range", |place| {
+        place.node.http(target)??;
+        Ok(())
+    })?;
+    refused("pod", libc::EPERM, || place.pod.http(target))?;
+    ensure!(place.pod.http((CLUSTER_IP, SERVICE_HTTP).into())?.is_ok(), "ranges guard the balancer's address only");
+    counted_call(&place.agent, "tcp_connect", "source_range")?;
+    place.stop()
+}
+
+#[test]
 fn with_host_only_pods_are_left_alone() -> Result<()> {
     let mut place = Place::start(WorldOptions::default(), &["--socket-lb", "host-only"])?;
     let [(_, cluster_ip), ..] = http_frontends();

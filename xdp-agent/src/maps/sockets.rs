@@ -41,6 +41,36 @@ pub struct PeerMaps {
     backends: Slots<Raw<Backend<Addr>>>,
 }
 
+/// Addresses of pods by network namespace, for the source ranges.
+pub struct PodMaps(HashMap<MapData, u64, Addr>);
+
+impl std::fmt::Debug for PodMaps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PodMaps").finish_non_exhaustive()
+    }
+}
+
+impl PodMaps {
+    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        Ok(Self(HashMap::try_from(take(ebpf, &tables::PODS_V4)?)?))
+    }
+
+    /// Makes these the addresses, by cookies of namespaces; those that do not fit are not known.
+    ///
+    /// # Errors
+    /// When the kernel refuses a write.
+    pub fn set(&mut self, pods: &std::collections::HashMap<u64, Addr>) -> io::Result<()> {
+        let there: Vec<u64> = self.0.keys().collect::<Result<_, _>>().map_err(io_error)?;
+        for gone in there.iter().filter(|cookie| !pods.contains_key(cookie)) {
+            self.0.remove(gone).map_err(io_error)?;
+        }
+        for (cookie, addr) in pods.iter().take(tables::PODS_V4.entries as usize) {
+            self.0.insert(cookie, addr, 0).map_err(io_error)?;
+        }
+        Ok(())
+    }
+}
+
 /// The counters of the socket hooks.
 #[derive(Clone)]
 pub struct SocketCounters(Arc<Mutex<PerCpuArray<MapData, u64>>>);

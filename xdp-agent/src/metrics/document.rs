@@ -50,7 +50,7 @@ fn exported() -> String {
     let (mut registries, metrics, kube_proxy) = Registries::new();
     registries.agent.register_collector(Box::new(Zeros));
     let _ = crate::watch::Metrics::register(&mut registries.agent);
-    let _ = SocketMetrics::register(&mut registries.agent);
+    let _ = sockets::unread(&mut registries.agent);
     Accounts::register(&mut registries.agent, || {
         let text = String::new;
         let port =

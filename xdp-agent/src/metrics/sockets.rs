@@ -87,6 +87,12 @@ fn label(call: SocketCall, refused: Option<Reason>) -> &'static str {
     }
 }
 
+/// The metrics without the counters of hooks.
+#[cfg(test)]
+pub(super) fn unread(registry: &mut Registry) -> SocketMetrics {
+    SocketMetrics::register(registry)
+}
+
 /// Counters of hooks that have counted nothing.
 #[cfg(test)]
 pub(super) fn zeros() -> Vec<(SocketCall, Option<Reason>, u64)> {

@@ -83,6 +83,9 @@ impl Reconciler {
                 self.backlog.wait();
             }
             self.take(update);
+            if let Some(hooks) = &mut self.parts.hooks {
+                hooks.note(&delta);
+            }
             self.tell_hooks(changes > 0);
             let took = began.elapsed();
             self.parts.metrics.sync_duration.observe(took.as_secs_f64());

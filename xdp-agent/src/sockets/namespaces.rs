@@ -12,6 +12,8 @@ use std::{
     thread,
 };
 
+use crate::neighbours;
+
 /// Where container runtimes and `ip netns` keep namespaces by name (CRI: /run/netns/cni-…).
 const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
 /// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), from kernel 5.14.
@@ -42,6 +44,13 @@ pub fn own_cookie() -> io::Result<u64> {
         )
     };
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// The first address of global use that this thread's namespace has.
+pub(super) fn own_address() -> Option<[u8; 4]> {
+    let host = neighbours::read_host().ok()?;
+    let addresses = host.addresses.values().flatten().filter(|address| address.scope == 0);
+    addresses.map(|address| address.addr.octets()).min()
 }
 
 /// Calls `visit` on a thread in every network namespace that can be found and entered, the own one first; with the error
