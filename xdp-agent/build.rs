@@ -10,6 +10,10 @@ const OBJECT: &str = "xdp-ebpf";
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=XDP_AGENT_BPF_DIR");
+    println!("cargo::rerun-if-env-changed=XDP_AGENT_REVISION");
+    // Only released binaries name their commit: others would be built again at every one.
+    let revision = env::var("XDP_AGENT_REVISION").unwrap_or_else(|_| "unknown".to_owned());
+    println!("cargo::rustc-env=XDP_AGENT_REVISION={revision}");
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let bpf_dir = match env::var_os("XDP_AGENT_BPF_DIR") {
         Some(dir) => PathBuf::from(dir),

@@ -361,7 +361,7 @@ fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
         let addr = (BACKEND + 0x0001_0000 + id).to_be_bytes();
         let backend = Backend { addr, port: PORT, proto: TCP, flags: 0, generation: 1, service: 1 };
         array(product, tables::BACKENDS_V4.name)?.set(id, Raw(backend), 0)?;
-        array(product, tables::RINGS.name)?.set(id - 1, id, 0)?;
+        array(product, tables::RINGS_V4.name)?.set(id - 1, id, 0)?;
     }
     let mut frontends: HashMap<_, Raw<FrontendKey<Addr>>, Raw<Frontend>> =
         map(product, tables::FRONTENDS_V4.name)?;
@@ -377,7 +377,7 @@ fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
     };
     frontends.insert(Raw(key), Raw(frontend), 0)?;
     for bit in [gate::frontend_bit(FRONTEND, PORT, TCP), gate::snat_bit(NODE)] {
-        let mut gate: Array<&mut MapData, u64> = array(product, tables::GATE_INGRESS.name)?;
+        let mut gate: Array<&mut MapData, u64> = array(product, tables::GATE_INGRESS_V4.name)?;
         let word = gate.get(&(bit / 64), 0)?;
         gate.set(bit / 64, word | 1 << (bit % 64), 0)?;
     }

@@ -6,6 +6,7 @@ pub mod caller;
 pub mod capture;
 pub mod cgroup;
 pub mod clients;
+pub mod devices;
 pub mod link;
 pub mod load;
 pub mod manifests;
@@ -29,6 +30,16 @@ const OPEN_FILES_MIN: libc::rlim_t = 16_384;
 /// Pause between two looks at a condition.
 const POLL_INTERVAL_MS: u64 = 10;
 
+/// How much longer than usual everything may take, as an emulated machine says by this variable.
+const PATIENCE: &str = "XDP_AGENT_LAB_PATIENCE";
+
+/// Stretches a time limit where the machine is known to be slow.
+pub fn patient(limit: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    let read = || std::env::var(PATIENCE).ok().and_then(|factor| factor.parse().ok()).unwrap_or(1);
+    limit * *FACTOR.get_or_init(read)
+}
+
 /// Returns the runtime that drives every socket of the lab, whichever namespace the socket belongs to.
 pub fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -49,6 +60,7 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
 
 /// Looks at a condition until it yields a value, or fails with the last reason once the time is over.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<T>) -> Result<T> {
+    let limit = patient(limit);
     let end = Instant::now() + limit;
     loop {
         let error = match look() {
@@ -86,5 +98,6 @@ fn raise_open_files() {
 
 /// Adds the time limit to a future and names what was waited for.
 pub async fn within<T>(what: &str, limit: Duration, future: impl Future<Output = Result<T>>) -> Result<T> {
+    let limit = patient(limit);
     tokio::time::timeout(limit, future).await.with_context(|| format!("{what} took longer than {limit:?}"))?
 }

@@ -4,6 +4,7 @@
 //! before every object has been told; and whatever a failed start has attached or pinned is taken away again.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, atomic::AtomicU32},
     time::Instant,
 };
@@ -19,8 +20,9 @@ use tracing::{debug, error, info, warn};
 use crate::{
     attach::Attacher,
     cgroup::Cgroup,
+    cluster::wanted::{Ip6, ServicePortName},
     config::{Config, ObjectSource, SocketLb},
-    gc::{Collector, Outlets},
+    gc::{Collector, FlowTables, Outlets},
     health,
     host::Host,
     interfaces::Interfaces,
@@ -28,7 +30,7 @@ use crate::{
     metrics,
     neighbours::{Feed, Follower, UsedMacs},
     preflight::{self, KernelVersion, PinDir},
-    reconcile::{Inlets, Parts, Reconciler, ServiceNames},
+    reconcile::{Inlets, Parts, Reconciler, ServiceNames, SideParts, Told},
     serve,
     sockets::{Hooks, Sweeper},
     source::{self, Event},
@@ -73,6 +75,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         "built without the BPF object: run `cargo xtask build` and build the agent again"
     );
     let kernel = KernelVersion::current()?;
+    preflight::check_kernel(kernel)?;
     preflight::check_privileges()?;
     preflight::raise_memlock(kernel);
     // Signals from here on end the agent by its own way out.
@@ -134,7 +137,9 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     };
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
-    metrics.capacities(&loaded.sizes);
+    let (v4_sizes, v6_sizes) = (loaded.v4.sizes(), loaded.v6.sizes());
+    metrics.capacities::<[u8; 4]>(&v4_sizes);
+    metrics.capacities::<Ip6>(&v6_sizes);
     metrics::Datapath::register(&mut registries.agent, loaded.counters);
     let shared = Shared::new(Status {
         version: env!("CARGO_PKG_VERSION"),
@@ -150,15 +155,19 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     let not_ready = shared.wait_for("programs on the interfaces");
     let (to_sync, sync) = watch::channel(SyncState::default());
     metrics::kube_proxy::Sync::register(&mut registries.kube_proxy, sync.clone());
-    let names = ServiceNames::default();
+    let (v4_names, v6_names) = (ServiceNames::default(), ServiceNames::default());
+    let names_of_families = (v4_names.clone(), v6_names.clone());
     if config.service_metrics {
-        let (accounts, names) = (loaded.accounts, names.clone());
-        metrics::Accounts::register(&mut registries.agent, move || match accounts.read() {
-            Ok(accounts) => names.resolve(accounts),
-            Err(error) => {
-                debug!(%error, "cannot read the accounts of service ports");
-                Vec::new()
-            }
+        let of_families = [(loaded.v4.accounts, v4_names.clone()), (loaded.v6.accounts, v6_names.clone())];
+        metrics::Accounts::register(&mut registries.agent, move || {
+            let accounts = of_families.iter().flat_map(|(accounts, names)| match accounts.read() {
+                Ok(accounts) => names.resolve(accounts),
+                Err(error) => {
+                    debug!(%error, "cannot read the accounts of service ports");
+                    Vec::new()
+                }
+            });
+            summed(accounts)
         });
     }
     let hooks = match config.sockets.scope {
@@ -174,23 +183,27 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     });
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {
-        maps: loaded.image,
-        limits: loaded.sizes.limits(),
-        embryonic_buckets: loaded.embryonic.buckets(),
+        settings: loaded.settings,
+        v4: SideParts { maps: loaded.v4.image, limits: v4_sizes.limits(), names: v4_names },
+        v6: SideParts { maps: loaded.v6.image, limits: v6_sizes.limits(), names: v6_names },
+        embryonic_buckets: loaded.v4.embryonic.buckets(),
         is_adopted: loaded.is_adopted,
         cluster: config.cluster.clone(),
         expects_node: matches!(config.source, ObjectSource::Kubernetes { .. }),
         names: config.interfaces.clone(),
         snat_ports: config.snat_ports,
-        clock: Arc::clone(&clock),
-        origin,
-        sync: to_sync,
-        shared: Arc::clone(&shared),
-        metrics: Arc::clone(&metrics),
-        kube_proxy: kube_proxy.clone(),
-        names_of_services: names.clone(),
+        told: Told {
+            clock: Arc::clone(&clock),
+            origin,
+            sync: to_sync,
+            shared: Arc::clone(&shared),
+            metrics: Arc::clone(&metrics),
+            kube_proxy: kube_proxy.clone(),
+        },
         hooks,
     };
+    let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
+    let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
     let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup);
     let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
     let (to_in_use, in_use) = mpsc::channel(1);
@@ -199,7 +212,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     Ok(Running {
         reconciler,
         interfaces,
-        collector: Collector::new(loaded.established, loaded.embryonic, config.timeouts, clock, origin),
+        collector: Collector::new(v4_flows, v6_flows, config.timeouts, clock, origin),
         outlets: Outlets { in_use: to_in_use, macs, shared: Arc::clone(&shared), metrics },
         inlets: Inlets { events: told, feed: fresh(feed), in_use, stop: stopped },
         heartbeat: heartbeat.clone(),
@@ -213,11 +226,23 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             health: Health { sync, heartbeat },
             watch: health_of_watch,
             config: Arc::new(config.to_json()),
+            names: names_of_families,
+            slis: metrics::Slis::default(),
         },
         stop,
         not_ready,
         sweeper,
     })
+}
+
+/// Accounts by service port: one of both families has two.
+fn summed(accounts: impl Iterator<Item = (ServicePortName, u64, u64)>) -> Vec<(ServicePortName, u64, u64)> {
+    let mut sums: HashMap<ServicePortName, (u64, u64)> = HashMap::new();
+    for (name, packets, bytes) in accounts {
+        let sum = sums.entry(name).or_default();
+        *sum = (sum.0 + packets, sum.1 + bytes);
+    }
+    sums.into_iter().map(|(name, (packets, bytes))| (name, packets, bytes)).collect()
 }
 
 /// The maps, at their pins; a refusal leaves no empty directories behind.

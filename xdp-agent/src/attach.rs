@@ -25,6 +25,7 @@ pub mod legacy;
 pub mod programs;
 pub mod refusal;
 mod sockets;
+pub mod trial;
 pub mod xdp;
 
 /// From this version on tc programs are attached by links (TCX).
@@ -321,6 +322,11 @@ fn remove_pin(path: &PathBuf) {
     if let Err(error) = fs::remove_file(path) {
         warn!(pin = %path.display(), %error, "cannot remove a pin");
     }
+}
+
+/// The XDP program that an interface carries, by its name where the kernel tells it.
+pub fn owner(link: &Link) -> Option<Option<String>> {
+    (link.xdp.program != 0).then(|| programs::name(link.xdp.program))
 }
 
 /// Refuses an interface whose XDP program is somebody else's.

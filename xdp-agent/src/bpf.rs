@@ -274,7 +274,7 @@ pub(crate) unsafe fn map_batch(call: BatchCall<'_>) -> (u32, io::Result<()>) {
 }
 
 /// Room for where a read ended: the number of a bucket, or a key.
-pub(crate) const TOKEN_BYTES: usize = 32;
+pub(crate) const TOKEN_BYTES: usize = 64;
 
 /// The parameters of [`map_batch`].
 pub(crate) struct BatchCall<'a> {

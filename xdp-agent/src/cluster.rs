@@ -16,7 +16,7 @@ use self::{
     family::{Concerned, Served, Side},
     problems::Problems,
     site::Site,
-    wanted::Delta,
+    wanted::{Delta, Ip6},
 };
 use crate::{
     objects::{Change, Node, ObjectName, Service, ServiceCidr, Slice},
@@ -28,6 +28,7 @@ mod claims;
 mod endpoints;
 mod family;
 mod frontends;
+mod misdirected;
 mod problems;
 mod site;
 #[cfg(test)]
@@ -95,7 +96,7 @@ pub struct Update {
     /// In IPv4.
     pub v4: Delta<[u8; 4]>,
     /// In IPv6.
-    pub v6: Delta<[u8; 16]>,
+    pub v6: Delta<Ip6>,
 }
 
 /// A port on which load balancers ask whether this node has endpoints of a Service. It claims nothing: it is the agent's
@@ -153,7 +154,7 @@ pub struct Cluster {
     /// Every slice that is used, to find the Service that it was of.
     slices: HashMap<ObjectName, Arc<Slice>>,
     v4: Side<[u8; 4]>,
-    v6: Side<[u8; 16]>,
+    v6: Side<Ip6>,
     health_checks: BTreeMap<ObjectName, HealthCheck>,
     problems: Problems,
     touched: BTreeSet<ObjectName>,
@@ -169,7 +170,7 @@ struct Entry {
     service: Option<Arc<Service>>,
     slices: BTreeMap<Box<str>, Arc<Slice>>,
     v4: Served<[u8; 4]>,
-    v6: Served<[u8; 16]>,
+    v6: Served<Ip6>,
 }
 
 impl Cluster {
@@ -233,12 +234,15 @@ impl Cluster {
     }
 
     fn apply_slice(&mut self, name: ObjectName, slice: Option<Arc<Slice>>) {
+        // One that is not used may have flaws all the same.
+        self.problems.set("EndpointSlice", &name, slice.as_ref().map(|slice| &*slice.flaws));
         let slice = slice.filter(|slice| !slice.service.is_empty());
         if self.slices.get(&name) == slice.as_ref() {
             return;
         }
-        self.problems.set("EndpointSlice", &name, slice.as_ref().map(|slice| &*slice.flaws));
         if let Some(old) = self.slices.remove(&name) {
+            self.v4.addresses.remove(&old);
+            self.v6.addresses.remove(&old);
             let service = ObjectName::new(&*name.namespace, &*old.service);
             if let Some(entry) = self.services.get_mut(&service) {
                 entry.slices.remove(&*name.name);
@@ -249,6 +253,8 @@ impl Cluster {
             let service = ObjectName::new(&*name.namespace, &*slice.service);
             let entry = self.services.entry(service.clone()).or_default();
             entry.slices.insert(name.name.as_str().into(), Arc::clone(&slice));
+            self.v4.addresses.add(&slice);
+            self.v6.addresses.add(&slice);
             self.slices.insert(name, slice);
             self.touched.insert(service);
         }
@@ -256,8 +262,12 @@ impl Cluster {
 
     /// The node's primary address of IPv4, and the first that NodePorts are served on, as of the last update.
     pub fn own_v4(&self) -> [Option<[u8; 4]>; 2] {
-        let rules = &self.v4.site.rules;
-        [rules.node_ips.first().copied(), rules.node_ports.first().copied()]
+        self.v4.site.rules.first()
+    }
+
+    /// The same of IPv6.
+    pub fn own_v6(&self) -> [Option<Ip6>; 2] {
+        self.v6.site.rules.first()
     }
 
     /// Computes what the changes since the last update touch, and tells what differs from what was told before.
@@ -282,6 +292,7 @@ impl Cluster {
             v6.moved.extend(more_v6.moved);
             v4.has_problems |= more_v4.has_problems | more_v6.has_problems;
         }
+        self.touch_misdirected(&v4.cluster_ips, &v6.cluster_ips, &mut touched);
         for name in v4.moved.iter().chain(&v6.moved) {
             touched.insert(ObjectName::new(&*name.namespace, &*name.service));
         }
@@ -292,6 +303,26 @@ impl Cluster {
             self.serve(name, &mut update);
         }
         update
+    }
+
+    /// Touches the Services with endpoints at addresses that have become a ClusterIP or are none any more.
+    fn touch_misdirected(
+        &self,
+        v4: &BTreeSet<[u8; 4]>,
+        v6: &BTreeSet<Ip6>,
+        touched: &mut BTreeSet<ObjectName>,
+    ) {
+        let is_endpoint_v4 = v4.iter().any(|addr| self.v4.addresses.contains(addr));
+        let is_endpoint_v6 = v6.iter().any(|addr| self.v6.addresses.contains(addr));
+        if !is_endpoint_v4 && !is_endpoint_v6 {
+            return;
+        }
+        let is_at = |slice: &Arc<Slice>| {
+            slice.v4.iter().any(|endpoint| v4.contains(&endpoint.addr))
+                || slice.v6.iter().any(|endpoint| v6.contains(&endpoint.addr))
+        };
+        let concerned = self.services.iter().filter(|(_, entry)| entry.slices.values().any(is_at));
+        touched.extend(concerned.map(|(name, _)| name.clone()));
     }
 
     fn update_site(&mut self, touched: &mut BTreeSet<ObjectName>, update: &mut Update) {
@@ -333,13 +364,16 @@ impl Cluster {
         let (service, slices) = (entry.service.as_deref(), entry.slices.values());
         self.v4.serve(service, slices.clone(), here, &mut entry.v4, &mut update.v4);
         self.v6.serve(service, slices.clone(), here, &mut entry.v6, &mut update.v6);
+        let mut misdirected = misdirected::problems(&name.namespace, entry.slices.iter(), &self.v4.claims);
+        misdirected.extend(misdirected::problems(&name.namespace, entry.slices.iter(), &self.v6.claims));
+        self.problems.set_of_service(name, misdirected);
         let port = service.map_or(0, |service| service.health_check_node_port);
         if port != 0 && (entry.v4.is_claimant() || entry.v6.is_claimant()) {
             let check = HealthCheck {
                 service: name.clone(),
                 port,
                 local_endpoints_v4: local_ready::<[u8; 4]>(slices.clone(), here),
-                local_endpoints_v6: local_ready::<[u8; 16]>(slices, here),
+                local_endpoints_v6: local_ready::<Ip6>(slices, here),
             };
             self.health_checks.insert(name.clone(), check);
         } else {

@@ -20,6 +20,7 @@ use xdp_common::conntrack::Timeouts;
 
 use crate::{
     cluster::{DetectLocal, NodePortAddresses, Options},
+    doctor::DoctorArgs,
     explain::ExplainArgs,
     plan::Limits,
 };
@@ -30,7 +31,7 @@ pub use sockets::{SocketLb, SocketOptions};
 
 use file::Setting;
 use flags::{ListenArgs, ObjectArgs, SizeArgs, TimeoutArgs};
-use values::{Bind, NodePortAddress, all};
+use values::{Bind, Ip, NodePortAddress, all};
 
 #[cfg(test)]
 mod document;
@@ -51,11 +52,11 @@ const EVERYTHING: [(IpAddr, u8); 2] =
 
 /// kube-proxy's ports of health and metrics.
 const HEALTHZ_PORT: u16 = 10256;
-const METRICS_PORT: u16 = 10249;
+pub(crate) const METRICS_PORT: u16 = 10249;
 
 /// Balances Kubernetes Services at XDP, in place of kube-proxy.
 #[derive(Debug, Parser)]
-#[command(name = "xdp-agent", version, about, disable_help_subcommand = true)]
+#[command(name = "xdp-agent", version = crate::VERSION, about, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -69,6 +70,8 @@ pub enum Command {
     Run(Box<Args>),
     /// Answer what a new connection would meet, and why, from files or from the maps of a running agent.
     Explain(Box<ExplainArgs>),
+    /// Tell whether `run` would work here, how XDP would run on each interface, and what would make it better.
+    Doctor(Box<DoctorArgs>),
 }
 
 /// Something the command line or the configuration file asks for that has no effect.
@@ -87,7 +90,7 @@ impl Cli {
     /// # Errors
     /// For everything the user has to change, and for `--help` and `--version`.
     pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<(Self, Vec<Note>), clap::Error> {
-        let words: Vec<OsString> = words.into_iter().collect();
+        let words: Vec<OsString> = words.into_iter().map(values::with_dashes).collect();
         let cli = Self::try_parse_from(&words)?;
         let Command::Run(args) = &cli.command else { return Ok((cli, Vec::new())) };
         if let Some(refused) = args.ignored.0.iter().find(|ignored| ignored.is_refused) {
@@ -298,7 +301,7 @@ impl ClusterArgs {
     }
 
     fn node_ips(&self) -> Vec<IpAddr> {
-        let mut ips = all(&self.node_ip);
+        let mut ips: Vec<IpAddr> = all(&self.node_ip).into_iter().map(|Ip(ip)| ip).collect();
         if let Some(primary) = self.bind_address.filter(|ip| !ip.is_unspecified())
             && !ips.iter().any(|ip| ip.is_ipv4() == primary.is_ipv4())
         {
@@ -379,7 +382,11 @@ fn listen(args: &ListenArgs, bind_address: Option<IpAddr>) -> Listen {
     }
 }
 
-fn interfaces(given: &[String]) -> anyhow::Result<Vec<String>> {
+/// The interfaces of `--iface`, without repetitions; without any those of the default routes.
+///
+/// # Errors
+/// When a name is empty, or there is no default route.
+pub(crate) fn interfaces(given: &[String]) -> anyhow::Result<Vec<String>> {
     if given.is_empty() {
         return uplinks::names();
     }

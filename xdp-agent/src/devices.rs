@@ -1,11 +1,10 @@
 //! What the datapath is told about the managed interfaces.
 
-use std::net::Ipv4Addr;
-
 use serde::Serialize;
 use xdp_common::tables::{Device, device};
 
 use crate::{
+    cluster::wanted::IpAddress,
     host::{Host, Link},
     netdev,
 };
@@ -71,10 +70,10 @@ pub fn transmit(link: &Link, mode: Mode, features: Option<u64>) -> Transmit {
 }
 
 /// The map entry of an interface.
-pub fn device(link: &Link, snat: Ipv4Addr, mode: Mode, transmit: Transmit) -> Device<[u8; 4]> {
+pub fn device<A: IpAddress>(link: &Link, snat: A, mode: Mode, transmit: Transmit) -> Device<A> {
     let flag = |is_set: bool, bit: u32| if is_set { bit } else { 0 };
     Device {
-        snat: snat.octets(),
+        snat,
         flags: flag(transmit.transmit, device::TRANSMIT)
             | flag(transmit.redirect, device::REDIRECT)
             | flag(mode == Mode::Generic, device::GENERIC)
@@ -128,7 +127,7 @@ mod tests {
     #[test]
     fn a_device_says_what_the_decision_asks() {
         let both = Transmit { transmit: true, redirect: false };
-        let entry = device(&link(""), Ipv4Addr::new(192, 0, 2, 1), Mode::Generic, both);
+        let entry = device(&link(""), [192, 0, 2, 1], Mode::Generic, both);
         assert_eq!(entry.flags, device::TRANSMIT | device::GENERIC | device::ETHERNET);
         assert_eq!((entry.snat, entry.mtu), ([192, 0, 2, 1], 1500));
     }

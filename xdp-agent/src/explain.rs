@@ -16,9 +16,10 @@ pub use self::{
     args::{ExplainArgs, Output},
     question::Question,
 };
-use self::{live::Live, world::World};
+use self::{live::Live, names::Names, world::World};
 use crate::{
     cluster::{DetectLocal, Options, wanted::Protocol},
+    config::METRICS_PORT,
     manifests,
     objects::{Change, Objects},
     problem::ProblemKind,
@@ -29,6 +30,7 @@ mod args;
 mod decision;
 mod dump;
 mod live;
+mod names;
 mod question;
 mod tables;
 #[cfg(test)]
@@ -59,18 +61,31 @@ impl Respondent {
     }
 }
 
-/// Answers what the flags ask, on the standard output; false when a line of a batch has no answer.
+/// Answers what the flags ask, on the standard output; false when a line of a batch has no answer. Ends when nobody reads
+/// the output any more, as behind `| head`.
 ///
 /// # Errors
-/// When the flags contradict each other, files or maps cannot be read, or the output is closed.
+/// When the flags contradict each other, files or maps cannot be read, or the output cannot be written.
 pub fn run(args: &ExplainArgs) -> anyhow::Result<bool> {
-    let out = &mut io::stdout().lock();
+    unless_closed(answer_to(args, &mut io::stdout().lock()))
+}
+
+/// A closed output is the reader's wish, and no error.
+fn unless_closed(result: anyhow::Result<bool>) -> anyhow::Result<bool> {
+    let is_closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+    match result {
+        Err(error) if error.downcast_ref().is_some_and(is_closed) => Ok(true),
+        result => result,
+    }
+}
+
+fn answer_to(args: &ExplainArgs, out: &mut impl Write) -> anyhow::Result<bool> {
     let options = args.cluster.options()?;
     is_answerable(&options)?;
     let mut world = World::new(options);
     read(args, &mut world)?;
     let respondent = if args.live {
-        Respondent::Live(Box::new(Live::open(&args.pin_dir, world)?))
+        Respondent::Live(Box::new(Live::open(&args.pin_dir, world, names_of_agent(args))?))
     } else {
         Respondent::World(Box::new(world))
     };
@@ -103,6 +118,20 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<bool> {
         Output::Json => writeln!(out, "{}", serde_json::to_string(&answer)?)?,
     }
     Ok(true)
+}
+
+/// Names for the numbers in the agent's maps; where it does not answer, numbers do, or names of `--services`.
+fn names_of_agent(args: &ExplainArgs) -> Names {
+    let Some(address) = args.metrics_bind_address.with_port(METRICS_PORT) else { return Names::default() };
+    names::ask(address, &args.pin_dir).unwrap_or_else(|error| {
+        if args.services.is_empty() {
+            eprintln!(
+                "xdp-agent: the agent tells no names on {address} ({error:#}), so that Services are numbers; give \
+                 --metrics-bind-address as it has it, or --services"
+            );
+        }
+        Names::default()
+    })
 }
 
 /// What of this the programs do not serve yet, though they decide on it.
@@ -160,10 +189,11 @@ fn answer_all(
         let line = line.context("cannot read the questions")?;
         let question = Question::from_json(&String::from_utf8_lossy(&line));
         match question.and_then(|question| respondent.ask(&question)) {
-            Ok(answer) => serde_json::to_writer(&mut *out, &answer)?,
+            Ok(answer) => serde_json::to_writer(&mut *out, &answer).map_err(io::Error::from)?,
             Err(error) => {
                 is_sound = false;
-                serde_json::to_writer(&mut *out, &serde_json::json!({ "error": error }))?;
+                let answer = serde_json::json!({ "error": error });
+                serde_json::to_writer(&mut *out, &answer).map_err(io::Error::from)?;
             }
         }
         // Whoever asks line by line waits for the answer.

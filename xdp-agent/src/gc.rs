@@ -20,10 +20,12 @@ use xdp_common::{
 };
 
 use crate::{
+    cluster::wanted::{Ip6, IpAddress},
     maps::{EmbryonicTable, EstablishedTable},
     metrics::Metrics,
     neighbours::UsedMacs,
     plan::InUse,
+    reconcile::Needs,
     status::{FlowCounts, Shared},
 };
 
@@ -40,9 +42,6 @@ const ANSWERED_SECONDS: u32 = 60;
 /// Neighbours of flows that were idle for longer are not kept fresh.
 const NEIGHBOUR_SECONDS: u32 = 60;
 
-type Key = FlowKey<[u8; 4]>;
-type Entry = Flow<[u8; 4]>;
-
 /// Which table an entry is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
@@ -51,8 +50,8 @@ enum Place {
 }
 
 /// What one look at the tables has found.
-#[derive(Debug, Default)]
-pub struct Look {
+#[derive(Debug)]
+pub struct Look<A> {
     /// What live flows need.
     pub in_use: InUse,
     /// Destination MAC addresses that they send to.
@@ -60,14 +59,34 @@ pub struct Look {
     /// How many there are.
     pub counts: FlowCounts,
     /// Established entries that may be over.
-    suspects: Vec<(Key, Entry)>,
+    suspects: Vec<(FlowKey<A>, Flow<A>)>,
+}
+
+impl<A> Default for Look<A> {
+    fn default() -> Self {
+        Self {
+            in_use: InUse::default(),
+            macs: HashSet::new(),
+            counts: FlowCounts::default(),
+            suspects: Vec::new(),
+        }
+    }
+}
+
+/// The flow tables of an address family.
+#[derive(Debug)]
+pub struct FlowTables<A: IpAddress> {
+    /// Flows that have been answered.
+    pub established: EstablishedTable<A>,
+    /// New flows.
+    pub embryonic: EmbryonicTable<A>,
 }
 
 /// The task that collects.
 #[derive(Debug)]
 pub struct Collector {
-    established: EstablishedTable,
-    embryonic: EmbryonicTable,
+    v4: FlowTables<[u8; 4]>,
+    v6: FlowTables<Ip6>,
     timeouts: Timeouts,
     clock: Arc<AtomicU32>,
     origin: Instant,
@@ -77,7 +96,7 @@ pub struct Collector {
 #[derive(Clone, Debug)]
 pub struct Outlets {
     /// To the writer of the image.
-    pub in_use: mpsc::Sender<InUse>,
+    pub in_use: mpsc::Sender<Needs>,
     /// To the follower of neighbours.
     pub macs: watch::Sender<UsedMacs>,
     /// To people.
@@ -89,13 +108,13 @@ pub struct Outlets {
 impl Collector {
     /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock.
     pub fn new(
-        established: EstablishedTable,
-        embryonic: EmbryonicTable,
+        v4: FlowTables<[u8; 4]>,
+        v6: FlowTables<Ip6>,
         timeouts: Timeouts,
         clock: Arc<AtomicU32>,
         origin: Instant,
     ) -> Self {
-        Self { established, embryonic, timeouts, clock, origin }
+        Self { v4, v6, timeouts, clock, origin }
     }
 
     /// Looks and removes, period after period; at once again after a look that removed as much as it may.
@@ -115,11 +134,11 @@ impl Collector {
             };
             collector = back;
             match result {
-                Ok(look) => {
-                    if look.is_full() {
+                Ok((v4, v6)) => {
+                    if v4.is_full() || v6.is_full() {
                         ticks.reset_immediately();
                     }
-                    tell(look, &outlets).await;
+                    tell(v4, v6, &outlets).await;
                 }
                 Err(error) => {
                     outlets.metrics.gc_failures.inc();
@@ -133,19 +152,25 @@ impl Collector {
     ///
     /// # Errors
     /// When the kernel refuses a read or a removal.
-    pub fn collect(&mut self) -> io::Result<Look> {
+    pub fn collect(&mut self) -> io::Result<(Look<[u8; 4]>, Look<Ip6>)> {
         let clock = self.clock.load(Ordering::Relaxed);
+        let v4 = self.v4.collect(clock, &self.timeouts, self.origin)?;
+        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin)?))
+    }
+}
+
+impl<A: IpAddress> FlowTables<A> {
+    fn collect(&mut self, clock: u32, timeouts: &Timeouts, origin: Instant) -> io::Result<Look<A>> {
         let mut look = Look::default();
-        look.in_use.started_ms = self.origin.elapsed().as_millis() as u64;
-        self.established
-            .walk(|key, flow| look.visit(Place::Established, key, flow, clock, &self.timeouts))?;
-        self.collect_embryonic(&mut look, clock);
+        look.in_use.started_ms = origin.elapsed().as_millis() as u64;
+        self.established.walk(|key, flow| look.visit(Place::Established, key, flow, clock, timeouts))?;
+        self.collect_embryonic(&mut look, clock, timeouts);
         for (key, seen) in std::mem::take(&mut look.suspects) {
             if look.is_full() {
                 debug!("more flows are over than are removed at a time");
                 break;
             }
-            let removed = self.judge(&key, &seen, clock)?;
+            let removed = self.judge(&key, &seen, clock, timeouts)?;
             if removed > 0 {
                 look.counts.forget(&key, &seen, removed);
             }
@@ -154,7 +179,13 @@ impl Collector {
     }
 
     /// Removes an established pair if it is over, and says how many entries went.
-    fn judge(&mut self, key: &Key, seen: &Entry, clock: u32) -> io::Result<u32> {
+    fn judge(
+        &mut self,
+        key: &FlowKey<A>,
+        seen: &Flow<A>,
+        clock: u32,
+        timeouts: &Timeouts,
+    ) -> io::Result<u32> {
         let other_key = opposite(key, seen);
         let other = self.established.get(&other_key)?;
         // A pair is judged once, with its forward half.
@@ -163,7 +194,7 @@ impl Collector {
         }
         // Read again: a packet may have come since the walk.
         let Some(flow) = self.established.get(key)? else { return Ok(0) };
-        if !expired(&flow, other.as_ref(), key.proto, clock, &self.timeouts) {
+        if !expired(&flow, other.as_ref(), key.proto, clock, timeouts) {
             return Ok(0);
         }
         // The forward half first: the reply's key is the reservation of the source port.
@@ -176,18 +207,17 @@ impl Collector {
     }
 
     /// Frees new flows that nobody has answered in time; the others are looked at like established ones.
-    fn collect_embryonic(&mut self, look: &mut Look, clock: u32) {
+    fn collect_embryonic(&mut self, look: &mut Look<A>, clock: u32, timeouts: &Timeouts) {
         let found = self.embryonic.read();
-        let flows: HashMap<Key, Entry> = found.iter().map(|entry| (entry.key, entry.flow)).collect();
+        let flows: HashMap<FlowKey<A>, Flow<A>> = found.iter().map(|entry| (entry.key, entry.flow)).collect();
         for entry in &found {
             let other = flows.get(&opposite(&entry.key, &entry.flow));
             let is_answered = entry.flow.replied != 0 || other.is_some_and(|other| other.replied != 0);
-            let timeouts = embryonic(&self.timeouts, is_answered);
-            if expired(&entry.flow, other, entry.key.proto, clock, &timeouts) && self.embryonic.remove(entry)
-            {
+            let limits = embryonic(timeouts, is_answered);
+            if expired(&entry.flow, other, entry.key.proto, clock, &limits) && self.embryonic.remove(entry) {
                 look.counts.removed += 1;
             } else {
-                look.visit(Place::Embryonic, &entry.key, &entry.flow, clock, &self.timeouts);
+                look.visit(Place::Embryonic, &entry.key, &entry.flow, clock, timeouts);
             }
         }
     }
@@ -204,13 +234,13 @@ fn embryonic(timeouts: &Timeouts, is_answered: bool) -> Timeouts {
     }
 }
 
-impl Look {
+impl<A: IpAddress> Look<A> {
     /// Whether as much was removed as may be at a time: more may be over.
     fn is_full(&self) -> bool {
         self.counts.removed as usize >= REMOVALS_MAX
     }
 
-    fn visit(&mut self, place: Place, key: &Key, flow: &Entry, clock: u32, timeouts: &Timeouts) {
+    fn visit(&mut self, place: Place, key: &FlowKey<A>, flow: &Flow<A>, clock: u32, timeouts: &Timeouts) {
         let idle = clock.saturating_sub(flow.seen);
         self.count(place, key, flow);
         // Anything idle for longer than the shortest limit is looked at together with its other half; the limits of a
@@ -226,7 +256,7 @@ impl Look {
         }
     }
 
-    fn count(&mut self, place: Place, key: &Key, flow: &Entry) {
+    fn count(&mut self, place: Place, key: &FlowKey<A>, flow: &Flow<A>) {
         match place {
             Place::Established => {
                 self.counts.established_entries += 1;
@@ -242,7 +272,7 @@ impl Look {
     }
 
     /// Notes the bits and the backend that the flow needs, from either half.
-    fn need(&mut self, key: &Key, flow: &Entry) {
+    fn need(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
         self.in_use.backends.insert(flow.backend);
         let (frontend, backend, snat) = match flow.kind {
             kind::FORWARD => {
@@ -264,7 +294,7 @@ impl Look {
 
 impl FlowCounts {
     /// Takes an established flow and its entries out of the count again.
-    fn forget(&mut self, key: &Key, flow: &Entry, entries: u32) {
+    fn forget<A: IpAddress>(&mut self, key: &FlowKey<A>, flow: &Flow<A>, entries: u32) {
         self.removed += entries;
         self.established_entries = self.established_entries.saturating_sub(entries);
         if let Some(flows) = self.of_state(key, flow) {
@@ -273,7 +303,7 @@ impl FlowCounts {
     }
 
     /// The count that an established entry belongs to; a flow is counted with its forward half.
-    fn of_state(&mut self, key: &Key, flow: &Entry) -> Option<&mut u32> {
+    fn of_state<A: IpAddress>(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> Option<&mut u32> {
         if flow.kind != kind::FORWARD {
             return None;
         }
@@ -285,12 +315,31 @@ impl FlowCounts {
     }
 }
 
-async fn tell(look: Look, outlets: &Outlets) {
-    outlets.metrics.flows(&look.counts);
-    outlets.shared.update(|status| status.flows = look.counts);
-    outlets.macs.send_replace(Arc::new(look.macs));
+impl std::ops::Add for FlowCounts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            tcp: self.tcp + other.tcp,
+            tcp_closing: self.tcp_closing + other.tcp_closing,
+            udp: self.udp + other.udp,
+            embryonic: self.embryonic + other.embryonic,
+            established_entries: self.established_entries + other.established_entries,
+            embryonic_entries: self.embryonic_entries + other.embryonic_entries,
+            removed: self.removed + other.removed,
+        }
+    }
+}
+
+async fn tell(v4: Look<[u8; 4]>, v6: Look<Ip6>, outlets: &Outlets) {
+    let counts = v4.counts + v6.counts;
+    outlets.metrics.flows(&counts);
+    outlets.metrics.flow_tables::<[u8; 4]>(&v4.counts);
+    outlets.metrics.flow_tables::<Ip6>(&v6.counts);
+    outlets.shared.update(|status| status.flows = counts);
+    outlets.macs.send_replace(Arc::new(v4.macs.union(&v6.macs).copied().collect()));
     // Full only while the writer is still busy with the last one, and gone only when the agent ends.
-    let _ = outlets.in_use.send(look.in_use).await;
+    let _ = outlets.in_use.send(Needs { v4: v4.in_use, v6: v6.in_use }).await;
 }
 
 #[cfg(test)]
@@ -301,6 +350,10 @@ mod tests {
         net::UDP,
         tables::closing,
     };
+
+    type Key = FlowKey<[u8; 4]>;
+    type Entry = Flow<[u8; 4]>;
+    type Look = super::Look<[u8; 4]>;
 
     const CLIENT: [u8; 4] = [198, 51, 100, 7];
     const FRONTEND: [u8; 4] = [10, 96, 0, 1];

@@ -30,7 +30,7 @@ use crate::{
 mod tests;
 
 /// How often a port is tried again that could not be had, if nothing else happens.
-const AGAIN_AFTER: Duration = Duration::from_secs(30);
+const AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
@@ -45,7 +45,16 @@ pub struct Failure {
 
 /// Opens and closes the ports as the objects say, until the writer of the maps ends. Each failure is told once until it is
 /// mended or becomes another.
-pub async fn run(mut health: Health, addresses: NodePortAddresses, failed: impl Fn(&Failure)) {
+pub async fn run(health: Health, addresses: NodePortAddresses, failed: impl Fn(&Failure)) {
+    follow(health, addresses, AGAIN_AFTER, failed).await;
+}
+
+async fn follow(
+    mut health: Health,
+    addresses: NodePortAddresses,
+    again_after: Duration,
+    failed: impl Fn(&Failure),
+) {
     let mut ports = Ports::default();
     let mut told: Vec<Failure> = Vec::new();
     loop {
@@ -57,7 +66,7 @@ pub async fn run(mut health: Health, addresses: NodePortAddresses, failed: impl 
         let again = async {
             match told.is_empty() {
                 true => std::future::pending().await,
-                false => tokio::time::sleep(AGAIN_AFTER).await,
+                false => tokio::time::sleep(again_after).await,
             }
         };
         tokio::select! {

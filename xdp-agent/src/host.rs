@@ -2,10 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use crate::netlink::{Message, Refused, Requests, attributes, number_u16, number_u32, string};
+use crate::{
+    cluster::wanted::IpAddress,
+    netlink::{Message, Refused, Requests, attributes, number_u16, number_u32, string},
+};
 
 /// rtnetlink message types (include/uapi/linux/rtnetlink.h).
 pub mod rtm {
@@ -51,9 +54,14 @@ const IFLA_XDP_ATTACHED: u16 = 2;
 const IFLA_XDP_PROG_ID: u16 = 4;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+/// Of IPv6: a temporary one (RFC 8981).
 const IFA_F_SECONDARY: u8 = 0x01;
+const IFA_F_DADFAILED: u8 = 0x08;
+const IFA_F_DEPRECATED: u8 = 0x20;
+const IFA_F_TENTATIVE: u8 = 0x40;
 const AF_UNSPEC: u8 = 0;
-const AF_INET: u8 = libc::AF_INET as u8;
+/// Address families that are followed.
+pub(crate) const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 const ARPHRD_ETHER: u16 = 1;
 
 /// How an XDP program is attached (`XDP_ATTACHED_*`, include/uapi/linux/if_link.h).
@@ -88,15 +96,18 @@ pub struct Link {
     pub xdp: XdpState,
 }
 
-/// An IPv4 address of an interface.
+/// An address of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address {
     /// The address.
-    pub addr: Ipv4Addr,
+    pub addr: IpAddr,
     /// 0 for the whole world (`RT_SCOPE_UNIVERSE`).
     pub scope: u8,
-    /// Whether another address of the same network came first.
+    /// Whether another address is better for new connections: one of the same network came first, or this one is temporary
+    /// or deprecated.
     pub is_secondary: bool,
+    /// Whether it may not be used, or not yet (RFC 4862, section 5.4).
+    pub is_tentative: bool,
 }
 
 /// Links and addresses of a network namespace.
@@ -104,7 +115,7 @@ pub struct Address {
 pub struct Host {
     /// Links by index.
     pub links: BTreeMap<u32, Link>,
-    /// IPv4 addresses by interface, in the kernel's order.
+    /// Addresses by interface, in the kernel's order.
     pub addresses: BTreeMap<u32, Vec<Address>>,
     /// Whether rules of the routing policy look at more than the destination.
     pub has_policy_routing: bool,
@@ -129,7 +140,8 @@ impl Host {
     pub fn read(requests: &mut Requests) -> Result<Self, Refused> {
         let mut host = Self::default();
         // The header of each family's request, zero but for the address family.
-        for (kind, family, length) in [(rtm::GETLINK, AF_UNSPEC, 16), (rtm::GETADDR, AF_INET, 8)] {
+        let addresses = FAMILIES.map(|family| (rtm::GETADDR, family, 8));
+        for (kind, family, length) in [(rtm::GETLINK, AF_UNSPEC, 16)].into_iter().chain(addresses) {
             let mut body = vec![0; length];
             body[0] = family;
             for message in requests.dump(kind, &body)? {
@@ -147,9 +159,10 @@ impl Host {
             rtm::NEWLINK => self.new_link(body).unwrap_or_default(),
             rtm::DELLINK => self.del_link(body).unwrap_or_default(),
             rtm::NEWADDR | rtm::DELADDR => self.address(message.kind, body).unwrap_or_default(),
-            rtm::NEWROUTE | rtm::DELROUTE | rtm::NEWRULE | rtm::DELRULE => {
-                Change { routing: body.first() == Some(&AF_INET), devices: false }
-            }
+            rtm::NEWROUTE | rtm::DELROUTE | rtm::NEWRULE | rtm::DELRULE => Change {
+                routing: body.first().is_some_and(|family| FAMILIES.contains(family)),
+                devices: false,
+            },
             _ => Change::default(),
         }
     }
@@ -160,15 +173,24 @@ impl Host {
     }
 
     /// The address that packets leaving an interface are translated to: its first global one that is not link-local.
-    pub fn source_address(&self, index: u32) -> Option<Ipv4Addr> {
-        let usable = |address: &&Address| address.scope == 0 && !address.addr.is_link_local();
-        let addresses = self.addresses.get(&index)?;
-        let primary = addresses.iter().filter(usable).find(|address| !address.is_secondary);
-        primary.or_else(|| addresses.iter().find(usable)).map(|address| address.addr)
+    pub fn source_address<A: IpAddress>(&self, index: u32) -> Option<A> {
+        let addresses = self.addresses.get(&index)?.iter().filter(|address| address.is_global());
+        let mut usable =
+            addresses.filter_map(|address| Some((A::from_ip(address.addr)?, address.is_secondary)));
+        let first = usable.next()?;
+        if !first.1 {
+            return Some(first.0);
+        }
+        Some(usable.find(|(_, is_secondary)| !is_secondary).unwrap_or(first).0)
     }
 
-    /// Every IPv4 address of the node.
-    pub fn own_addresses(&self) -> BTreeSet<Ipv4Addr> {
+    /// Whether an interface has an address that packets can be translated to.
+    pub fn has_source_address(&self, index: u32) -> bool {
+        self.addresses.get(&index).is_some_and(|addresses| addresses.iter().any(Address::is_global))
+    }
+
+    /// Every address of the node.
+    pub fn own_addresses(&self) -> BTreeSet<IpAddr> {
         self.addresses.values().flatten().map(|address| address.addr).collect()
     }
 
@@ -222,13 +244,14 @@ impl Host {
     }
 
     fn address(&mut self, kind: u16, body: &[u8]) -> Option<Change> {
-        if *body.first()? != AF_INET {
+        let family = *body.first()?;
+        if !FAMILIES.contains(&family) {
             return None;
         }
         let (flags, scope, index) = (*body.get(2)?, *body.get(3)?, number_u32(body, 4)?);
         let mut addr = None;
         for (kind, value) in attributes(body.get(8..)?) {
-            let value = <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from);
+            let value = ip_address(value);
             match kind {
                 // Of a point-to-point link the other end's; the local one is its own then.
                 IFA_ADDRESS => addr = addr.or(value),
@@ -236,7 +259,12 @@ impl Host {
                 _ => {}
             }
         }
-        let address = Address { addr: addr?, scope, is_secondary: flags & IFA_F_SECONDARY != 0 };
+        let address = Address {
+            addr: addr?,
+            scope,
+            is_secondary: flags & (IFA_F_SECONDARY | IFA_F_DEPRECATED) != 0,
+            is_tentative: flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED) != 0,
+        };
         let addresses = self.addresses.entry(index).or_default();
         let before = addresses.clone();
         match addresses.iter().position(|other| other.addr == address.addr) {
@@ -255,8 +283,33 @@ impl Host {
 /// # Errors
 /// When the kernel refuses the dump.
 pub fn read_policy(requests: &mut Requests) -> Result<bool, Refused> {
-    let rules = requests.dump(rtm::GETRULE, &[AF_INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
-    Ok(rules.iter().any(|rule| !looks_at_destination_only(&rule.body)))
+    for family in FAMILIES {
+        let rules = requests.dump(rtm::GETRULE, &[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
+        if rules.iter().any(|rule| !looks_at_destination_only(&rule.body)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+impl Address {
+    /// Whether packets from it are answered from anywhere: RFC 3927 and RFC 4291 (section 2.5.6) addresses are not routed.
+    fn is_global(&self) -> bool {
+        let is_link_local = match self.addr {
+            IpAddr::V4(addr) => addr.is_link_local(),
+            IpAddr::V6(addr) => addr.is_unicast_link_local(),
+        };
+        self.scope == 0 && !is_link_local && !self.is_tentative
+    }
+}
+
+/// An address in an attribute, of the family that its length says.
+pub(crate) fn ip_address(value: &[u8]) -> Option<IpAddr> {
+    match value.len() {
+        4 => <[u8; 4]>::try_from(value).ok().map(|octets| Ipv4Addr::from(octets).into()),
+        16 => <[u8; 16]>::try_from(value).ok().map(|octets| Ipv6Addr::from(octets).into()),
+        _ => None,
+    }
 }
 
 /// Attributes of a rule that say where it leads, and the destination (`FRA_*`, include/uapi/linux/fib_rules.h): DST, GOTO,
@@ -285,9 +338,12 @@ fn xdp_state(value: &[u8]) -> XdpState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::put_attribute;
+    use crate::{cluster::wanted::Ip6, netlink::put_attribute};
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+
+    const AF_INET: u8 = libc::AF_INET as u8;
+    const AF_INET6: u8 = libc::AF_INET6 as u8;
 
     fn address(kind: u16, addr: [u8; 4], scope: u8, flags: u8) -> Message {
         let mut body = vec![AF_INET, 24, flags, scope];
@@ -317,15 +373,40 @@ mod tests {
     fn the_source_address_is_the_first_global_primary_one() {
         let mut host = Host::default();
         assert!(host.apply(&address(rtm::NEWADDR, [169, 254, 1, 1], 0, 0)).devices);
-        assert_eq!(host.source_address(2), None, "link-local");
+        assert_eq!(host.source_address::<[u8; 4]>(2), None, "link-local");
         host.apply(&address(rtm::NEWADDR, [10, 0, 0, 3], 253, 0));
-        assert_eq!(host.source_address(2), None, "scope link");
+        assert_eq!(host.source_address::<[u8; 4]>(2), None, "scope link");
         host.apply(&address(rtm::NEWADDR, [10, 0, 0, 2], 0, IFA_F_SECONDARY));
         host.apply(&address(rtm::NEWADDR, [192, 0, 2, 1], 0, 0));
-        assert_eq!(host.source_address(2), Some([192, 0, 2, 1].into()));
+        assert_eq!(host.source_address::<[u8; 4]>(2), Some([192, 0, 2, 1]));
         assert!(!host.apply(&address(rtm::NEWADDR, [192, 0, 2, 1], 0, 0)).devices, "known already");
         host.apply(&address(rtm::DELADDR, [192, 0, 2, 1], 0, 0));
-        assert_eq!(host.source_address(2), Some([10, 0, 0, 2].into()), "a secondary one is better than none");
+        assert_eq!(
+            host.source_address::<[u8; 4]>(2),
+            Some([10, 0, 0, 2]),
+            "a secondary one is better than none"
+        );
+    }
+
+    #[test]
+    fn the_source_address_of_ipv6_is_neither_link_local_nor_tentative_and_rather_not_temporary() {
+        let address = |addr: &str, scope: u8, flags: u8| {
+            let mut body = vec![AF_INET6, 64, flags, scope];
+            body.extend_from_slice(&2u32.to_ne_bytes());
+            put_attribute(&mut body, IFA_ADDRESS, &addr.parse::<Ipv6Addr>().unwrap().octets());
+            Message { kind: rtm::NEWADDR, body }
+        };
+        let mut host = Host::default();
+        let source = |host: &Host| host.source_address::<Ip6>(2).map(|addr| addr.to_ip().to_string());
+        host.apply(&address("fe80::1", 253, 0));
+        host.apply(&address("2001:db8::7", 0, IFA_F_TENTATIVE));
+        assert_eq!((source(&host), host.has_source_address(2)), (None, false));
+        host.apply(&address("2001:db8::8", 0, IFA_F_SECONDARY));
+        assert_eq!(source(&host).as_deref(), Some("2001:db8::8"), "a temporary one is better than none");
+        host.apply(&address("2001:db8::7", 0, 0));
+        assert_eq!(source(&host).as_deref(), Some("2001:db8::7"));
+        assert_eq!(host.source_address::<[u8; 4]>(2), None);
+        assert_eq!(host.own_addresses().len(), 3);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::IpAddr,
 };
 
 use tracing::{info, warn};
@@ -10,8 +10,9 @@ use xdp_common::tables::Device;
 
 use crate::{
     attach::Attacher,
+    cluster::wanted::{Ip6, IpAddress},
     devices::{self, Mode, Transmit},
-    host::Host,
+    host::{Host, Link},
     status::InterfaceStatus,
 };
 
@@ -31,12 +32,37 @@ pub struct Interfaces {
 /// What the maps and people have to know.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Picture {
-    /// Entries of the device map, by interface index.
-    pub devices: BTreeMap<u32, Device<[u8; 4]>>,
-    /// Addresses that flows are translated to.
-    pub snat: Vec<[u8; 4]>,
+    /// For IPv4.
+    pub v4: FamilyPicture<[u8; 4]>,
+    /// For IPv6.
+    pub v6: FamilyPicture<Ip6>,
     /// For people.
     pub status: Vec<InterfaceStatus>,
+}
+
+/// What the maps of an address family have to know.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FamilyPicture<A> {
+    /// Entries of the device map, by interface index.
+    pub devices: BTreeMap<u32, Device<A>>,
+    /// Addresses that flows are translated to.
+    pub snat: Vec<A>,
+}
+
+impl<A> Default for FamilyPicture<A> {
+    fn default() -> Self {
+        Self { devices: BTreeMap::new(), snat: Vec::new() }
+    }
+}
+
+impl<A: IpAddress> FamilyPicture<A> {
+    /// Adds an interface that has an address of the family; the address is the answer.
+    fn add(&mut self, host: &Host, link: &Link, mode: Mode, xmit: Transmit) -> Option<IpAddr> {
+        let address = host.source_address::<A>(link.index)?;
+        self.devices.insert(link.index, devices::device(link, address, mode, xmit));
+        self.snat.push(address);
+        Some(address.to_ip())
+    }
 }
 
 impl Interfaces {
@@ -72,7 +98,7 @@ impl Interfaces {
             }
             let Some(link) = link else { continue };
             let is_new = attached != Some(link.index);
-            if !is_new || host.source_address(link.index).is_none() {
+            if !is_new || !host.has_source_address(link.index) {
                 continue;
             }
             info!(interface = %name, "the interface has returned");
@@ -101,20 +127,10 @@ impl Interfaces {
             };
             let (mode, reason) = (attached.mode, attached.reason.clone());
             let xmit = devices::transmit(link, mode, devices::features(host, link.index));
-            let address = host.source_address(link.index);
-            if let Some(address) = address {
-                picture.devices.insert(link.index, devices::device(link, address, mode, xmit));
-                picture.snat.push(address.octets());
-            }
-            self.say_once(&name, mode, xmit, address);
-            picture.status.push(InterfaceStatus {
-                name,
-                ifindex: link.index,
-                mode,
-                reason,
-                xmit,
-                address: address.map(|address| address.to_string()),
-            });
+            let addresses = [picture.v4.add(host, link, mode, xmit), picture.v6.add(host, link, mode, xmit)];
+            let addresses: Vec<String> = addresses.iter().flatten().map(IpAddr::to_string).collect();
+            self.say_once(&name, mode, xmit, !addresses.is_empty());
+            picture.status.push(InterfaceStatus { name, ifindex: link.index, mode, reason, xmit, addresses });
         }
         picture
     }
@@ -143,17 +159,17 @@ impl Interfaces {
             name: name.to_owned(),
             ifindex: 0,
             mode: Mode::Absent,
-            reason: reason.unwrap_or_else(|| "the interface is not there, or has no IPv4 address".to_owned()),
+            reason: reason.unwrap_or_else(|| "the interface is not there, or has no address".to_owned()),
             xmit: Transmit { transmit: false, redirect: false },
-            address: None,
+            addresses: Vec::new(),
         }
     }
 
-    fn say_once(&mut self, name: &str, mode: Mode, xmit: Transmit, address: Option<Ipv4Addr>) {
-        if address.is_some() {
+    fn say_once(&mut self, name: &str, mode: Mode, xmit: Transmit, has_address: bool) {
+        if has_address {
             self.addressless.remove(name);
         } else if self.addressless.insert(name.to_owned()) {
-            warn!(interface = %name, "the interface has no IPv4 address any more; its clients are not served");
+            warn!(interface = %name, "the interface has no address any more; its clients are not served");
         }
         if xmit.transmit {
             if self.warned.remove(name) {

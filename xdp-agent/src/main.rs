@@ -7,14 +7,18 @@ use tracing_subscriber::EnvFilter;
 use xdp_agent::{
     app, cleanup,
     config::{Args, Cli, Command, Config, LogFormat, Note, flags::LogArgs},
+    doctor::{self, DoctorArgs},
     explain::{self, ExplainArgs},
+    names,
 };
 
 fn main() -> ExitCode {
+    names::look_up_by_files_and_dns();
     let (cli, notes) = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let args = match cli.command {
         Command::Run(args) => args,
         Command::Explain(args) => return explain(&args),
+        Command::Doctor(args) => return doctor(&args),
     };
     if let Err(message) = start_logging(&args.logs) {
         eprintln!("xdp-agent: {message}");
@@ -30,7 +34,16 @@ fn main() -> ExitCode {
 }
 
 fn explain(args: &ExplainArgs) -> ExitCode {
-    match explain::run(args) {
+    answered(explain::run(args))
+}
+
+fn doctor(args: &DoctorArgs) -> ExitCode {
+    answered(doctor::run(args))
+}
+
+/// The exit status of a question that has been answered well, or not well, or not at all.
+fn answered(result: anyhow::Result<bool>) -> ExitCode {
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -52,7 +65,7 @@ fn run(args: Args, notes: &[Note]) -> anyhow::Result<()> {
         return cleanup::run(&args.programs.pin_dir);
     }
     let config = Config::resolve(args)?;
-    info!(version = env!("CARGO_PKG_VERSION"), ?config, "starting");
+    info!(version = xdp_agent::VERSION, ?config, "starting");
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))
 }
 

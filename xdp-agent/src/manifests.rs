@@ -1,20 +1,24 @@
 //! Services, EndpointSlices, Nodes and ServiceCIDRs from files, as `kubectl get -o yaml|json` prints them.
 //!
-//! Bad input loses nothing: a document, file or directory that cannot be read keeps the objects that it had before, and
-//! everything else is read as usual.
+//! Bad input loses nothing: a document, file or directory that cannot be read keeps the objects that it had before, as does
+//! a file that is being written, and everything else is read as usual.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs,
     io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use k8s_openapi::api::{core::v1, discovery::v1 as discovery, networking::v1 as networking};
 use serde_json::Value;
 
-use self::document::{Document, documents, label};
+use self::{
+    document::{Document, documents, label},
+    in_place::{Caution, Held, Stamp, Verdict, Written},
+};
 pub use crate::problem::{Place, Problem, ProblemKind};
 use crate::{
     objects::{Change, Node, ObjectName, Objects, Service, ServiceCidr, Slice},
@@ -22,6 +26,7 @@ use crate::{
 };
 
 mod document;
+pub mod in_place;
 #[cfg(test)]
 mod tests;
 pub mod watcher;
@@ -38,14 +43,29 @@ pub struct Snapshot {
     pub problems: Vec<Problem>,
     /// Objects of kinds that do not matter here.
     pub ignored: usize,
-    /// Which objects came from which file.
-    files: BTreeMap<PathBuf, BTreeSet<(Kind, ObjectName)>>,
+    /// When files that are being written may be whole, the first of them.
+    pub again_at: Option<Instant>,
+    /// What came from which file.
+    files: BTreeMap<PathBuf, Held>,
 }
 
 /// Reads files, and the `*.yaml`, `*.yml` and `*.json` of directories (not recursive, hidden files left out); what
 /// cannot be read keeps the objects that it had in `previous`.
 pub fn read(paths: &[PathBuf], previous: Option<&Snapshot>) -> Snapshot {
-    let mut reader = Reader { now: Snapshot::default(), previous, kept: Vec::new() };
+    read_all(paths, previous, None)
+}
+
+/// Reads files again that may be written at the time: those stand for what they held before, until [`Snapshot::again_at`] at
+/// most if they rest from now on.
+pub fn read_again(paths: &[PathBuf], previous: &Snapshot, written: &Written, now: Instant) -> Snapshot {
+    let mut snapshot = read_all(paths, Some(previous), Some(Caution { written, now }));
+    written.retain(snapshot.files.values());
+    snapshot.again_at = snapshot.files.values().filter_map(Held::rested_at).min();
+    snapshot
+}
+
+fn read_all(paths: &[PathBuf], previous: Option<&Snapshot>, caution: Option<Caution<'_>>) -> Snapshot {
+    let mut reader = Reader { now: Snapshot::default(), previous, caution, kept: Vec::new() };
     for path in paths {
         match fs::metadata(path) {
             Ok(meta) if meta.is_dir() => reader.directory(path),
@@ -90,6 +110,8 @@ fn listing(directory: &Path) -> io::Result<Vec<PathBuf>> {
 struct Reader<'a> {
     now: Snapshot,
     previous: Option<&'a Snapshot>,
+    /// How to judge files that have changed; without it they are taken as they are.
+    caution: Option<Caution<'a>>,
     /// Objects of the previous read to keep, unless they are found elsewhere.
     kept: Vec<(PathBuf, Kind, ObjectName)>,
 }
@@ -117,7 +139,55 @@ impl Reader<'_> {
         if self.now.files.contains_key(path) {
             return; // named twice
         }
-        self.now.files.insert(path.to_owned(), BTreeSet::new());
+        let stamp = Stamp::of(path);
+        let held = self.previous.and_then(|previous| previous.files.get(path));
+        let judge = |(caution, held): (Caution<'_>, &Held)| caution.judge(held, stamp);
+        match self.caution.zip(held).map_or(Verdict::Take, judge) {
+            Verdict::Take => {
+                self.now.files.insert(path.to_owned(), Held::taken(stamp));
+                self.content(path);
+            }
+            Verdict::TakeIfWhole(wait) => {
+                let before = (self.now.problems.len(), self.kept.len(), self.now.ignored);
+                self.now.files.insert(path.to_owned(), Held::taken(stamp));
+                self.content(path);
+                if self.now.problems.len() > before.0 || self.is_something_missing(path) {
+                    self.take_back(path);
+                    self.now.problems.truncate(before.0);
+                    self.kept.truncate(before.1);
+                    self.now.ignored = before.2;
+                    self.hold(path, Held::waiting(stamp, wait));
+                }
+            }
+            Verdict::Hold(wait) => self.hold(path, Held::waiting(stamp, wait)),
+        }
+    }
+
+    /// Whether a file has not all the objects any more that it had before.
+    fn is_something_missing(&self, path: &Path) -> bool {
+        let before = self.previous.and_then(|previous| previous.files.get(path));
+        let now = self.now.files.get(path);
+        before.zip(now).is_some_and(|(before, now)| !before.objects.is_subset(&now.objects))
+    }
+
+    /// Undoes what was read of a file.
+    fn take_back(&mut self, path: &Path) {
+        let objects = self.now.files.remove(path).map(|held| held.objects);
+        for (kind, name) in objects.into_iter().flatten() {
+            self.now.objects.apply(kind.gone(name));
+        }
+    }
+
+    /// Leaves everything about a file as it was.
+    fn hold(&mut self, path: &Path, held: Held) {
+        self.now.files.insert(path.to_owned(), held);
+        self.keep_file(path);
+        let problems = self.previous.into_iter().flat_map(|previous| &previous.problems);
+        let is_of_file = |problem: &&Problem| problem.place.as_ref().is_some_and(|place| place.file == path);
+        self.now.problems.extend(problems.filter(is_of_file).cloned());
+    }
+
+    fn content(&mut self, path: &Path) {
         let (text, is_utf8) = match content(path) {
             Ok(content) => content,
             Err(error) => {
@@ -226,7 +296,7 @@ impl Reader<'_> {
         };
         match result {
             Ok(()) => {
-                self.now.files.entry(path.to_owned()).or_default().insert((kind, named));
+                self.now.files.entry(path.to_owned()).or_default().objects.insert((kind, named));
             }
             Err(message) => {
                 let problem = Problem::at(ProblemKind::Invalid, place.clone(), message);
@@ -252,7 +322,7 @@ impl Reader<'_> {
 
     fn keep_file(&mut self, path: &Path) {
         let objects = self.previous.and_then(|previous| previous.files.get(path));
-        for (kind, name) in objects.into_iter().flatten() {
+        for (kind, name) in objects.into_iter().flat_map(|held| &held.objects) {
             self.kept.push((path.to_owned(), *kind, name.clone()));
         }
     }
@@ -270,13 +340,13 @@ impl Reader<'_> {
         let Some(previous) = self.previous else { return self.now };
         for (path, kind, name) in self.kept {
             let was_there =
-                previous.files.get(&path).is_some_and(|file| file.contains(&(kind, name.clone())));
+                previous.files.get(&path).is_some_and(|file| file.objects.contains(&(kind, name.clone())));
             if !was_there || self.now.objects.get(kind, &name).is_some() {
                 continue;
             }
             if let Some(object) = previous.objects.get(kind, &name) {
                 self.now.objects.apply(object);
-                self.now.files.entry(path).or_default().insert((kind, name));
+                self.now.files.entry(path).or_default().objects.insert((kind, name));
             }
         }
         self.now

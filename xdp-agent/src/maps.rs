@@ -13,19 +13,19 @@ use aya::{
 };
 use tracing::{info, warn};
 use xdp_common::{
-    net::{FlowKey, Plain},
+    net::{FlowKey, Ip6, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey,
-        MapSpec, NetworkKey, WAYS,
+        MapSpec, Mapped, NetworkKey, SocketSettings, WAYS,
     },
 };
 
-use crate::{attach::Programs, config::Sizes, preflight::KernelVersion};
+use crate::{attach::Programs, cluster::wanted::IpAddress, config::Sizes, preflight::KernelVersion};
 
 pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
-pub use image::ImageMaps;
+pub use image::{ImageMaps, Settings};
 pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
 
 mod accounts;
@@ -37,8 +37,6 @@ pub mod image;
 mod known;
 mod mapping;
 mod sockets;
-
-type Addr = [u8; 4];
 
 /// A value of a map as the loader wants it.
 #[repr(transparent)]
@@ -58,22 +56,27 @@ pub(crate) fn raw<T: Plain>(value: T) -> Raw<T> {
 /// dea6a4e17013).
 const NAMES_ERRORS_SINCE: KernelVersion = KernelVersion(6, 0);
 
+/// The value whose bytes are all zero.
+pub(crate) fn zero<T: Plain>() -> Raw<T> {
+    const { T::PROOF };
+    // SAFETY: any bytes are a value of a `Plain` type.
+    Raw(unsafe { std::mem::zeroed() })
+}
+
 /// The BPF object that the build has embedded; empty when there was none.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/xdp-ebpf"));
 
 /// Everything that loading yields.
 #[derive(Debug)]
 pub struct Loaded {
-    /// The maps that say what is served.
-    pub image: ImageMaps,
-    /// Flows that have been answered.
-    pub established: EstablishedTable,
-    /// New flows.
-    pub embryonic: EmbryonicTable,
+    /// The settings of the programs.
+    pub settings: Settings,
+    /// The maps of IPv4.
+    pub v4: FamilyMaps<[u8; 4]>,
+    /// The maps of IPv6.
+    pub v6: FamilyMaps<Ip6>,
     /// Counters of the programs.
     pub counters: Counters,
-    /// Accounts of service ports.
-    pub accounts: Accounts,
     /// What the socket hooks are told.
     pub sockets: SocketMaps,
     /// What they have told UDP sockets.
@@ -84,12 +87,46 @@ pub struct Loaded {
     pub socket_counters: SocketCounters,
     /// The programs, not yet loaded.
     pub programs: Programs,
-    /// Sizes as the maps have them, which are those of an earlier agent where its maps were adopted.
-    pub sizes: Sizes,
     /// Whether an earlier agent's maps were adopted.
     pub is_adopted: bool,
     /// Pins that were made, until the start succeeds.
     pub pins: NewPins,
+}
+
+/// The maps of an address family.
+#[derive(Debug)]
+pub struct FamilyMaps<A: IpAddress> {
+    /// Those that say what is served.
+    pub image: ImageMaps<A>,
+    /// Flows that have been answered.
+    pub established: EstablishedTable<A>,
+    /// New flows.
+    pub embryonic: EmbryonicTable<A>,
+    /// Accounts of service ports.
+    pub accounts: Accounts,
+}
+
+impl<A: IpAddress> FamilyMaps<A> {
+    fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        Ok(Self {
+            image: ImageMaps::open(|spec| take(ebpf, spec))?,
+            established: EstablishedTable::open(ebpf)?,
+            embryonic: EmbryonicTable::open(ebpf)?,
+            accounts: Accounts::open(ebpf, &A::MAPS.accounts)?,
+        })
+    }
+
+    /// Sizes of the maps.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            established: self.established.capacity(),
+            embryonic: self.embryonic.capacity(),
+            frontends: self.image.frontends_capacity(),
+            backends: self.image.backends_capacity(),
+            ring_slots: self.image.rings_capacity(),
+            networks: self.image.networks_capacity(),
+        }
+    }
 }
 
 /// Pins that are removed again unless they are kept.
@@ -149,24 +186,38 @@ const fn of<K, V>() -> Layout {
     Layout { key: size_of::<K>(), value: size_of::<V>() }
 }
 
-/// Maps that outlive the agent. The others hold nothing that the next packet could not make again.
-const PINNED: [(&MapSpec, Layout); 15] = [
-    (&tables::ESTABLISHED_V4, of::<FlowKey<Addr>, Flow<Addr>>()),
-    (&tables::KNOWN_V4, of::<u32, u64>()),
-    (&tables::EMBRYONIC_V4, of::<u32, Embryo<Addr>>()),
-    (&tables::TAGS_V4, of::<u32, [u64; embryonic::TAG_WORDS]>()),
-    (&tables::FRONTENDS_V4, of::<FrontendKey<Addr>, Frontend>()),
-    (&tables::BACKENDS_V4, of::<u32, Backend<Addr>>()),
-    (&tables::RINGS, of::<u32, u32>()),
-    (&tables::NETWORKS_V4, of::<lpm_trie::Key<Raw<NetworkKey<Addr>>>, u32>()),
-    (&tables::AFFINITY_V4, of::<AffinityKey<Addr>, Affinity>()),
-    (&tables::ACCOUNTS, of::<u32, Account>()),
-    (&tables::DEVICES_V4, of::<u32, Device<Addr>>()),
-    (&tables::GATE_INGRESS, of::<u32, u64>()),
-    (&tables::GATE_EGRESS, of::<u32, u64>()),
-    (&tables::CONFIG, of::<u32, Config>()),
-    (&tables::COUNTERS, of::<u32, u64>()),
-];
+/// Maps that outlive the agent, with their layouts. The others hold nothing that the next packet could not make again.
+fn pinned() -> Vec<(&'static MapSpec, Layout)> {
+    let shared = [(&tables::CONFIG, of::<u32, Config>()), (&tables::COUNTERS, of::<u32, u64>())];
+    let shared = shared.into_iter().chain(sockets::PINNED);
+    pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
+}
+
+fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 15] {
+    let maps = A::MAPS;
+    [
+        (&maps.established, of::<FlowKey<A>, Flow<A>>()),
+        (&maps.known, of::<u32, u64>()),
+        (&maps.embryonic, of::<u32, Embryo<A>>()),
+        (&maps.tags, of::<u32, [u64; embryonic::TAG_WORDS]>()),
+        (&maps.frontends, of::<FrontendKey<A>, Frontend>()),
+        (&maps.backends, of::<u32, Backend<A>>()),
+        (&maps.rings, of::<u32, u32>()),
+        (&maps.networks, of::<lpm_trie::Key<Raw<NetworkKey<A>>>, u32>()),
+        (&maps.affinity, of::<AffinityKey<A>, Affinity>()),
+        (&maps.accounts, of::<u32, Account>()),
+        (&maps.devices, of::<u32, Device<A>>()),
+        (&maps.gate_ingress, of::<u32, u64>()),
+        (&maps.gate_egress, of::<u32, u64>()),
+        (&maps.sockets, of::<u32, SocketSettings<A>>()),
+        (&maps.pods, of::<u64, A>()),
+    ]
+}
+
+/// Every map of the datapath.
+pub fn specs() -> impl Iterator<Item = &'static MapSpec> {
+    <[u8; 4]>::MAPS.all().into_iter().chain(Ip6::MAPS.all()).chain(tables::SHARED)
+}
 
 /// Creates the maps, or adopts those an earlier agent has pinned.
 ///
@@ -177,7 +228,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::DEBUG);
     let mut is_adopted = false;
-    for (spec, layout) in PINNED.into_iter().chain(sockets::PINNED) {
+    for (spec, layout) in pinned() {
         let path = dir.join(spec.name);
         let wanted = entries(spec, wanted);
         let pinned = pinned_entries(spec, layout, &path, wanted)?;
@@ -191,39 +242,28 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let names_errors = u32::from(KernelVersion::current()? >= NAMES_ERRORS_SINCE);
     loader.override_global("NAMES_ERRORS", &names_errors, true);
     let mut ebpf = loader.load(object).map_err(refused)?;
-    let image = ImageMaps::open(|spec| take(&mut ebpf, spec))?;
-    let established = EstablishedTable::open(&mut ebpf)?;
-    let embryonic = EmbryonicTable::open(&ebpf)?;
-    let accounts = Accounts::open(&mut ebpf)?;
+    let settings = Settings::of(take(&mut ebpf, &tables::CONFIG)?)?;
+    let v4 = FamilyMaps::open(&mut ebpf)?;
+    let v6 = FamilyMaps::open(&mut ebpf)?;
     let sockets = SocketMaps::open(&mut ebpf)?;
-    let peers = PeerMaps::open(&mut ebpf, &dir.join(tables::BACKENDS_V4.name))?;
+    let peers = PeerMaps::open(&mut ebpf, dir)?;
     let pods = PodMaps::open(&mut ebpf)?;
     let socket_counters = SocketCounters::open(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
-    let sizes = Sizes {
-        established: established.capacity(),
-        embryonic: embryonic.capacity(),
-        frontends: image.frontends_capacity(),
-        backends: image.backends_capacity(),
-        ring_slots: image.rings_capacity(),
-        networks: image.networks_capacity(),
-    };
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
     }
     let programs = Programs::new(ebpf);
     Ok(Loaded {
-        image,
-        established,
-        embryonic,
+        settings,
+        v4,
+        v6,
         counters,
-        accounts,
         sockets,
         peers,
         pods,
         socket_counters,
         programs,
-        sizes,
         is_adopted,
         pins,
     })
@@ -260,16 +300,22 @@ fn pinned_entries(spec: &MapSpec, layout: Layout, path: &Path, wanted: u32) -> a
 }
 
 fn entries(spec: &MapSpec, sizes: &Sizes) -> u32 {
-    match spec.name {
-        name if name == tables::ESTABLISHED_V4.name => sizes.established,
-        name if name == tables::EMBRYONIC_V4.name => buckets(sizes) * WAYS,
-        name if name == tables::TAGS_V4.name => buckets(sizes),
-        name if name == tables::FRONTENDS_V4.name => sizes.frontends,
-        name if name == tables::BACKENDS_V4.name => sizes.backends,
-        name if name == tables::RINGS.name => sizes.ring_slots,
-        name if name == tables::NETWORKS_V4.name => sizes.networks,
-        _ => spec.entries,
-    }
+    of_family::<[u8; 4]>(spec, sizes).or_else(|| of_family::<Ip6>(spec, sizes)).unwrap_or(spec.entries)
+}
+
+/// Entries of a map of a family whose size the flags decide.
+fn of_family<A: IpAddress>(spec: &MapSpec, sizes: &Sizes) -> Option<u32> {
+    let maps = A::MAPS;
+    let sized = [
+        (&maps.established, sizes.established),
+        (&maps.embryonic, buckets(sizes) * WAYS),
+        (&maps.tags, buckets(sizes)),
+        (&maps.frontends, sizes.frontends),
+        (&maps.backends, sizes.backends),
+        (&maps.rings, sizes.ring_slots),
+        (&maps.networks, sizes.networks),
+    ];
+    sized.into_iter().find(|(sized, _)| sized.name == spec.name).map(|(_, entries)| entries)
 }
 
 /// Buckets of the table of new flows.

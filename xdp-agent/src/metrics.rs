@@ -16,6 +16,7 @@ use prometheus_client::{
 };
 
 use crate::{
+    cluster::wanted::IpAddress,
     config::Sizes,
     devices::Mode,
     plan::Fill,
@@ -26,6 +27,7 @@ use crate::{
 pub use accounts::Accounts;
 pub use datapath::Datapath;
 pub use kube_proxy::KubeProxy;
+pub use slis::Slis;
 pub use sockets::SocketMetrics;
 
 pub mod accounts;
@@ -34,6 +36,7 @@ pub mod datapath;
 mod document;
 pub mod kube_proxy;
 pub mod process;
+pub mod slis;
 pub mod sockets;
 
 /// One fact of a closed set.
@@ -68,9 +71,9 @@ metrics! {
     /// What the agent measures of itself.
     pub struct Metrics {
         /// Entries in a table.
-        table_entries: Family<Label, Gauge> = ("table_entries", Family::default()),
+        table_entries: Family<TableLabels, Gauge> = ("table_entries", Family::default()),
         /// Entries a table has room for.
-        table_capacity: Family<Label, Gauge> = ("table_capacity", Family::default()),
+        table_capacity: Family<TableLabels, Gauge> = ("table_capacity", Family::default()),
         /// Flows by state.
         flow_states: Family<Label, Gauge> = ("flows", Family::default()),
         /// Entries of flow tables removed because their flow was over.
@@ -95,7 +98,7 @@ metrics! {
         epoch: Gauge = ("routing_epoch", Gauge::default()),
         /// Objects that are followed, by kind.
         objects: Family<Label, Gauge> = ("objects", Family::default()),
-        /// Service ports that are served.
+        /// Service ports that are served, of the address family that has more of them.
         services: Gauge = ("services", Gauge::default()),
     }
 }
@@ -107,8 +110,21 @@ pub struct InterfaceMode {
     mode: &'static str,
 }
 
+/// A table, by address family.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TableLabels {
+    table: &'static str,
+    ip_family: &'static str,
+}
+
+impl TableLabels {
+    fn of<A: IpAddress>(table: &'static str) -> Self {
+        Self { table, ip_family: A::FAMILY }
+    }
+}
+
 impl Metrics {
-    /// Writes how full the flow tables are.
+    /// Writes how many flows there are.
     pub fn flows(&self, counts: &FlowCounts) {
         for (state, flows) in [
             ("tcp", counts.tcp),
@@ -118,25 +134,33 @@ impl Metrics {
         ] {
             self.flow_states.get_or_create(&[("state", state)]).set(flows.into());
         }
-        self.table_entries.get_or_create(&[("table", "established")]).set(counts.established_entries.into());
-        self.table_entries.get_or_create(&[("table", "embryonic")]).set(counts.embryonic_entries.into());
         self.gc_removed.inc_by(counts.removed.into());
     }
 
-    /// Writes how full the maps of the image are.
-    pub fn fill(&self, fill: Fill) {
+    /// Writes how full the flow tables of a family are.
+    pub fn flow_tables<A: IpAddress>(&self, counts: &FlowCounts) {
+        self.entries::<A>("established", counts.established_entries);
+        self.entries::<A>("embryonic", counts.embryonic_entries);
+    }
+
+    fn entries<A: IpAddress>(&self, table: &'static str, entries: u32) {
+        self.table_entries.get_or_create(&TableLabels::of::<A>(table)).set(entries.into());
+    }
+
+    /// Writes how full the maps of the image of a family are.
+    pub fn fill<A: IpAddress>(&self, fill: Fill) {
         for (table, entries) in [
             ("frontends", fill.frontends),
             ("backends", fill.backends),
             ("ring_slots", fill.ring_slots),
             ("networks", fill.networks),
         ] {
-            self.table_entries.get_or_create(&[("table", table)]).set(entries.into());
+            self.entries::<A>(table, entries);
         }
     }
 
-    /// Writes how much the maps have room for.
-    pub fn capacities(&self, sizes: &Sizes) {
+    /// Writes how much the maps of a family have room for.
+    pub fn capacities<A: IpAddress>(&self, sizes: &Sizes) {
         for (table, entries) in [
             ("established", sizes.established),
             ("embryonic", sizes.embryonic),
@@ -145,7 +169,7 @@ impl Metrics {
             ("ring_slots", sizes.ring_slots),
             ("networks", sizes.networks),
         ] {
-            self.table_capacity.get_or_create(&[("table", table)]).set(entries.into());
+            self.table_capacity.get_or_create(&TableLabels::of::<A>(table)).set(entries.into());
         }
     }
 
@@ -183,7 +207,12 @@ impl Registries {
     /// Registries with everything in them that the agent measures of itself.
     pub fn new() -> (Self, Metrics, KubeProxy) {
         let mut agent = Registry::with_prefix("xdp_agent");
-        agent.register("build", "Version of the agent", Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        let build = [("version", env!("CARGO_PKG_VERSION")), ("revision", crate::REVISION)];
+        agent.register(
+            "build",
+            "Version of the agent, and the commit a release is built from",
+            Info::new(build),
+        );
         let metrics = Metrics::register(&mut agent);
         let mut kube_proxy = Registry::with_prefix("kubeproxy");
         let of_kube_proxy = KubeProxy::new(&mut kube_proxy);
@@ -224,7 +253,7 @@ mod tests {
             mode: Mode::Generic,
             reason: String::new(),
             xmit: crate::devices::Transmit { transmit: true, redirect: false },
-            address: None,
+            addresses: Vec::new(),
         };
         metrics.interfaces(&[interface]);
         let text = registries.encode().expect("text");

@@ -5,6 +5,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -12,7 +13,7 @@ use tokio::{io::unix::AsyncFd, sync::watch};
 use tracing::{debug, warn};
 
 use crate::{
-    host::{Host, read_policy, rtm},
+    host::{FAMILIES, Host, ip_address, read_policy, rtm},
     netdev::{self, Netdev},
     netlink::{
         Events, Heard, Message, Protocol, Refused, Requests, attributes, number_u16, number_u32,
@@ -29,9 +30,8 @@ const NDA_LLADDR: u16 = 2;
 const NUD_VALID: u16 = 0x40 | 0x80 | 0x02 | 0x10 | 0x04 | 0x08;
 const NUD_STALE: u16 = 0x04;
 const NTF_USE: u8 = 0x01;
-const AF_INET: u8 = libc::AF_INET as u8;
-/// Multicast groups: links, neighbours, IPv4 addresses, routes and rules (`RTNLGRP_*`).
-const GROUPS: [u32; 5] = [1, 3, 5, 7, 8];
+/// Multicast groups: links, neighbours, addresses, routes and rules of IPv4 and of IPv6 (`RTNLGRP_*`).
+const GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 
 /// Destination MAC addresses of live flows.
 pub type UsedMacs = Arc<HashSet<[u8; 6]>>;
@@ -173,10 +173,15 @@ impl Follower {
             );
         }
         for (ifindex, addr) in stale.into_iter().take(PROBES_MAX) {
-            let mut body = vec![AF_INET, 0, 0, 0];
+            let [inet, inet6] = FAMILIES;
+            let (family, octets) = match addr {
+                IpAddr::V4(addr) => (inet, addr.octets().to_vec()),
+                IpAddr::V6(addr) => (inet6, addr.octets().to_vec()),
+            };
+            let mut body = vec![family, 0, 0, 0];
             body.extend_from_slice(&ifindex.to_ne_bytes());
             body.extend_from_slice(&[0, 0, NTF_USE, 0]);
-            put_attribute(&mut body, NDA_DST, &addr);
+            put_attribute(&mut body, NDA_DST, &octets);
             if let Err(refused) = self.requests.request(rtm::NEWNEIGH, 0, &body) {
                 // It may have gone meanwhile; the flow then takes the kernel's way, which resolves it.
                 debug!(ifindex, %refused, "a neighbour was not probed");
@@ -212,15 +217,17 @@ fn read(requests: &mut Requests, netdev: Option<Netdev>) -> Result<(Host, Neighb
     let mut host = Host::read(requests)?;
     host.features = netdev.map(Netdev::features).transpose()?;
     let mut neighbours = Neighbours::default();
-    for message in requests.dump(rtm::GETNEIGH, &[AF_INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])? {
-        neighbours.apply(&message);
+    for family in FAMILIES {
+        for message in requests.dump(rtm::GETNEIGH, &[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])? {
+            neighbours.apply(&message);
+        }
     }
     Ok((host, neighbours))
 }
 
-/// Usable IPv4 neighbours, by interface and address.
+/// Usable neighbours, by interface and address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Neighbours(HashMap<(u32, [u8; 4]), Neighbour>);
+pub struct Neighbours(HashMap<(u32, IpAddr), Neighbour>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Neighbour {
@@ -243,21 +250,21 @@ impl Neighbours {
     }
 
     /// Neighbours that the kernel has not heard of for a while and that have one of the MAC addresses.
-    pub fn stale(&self, used: &HashSet<[u8; 6]>) -> Vec<(u32, [u8; 4])> {
+    pub fn stale(&self, used: &HashSet<[u8; 6]>) -> Vec<(u32, IpAddr)> {
         let wanted = |neighbour: &Neighbour| neighbour.is_stale && used.contains(&neighbour.mac);
         self.0.iter().filter(|(_, neighbour)| wanted(neighbour)).map(|(at, _)| *at).collect()
     }
 
     fn neighbour(&mut self, message: &Message) -> Option<bool> {
         let body = message.body.as_slice();
-        if *body.first()? != AF_INET {
+        if !FAMILIES.contains(body.first()?) {
             return None;
         }
         let (index, state) = (number_u32(body, 4)?, number_u16(body, 8)?);
         let (mut addr, mut mac) = (None, None);
         for (kind, value) in attributes(body.get(12..)?) {
             match kind {
-                NDA_DST => addr = <[u8; 4]>::try_from(value).ok(),
+                NDA_DST => addr = ip_address(value),
                 NDA_LLADDR => mac = <[u8; 6]>::try_from(value).ok(),
                 _ => {}
             }
@@ -283,7 +290,7 @@ mod tests {
     const FAILED: u16 = 0x20;
 
     fn neighbour(kind: u16, state: u16, mac: Option<[u8; 6]>) -> Message {
-        let mut body = vec![AF_INET, 0, 0, 0];
+        let mut body = vec![FAMILIES[0], 0, 0, 0];
         body.extend_from_slice(&2u32.to_ne_bytes());
         body.extend_from_slice(&state.to_ne_bytes());
         body.extend_from_slice(&[0, 1]);
@@ -320,7 +327,7 @@ mod tests {
         assert!(neighbours.stale(&HashSet::from([MAC])).is_empty(), "reachable");
         neighbours.apply(&neighbour(rtm::NEWNEIGH, NUD_STALE, Some(MAC)));
         assert!(neighbours.stale(&HashSet::new()).is_empty(), "unused");
-        assert_eq!(neighbours.stale(&HashSet::from([MAC])), [(2, [10, 0, 0, 9])]);
+        assert_eq!(neighbours.stale(&HashSet::from([MAC])), [(2, IpAddr::from([10, 0, 0, 9]))]);
     }
 
     #[test]

@@ -6,6 +6,10 @@ use crate::netlink::{
     Message, Protocol, Refused, Requests, attributes, number_u32, number_u64, put_attribute, string,
 };
 
+/// Runs programs natively, and passes, drops and sends back what they say (`NETDEV_XDP_ACT_BASIC`).
+pub const BASIC: u64 = 1;
+/// Takes programs that know frames in several buffers (`NETDEV_XDP_ACT_RX_SG`).
+pub const RX_SG: u64 = 32;
 /// Takes frames that native XDP redirects to it (`NETDEV_XDP_ACT_NDO_XMIT`).
 pub const NDO_XMIT: u64 = 4;
 

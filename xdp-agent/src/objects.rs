@@ -11,6 +11,7 @@ pub use self::{
     service::{Service, ServicePort},
     slice::{HintsId, NameId, Slice, SliceEndpoint, SlicePort},
 };
+use crate::problem::ProblemKind;
 
 mod changes;
 mod node;
@@ -75,27 +76,47 @@ impl fmt::Display for ObjectName {
     }
 }
 
+/// Something of an object that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flaw {
+    /// What sort of problem it is.
+    pub kind: ProblemKind,
+    /// What is wrong, and what becomes of it.
+    pub sentence: Box<str>,
+}
+
 /// Collects what cannot be used of one object.
 #[derive(Debug, Default)]
 struct Flaws {
-    sentences: Vec<Box<str>>,
+    kept: Vec<Flaw>,
     more: usize,
 }
 
 impl Flaws {
+    /// A value that Kubernetes' API does not allow.
     fn push(&mut self, sentence: impl FnOnce() -> String) {
-        if self.sentences.len() < FLAWS_MAX {
-            self.sentences.push(sentence().into());
+        self.keep(ProblemKind::Invalid, sentence);
+    }
+
+    /// A value that it allows, and that no proxy serves.
+    fn unsupported(&mut self, sentence: impl FnOnce() -> String) {
+        self.keep(ProblemKind::Unsupported, sentence);
+    }
+
+    fn keep(&mut self, kind: ProblemKind, sentence: impl FnOnce() -> String) {
+        if self.kept.len() < FLAWS_MAX {
+            self.kept.push(Flaw { kind, sentence: sentence().into() });
         } else {
             self.more += 1;
         }
     }
 
-    fn finish(mut self) -> Box<[Box<str>]> {
+    fn finish(mut self) -> Box<[Flaw]> {
         if self.more > 0 {
-            self.sentences.push(format!("{} more values cannot be used", self.more).into());
+            let sentence = format!("{} more values cannot be used", self.more).into();
+            self.kept.push(Flaw { kind: ProblemKind::Invalid, sentence });
         }
-        self.sentences.into()
+        self.kept.into()
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::{
     ffi::{CString, OsStr},
+    fmt,
     fs::{self, File},
     io,
-    net::Ipv4Addr,
     os::{fd::AsRawFd, unix::ffi::OsStrExt},
     path::{Path, PathBuf},
 };
@@ -12,13 +12,16 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use tracing::{debug, warn};
 
-use crate::{bpf::Link, host::Host};
+use crate::{bpf::Link, cluster::wanted::IpAddress, host::Host};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Capability numbers (include/uapi/linux/capability.h).
 const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF"), (38, "CAP_PERFMON")];
 const CAP_SYS_ADMIN: u32 = 21;
+/// The programs exchange and compare words in one step, which BPF learned in this version (`BPF_ATOMIC`, kernel commit
+/// 5ca419f2864a).
+pub const KERNEL_MIN: KernelVersion = KernelVersion(5, 12);
 
 /// Version of a kernel, as far as it decides what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,10 +39,29 @@ impl KernelVersion {
             .with_context(|| format!("cannot understand the kernel release {:?}", release.trim()))
     }
 
-    fn parse(release: &str) -> Option<Self> {
+    /// Reads a release as `uname -r` prints it.
+    pub fn parse(release: &str) -> Option<Self> {
         let mut numbers = release.trim().split(|c: char| !c.is_ascii_digit()).map(str::parse);
         Some(Self(numbers.next()?.ok()?, numbers.next()?.ok()?))
     }
+}
+
+impl fmt::Display for KernelVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+/// Checks that the programs can run on a kernel at all.
+///
+/// # Errors
+/// On kernels before [`KERNEL_MIN`].
+pub fn check_kernel(kernel: KernelVersion) -> anyhow::Result<()> {
+    ensure!(
+        kernel >= KERNEL_MIN,
+        "kernel {kernel} is too old: the programs need the atomic instructions of {KERNEL_MIN}; run a newer kernel"
+    );
+    Ok(())
 }
 
 /// Checks that this process may load and attach programs.
@@ -109,16 +131,7 @@ impl PinDir {
     /// # Errors
     /// When it is on another file system, or another agent holds it.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        ensure!(path.is_absolute(), "--pin-dir {} is not an absolute path", path.display());
-        let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-        let magic =
-            file_system(existing).with_context(|| format!("cannot look at {}", existing.display()))?;
-        ensure!(
-            magic == BPF_FS_MAGIC,
-            "{} is not on a BPF file system; mount one with `mount -t bpf bpf {}`, or choose another --pin-dir",
-            path.display(),
-            mount_point(path).display()
-        );
+        check_pin_dir(path)?;
         let version = format!("v{}", xdp_common::tables::LAYOUT_VERSION);
         let path_of_version = path.join(version);
         for dir in [path_of_version.join("maps"), path_of_version.join("links")] {
@@ -200,6 +213,23 @@ fn pins_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
     entries.with_context(|| format!("cannot read {}", dir.display()))
 }
 
+/// Checks that a directory of pins can be where it is told to be.
+///
+/// # Errors
+/// When it is on another file system.
+pub fn check_pin_dir(path: &Path) -> anyhow::Result<()> {
+    ensure!(path.is_absolute(), "--pin-dir {} is not an absolute path", path.display());
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    let magic = file_system(existing).with_context(|| format!("cannot look at {}", existing.display()))?;
+    ensure!(
+        magic == BPF_FS_MAGIC,
+        "{} is not on a BPF file system; mount one with `mount -t bpf bpf {}`, or choose another --pin-dir",
+        path.display(),
+        mount_point(path).display()
+    );
+    Ok(())
+}
+
 /// The magic number of the file system that a path is on.
 pub(crate) fn file_system(path: &Path) -> io::Result<i64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
@@ -235,8 +265,8 @@ pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
             "{name} is the loopback, which needs no load balancing; leave it out of --iface"
         );
         ensure!(
-            host.source_address(link.index).is_some(),
-            "{name} has no IPv4 address of global scope, so nothing can be addressed to it and translated flows would \
+            host.has_source_address(link.index),
+            "{name} has no address of global scope, so nothing can be addressed to it and translated flows would \
              have no source; give it one with `ip address add ADDRESS/PREFIX dev {name}`"
         );
     }
@@ -245,11 +275,20 @@ pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
 
 /// Says what in the kernel's settings will keep traffic from passing.
 pub fn warn_of_settings(names: &[String]) {
+    for problem in settings(names) {
+        warn!("{problem}");
+    }
+}
+
+/// What in the kernel's settings will keep traffic from passing, with what to change.
+pub fn settings(names: &[String]) -> Vec<String> {
     let read = |path: String| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u32>().ok());
+    let mut problems = Vec::new();
     if read("/proc/sys/net/ipv4/ip_forward".to_owned()) == Some(0) {
-        warn!(
-            "net.ipv4.ip_forward is 0: the kernel will not route to backends on other nodes or in pods; run \
-             `sysctl net.ipv4.ip_forward=1`"
+        problems.push(
+            "net.ipv4.ip_forward is 0: the kernel will not route to backends on other nodes or in pods; run `sysctl \
+             net.ipv4.ip_forward=1`"
+                .to_owned(),
         );
     }
     let all = read("/proc/sys/net/ipv4/conf/all/rp_filter".to_owned()).unwrap_or(0);
@@ -257,17 +296,17 @@ pub fn warn_of_settings(names: &[String]) {
         let own = read(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or(0);
         // The kernel takes the greater of the two; 1 is strict.
         if all.max(own) == 1 {
-            warn!(
-                interface = %name,
-                "rp_filter is strict: packets whose way back is another interface are dropped on the slow path; run \
-                 `sysctl net.ipv4.conf.{name}.rp_filter=2` where clients come in by more than one"
-            );
+            problems.push(format!(
+                "rp_filter of {name} is strict: packets whose way back is another interface are dropped on the slow path; \
+                 run `sysctl net.ipv4.conf.{name}.rp_filter=2` where clients come in by more than one"
+            ));
         }
     }
+    problems
 }
 
 /// The addresses NodePorts are served on when no Node object says so: those of the managed interfaces.
-pub fn node_addresses(names: &[String], host: &Host) -> Vec<Ipv4Addr> {
+pub fn node_addresses<A: IpAddress>(names: &[String], host: &Host) -> Vec<A> {
     let links = names.iter().filter_map(|name| host.link(name));
     links.filter_map(|link| host.source_address(link.index)).collect()
 }
@@ -288,6 +327,13 @@ mod tests {
             assert_eq!(KernelVersion::parse(release), Some(KernelVersion(version.0, version.1)), "{release}");
         }
         assert_eq!(KernelVersion::parse("unknown"), None);
+    }
+
+    #[test]
+    fn kernels_without_atomic_exchange_are_refused() {
+        assert!(check_kernel(KernelVersion(5, 12)).is_ok() && check_kernel(KernelVersion(6, 1)).is_ok());
+        let error = check_kernel(KernelVersion(5, 10)).expect_err("too old").to_string();
+        assert!(error.contains("kernel 5.10 is too old") && error.contains("5.12"), "{error}");
     }
 
     #[test]
@@ -316,7 +362,8 @@ mod tests {
                 Interface { index, name: name.to_owned(), is_loopback, ..Interface::default() },
             );
         }
-        let address = Address { addr: Ipv4Addr::new(192, 0, 2, 1), scope: 0, is_secondary: false };
+        let address =
+            Address { addr: [192, 0, 2, 1].into(), scope: 0, is_secondary: false, is_tentative: false };
         host.addresses.insert(2, vec![address]);
         let check =
             |name: &str| check_interfaces(&[name.to_owned()], &host).map_err(|error| error.to_string());

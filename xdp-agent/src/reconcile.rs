@@ -1,7 +1,6 @@
 //! The only writer of the maps that say what is served: applies planned changes in order, and keeps the settings.
 
 use std::{
-    collections::VecDeque,
     io,
     sync::{
         Arc,
@@ -17,15 +16,16 @@ use tokio::{
 use tracing::warn;
 use xdp_common::tables::Config;
 
+use self::side::Side;
 use crate::{
-    cluster::{Cluster, NodeFacts, Options},
+    cluster::{Cluster, NodeFacts, Options, wanted::Ip6},
     config::{PortRange, ports},
     host::Host,
     interfaces::{Interfaces, Picture},
-    maps::ImageMaps,
+    maps::Settings,
     metrics::{KubeProxy, Metrics},
     neighbours::Feed,
-    plan::{Change, InUse, Limits, Plan},
+    plan::InUse,
     preflight,
     problem::Problem,
     sockets::Hooks,
@@ -33,12 +33,13 @@ use crate::{
     status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
 };
 
-pub use self::names::ServiceNames;
+pub use self::{names::ServiceNames, side::SideParts};
 
 mod backlog;
 mod compare;
 mod names;
 mod report;
+mod side;
 mod sync;
 
 /// Time between two comparisons of the maps with the plan.
@@ -56,18 +57,29 @@ pub struct Inlets {
     /// The kernel's network.
     pub feed: Feed,
     /// What flows still need.
-    pub in_use: mpsc::Receiver<InUse>,
+    pub in_use: mpsc::Receiver<Needs>,
     /// The order to stop.
     pub stop: oneshot::Receiver<()>,
+}
+
+/// What flows still need, by address family.
+#[derive(Clone, Debug, Default)]
+pub struct Needs {
+    /// Those of IPv4.
+    pub v4: InUse,
+    /// Those of IPv6.
+    pub v6: InUse,
 }
 
 /// What the writer is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// The maps.
-    pub maps: ImageMaps,
-    /// Map sizes.
-    pub limits: Limits,
+    /// What the datapath is told beside what is served.
+    pub settings: Settings,
+    /// The maps of IPv4.
+    pub v4: SideParts<[u8; 4]>,
+    /// The maps of IPv6.
+    pub v6: SideParts<Ip6>,
     /// Buckets of the table of new flows.
     pub embryonic_buckets: u32,
     /// Whether they hold an earlier agent's contents.
@@ -80,6 +92,15 @@ pub struct Parts {
     pub names: Vec<String>,
     /// Source ports of translated flows.
     pub snat_ports: PortRange,
+    /// Who is told.
+    pub told: Told,
+    /// The socket hooks, if there are any.
+    pub hooks: Option<Hooks>,
+}
+
+/// Whom the writer tells what.
+#[derive(Debug)]
+pub struct Told {
     /// Seconds of agent time, for the garbage collection.
     pub clock: Arc<AtomicU32>,
     /// Zero of the plan's clock.
@@ -92,40 +113,38 @@ pub struct Parts {
     pub metrics: Arc<Metrics>,
     /// The same, as far as kube-proxy measures it too.
     pub kube_proxy: KubeProxy,
-    /// Names for accounts.
-    pub names_of_services: ServiceNames,
-    /// The socket hooks, if there are any.
-    pub hooks: Option<Hooks>,
 }
 
 /// The writer.
 #[derive(Debug)]
 pub struct Reconciler {
-    parts: Parts,
-    plan: Plan<[u8; 4]>,
+    told: Told,
+    hooks: Option<Hooks>,
+    v4: Side<[u8; 4]>,
+    v6: Side<Ip6>,
     cluster: Cluster,
+    /// Whether the source has the Node object of every node.
+    expects_node: bool,
+    /// Managed interfaces by name.
+    names: Vec<String>,
+    snat_ports: PortRange,
     /// Whether everything that exists has been told.
     is_complete: bool,
     source_problems: Vec<Problem>,
     source_problems_version: u64,
-    settings: Config,
+    settings: Settings,
+    config: Config,
     /// Agent time when this agent began.
     clock_base: u32,
     facts: NodeFacts,
     picture: Picture,
     reported: report::Reported,
     untold: sync::Untold,
-    /// Whether it has been said that IPv6 is not forwarded, and SCTP not.
-    is_ipv6_told: bool,
+    /// Whether it has been said that SCTP is not forwarded.
     is_sctp_told: bool,
-    /// Changes that wait for one that was refused.
-    pending: VecDeque<Change<[u8; 4]>>,
     backlog: backlog::Backlog,
     /// Until the maps first are as everything known asks.
     first_image: Option<NotReady>,
-    attempts: u32,
-    retry_at: Option<TokioInstant>,
-    update_at: Option<TokioInstant>,
     epoch_at: Option<TokioInstant>,
     last_epoch: Option<Instant>,
     comparison: Option<compare::Comparison>,
@@ -137,51 +156,50 @@ impl Reconciler {
     ///
     /// # Errors
     /// When the maps cannot be read or written.
-    pub fn new(mut parts: Parts) -> io::Result<Self> {
-        let plan = if parts.is_adopted {
-            Plan::adopt(parts.limits, parts.maps.read()?)
-        } else {
-            Plan::new(parts.limits)
-        };
-        let found = parts.maps.config()?;
-        if parts.is_adopted {
-            parts.snat_ports = adopted_ports(parts.snat_ports, &found);
+    pub fn new(parts: Parts) -> io::Result<Self> {
+        let Parts { mut settings, v4, v6, embryonic_buckets, is_adopted, cluster, mut snat_ports, .. } =
+            parts;
+        let (v4, v6) = (Side::new(v4, is_adopted)?, Side::new(v6, is_adopted)?);
+        let found = settings.get()?;
+        if is_adopted {
+            snat_ports = adopted_ports(snat_ports, &found);
         }
-        let settings = Config {
+        let config = Config {
             epoch: found.epoch.wrapping_add(1),
             clock: found.clock.max(1),
-            snat_port_min: parts.snat_ports.min,
-            snat_port_max: parts.snat_ports.max,
-            embryonic_buckets: parts.embryonic_buckets,
+            snat_port_min: snat_ports.min,
+            snat_port_max: snat_ports.max,
+            embryonic_buckets,
             masquerade_wire: 1,
             // Until the rules are known.
             policy_routing: 1,
         };
-        parts.maps.set_config(settings)?;
-        parts.clock.store(settings.clock, Ordering::Relaxed);
-        let first_image = Some(parts.shared.wait_for("the first image in the maps"));
-        let backlog = backlog::Backlog::new(parts.kube_proxy.clone());
+        settings.set(config)?;
+        parts.told.clock.store(config.clock, Ordering::Relaxed);
+        let first_image = Some(parts.told.shared.wait_for("the first image in the maps"));
+        let backlog = backlog::Backlog::new(parts.told.kube_proxy.clone());
         Ok(Self {
-            cluster: Cluster::new(parts.cluster.clone()),
-            parts,
-            plan,
+            told: parts.told,
+            hooks: parts.hooks,
+            v4,
+            v6,
+            cluster: Cluster::new(cluster),
+            expects_node: parts.expects_node,
+            names: parts.names,
+            snat_ports,
             is_complete: false,
             source_problems: Vec::new(),
             source_problems_version: 0,
             settings,
-            clock_base: settings.clock,
+            config,
+            clock_base: config.clock,
             facts: NodeFacts::default(),
             picture: Picture::default(),
             reported: report::Reported::default(),
             untold: sync::Untold::default(),
-            is_ipv6_told: false,
             is_sctp_told: false,
-            pending: VecDeque::new(),
             backlog,
             first_image,
-            attempts: 0,
-            retry_at: None,
-            update_at: None,
             epoch_at: None,
             last_epoch: None,
             comparison: None,
@@ -191,8 +209,8 @@ impl Reconciler {
 
     /// Takes what is known of the node, before any program is attached.
     pub fn start(&mut self, host: &Host) {
-        self.picture.snat =
-            preflight::node_addresses(&self.parts.names, host).iter().map(|addr| addr.octets()).collect();
+        self.picture.v4.snat = preflight::node_addresses(&self.names, host);
+        self.picture.v6.snat = preflight::node_addresses(&self.names, host);
         self.note_policy(host);
         self.set_facts(host);
         self.publish();
@@ -204,15 +222,16 @@ impl Reconciler {
         if picture == self.picture {
             return;
         }
-        if let Err(error) = self.write_devices(&picture.devices) {
-            self.parts.metrics.map_write_failures.inc();
+        let written = self.v4.write_devices(&picture.v4.devices);
+        if let Err(error) = written.and_then(|()| self.v6.write_devices(&picture.v6.devices)) {
+            self.told.metrics.map_write_failures.inc();
             warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
         }
-        self.parts.metrics.interfaces(&picture.status);
+        self.told.metrics.interfaces(&picture.status);
         let status = picture.status.clone();
-        let range = self.parts.snat_ports.to_string();
-        let addresses = picture.snat.iter().map(|addr| std::net::Ipv4Addr::from(*addr).to_string()).collect();
-        self.parts.shared.update(|all| {
+        let range = self.snat_ports.to_string();
+        let addresses = picture.status.iter().flat_map(|interface| interface.addresses.clone()).collect();
+        self.told.shared.update(|all| {
             all.interfaces = status;
             all.snat = SnatStatus { addresses, range };
         });
@@ -244,8 +263,8 @@ impl Reconciler {
                 }
                 _ = seconds.tick() => self.tick(),
                 Some(in_use) = inlets.in_use.recv() => self.collect(&in_use),
-                () = at(self.retry_at) => self.retry(),
-                () = at(self.update_at) => self.sync(),
+                () = at(earlier(self.v4.retry_at, self.v6.retry_at)) => self.retry(),
+                () = at(earlier(self.v4.update_at, self.v6.update_at)) => self.sync(),
                 _ = compare.tick() => self.compare(),
                 1.. = inlets.events.recv_many(&mut events, sync::EVENTS_MAX) => self.take_events(&mut events),
                 () = std::future::ready(()), if self.comparison.is_some() => self.compare_step(),
@@ -255,14 +274,15 @@ impl Reconciler {
     }
 
     fn host_changed(&mut self, host: &Host, interfaces: &mut Interfaces) {
-        let before = self.picture.snat.clone();
-        self.parts.metrics.attach_failures.inc_by(interfaces.follow(host));
+        let before = (self.picture.v4.snat.clone(), self.picture.v6.snat.clone());
+        self.told.metrics.attach_failures.inc_by(interfaces.follow(host));
         self.note_policy(host);
         self.devices(interfaces, host);
         // Addresses decide which NodePorts there are and which of the frontends are the node's own.
         let facts = self.facts.clone();
         self.set_facts(host);
-        if before != self.picture.snat || self.facts != facts {
+        let is_moved = before != (self.picture.v4.snat.clone(), self.picture.v6.snat.clone());
+        if is_moved || self.facts != facts {
             self.sync();
         }
     }
@@ -270,8 +290,8 @@ impl Reconciler {
     /// Tells the datapath whether next hops depend on more than the destination.
     fn note_policy(&mut self, host: &Host) {
         let policy_routing = u32::from(host.has_policy_routing);
-        if policy_routing != self.settings.policy_routing {
-            self.settings.policy_routing = policy_routing;
+        if policy_routing != self.config.policy_routing {
+            self.config.policy_routing = policy_routing;
             self.write_settings();
         }
     }
@@ -288,33 +308,34 @@ impl Reconciler {
     fn raise_epoch(&mut self) {
         self.epoch_at = None;
         self.last_epoch = Some(Instant::now());
-        self.settings.epoch = self.settings.epoch.wrapping_add(1);
+        self.config.epoch = self.config.epoch.wrapping_add(1);
         self.write_settings();
-        let epoch = self.settings.epoch;
-        self.parts.metrics.epoch.set(epoch.into());
-        self.parts.shared.update(|status| status.epoch = epoch);
+        let epoch = self.config.epoch;
+        self.told.metrics.epoch.set(epoch.into());
+        self.told.shared.update(|status| status.epoch = epoch);
     }
 
     fn tick(&mut self) {
-        let clock = self.clock_base.wrapping_add(self.parts.origin.elapsed().as_secs() as u32);
-        if clock != self.settings.clock {
-            self.settings.clock = clock;
+        let clock = self.clock_base.wrapping_add(self.told.origin.elapsed().as_secs() as u32);
+        if clock != self.config.clock {
+            self.config.clock = clock;
             self.write_settings();
-            self.parts.clock.store(clock, Ordering::Relaxed);
+            self.told.clock.store(clock, Ordering::Relaxed);
         }
         self.tell_writes();
+        self.log_problems();
         self.report_objects();
     }
 
     fn write_settings(&mut self) {
-        if let Err(error) = self.parts.maps.set_config(self.settings) {
-            self.parts.metrics.map_write_failures.inc();
+        if let Err(error) = self.settings.set(self.config) {
+            self.told.metrics.map_write_failures.inc();
             warn!(%error, "cannot write the settings; trying again within a second");
         }
     }
 
     fn now_ms(&self) -> u64 {
-        self.parts.origin.elapsed().as_millis() as u64
+        self.told.origin.elapsed().as_millis() as u64
     }
 }
 
@@ -333,6 +354,10 @@ fn adopted_ports(wanted: PortRange, found: &Config) -> PortRange {
         warn!(%used, %found, "source ports change, because those of adopted flows are not free any more; such flows end");
     }
     used
+}
+
+fn earlier(one: Option<TokioInstant>, other: Option<TokioInstant>) -> Option<TokioInstant> {
+    one.into_iter().chain(other).min()
 }
 
 /// Ends at an instant, or never without one.

@@ -18,8 +18,10 @@ use tokio::{net::TcpListener, sync::watch};
 use tracing::{info, warn};
 
 use crate::{
+    cluster::wanted::{Ip6, IpAddress},
     config::Listen,
-    metrics::{KubeProxy, Registries},
+    metrics::{KubeProxy, Registries, Slis, slis::Check},
+    reconcile::ServiceNames,
     status::{Health, STUCK_AFTER, Shared, Status},
     watch::SourceHealth,
 };
@@ -52,6 +54,10 @@ pub struct Sources {
     pub watch: Option<watch::Receiver<SourceHealth>>,
     /// The resolved configuration.
     pub config: Arc<Value>,
+    /// Names of service ports by their ids, of IPv4 and of IPv6.
+    pub names: (ServiceNames, ServiceNames),
+    /// What health checks have been told.
+    pub slis: Slis,
 }
 
 /// The addresses, as far as they can be had.
@@ -142,17 +148,27 @@ fn everywhere(address: SocketAddr) -> SocketAddr {
 fn router(sources: Sources) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
-        .route("/healthz", get(async || "ok"))
+        .route("/metrics/slis", get(slis))
+        .route("/healthz", get(healthz))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/proxyMode", get(async || PROXY_MODE))
         .route("/configz", get(configz))
         .route("/status", get(status))
+        .route("/services", get(services))
         .with_state(sources)
 }
 
 async fn metrics(State(sources): State<Sources>) -> impl IntoResponse {
-    match sources.registries.encode() {
+    in_text(sources.registries.encode())
+}
+
+async fn slis(State(sources): State<Sources>) -> impl IntoResponse {
+    in_text(sources.slis.encode())
+}
+
+fn in_text(encoded: Result<String, std::fmt::Error>) -> impl IntoResponse {
+    match encoded {
         Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, OPEN_METRICS)], text),
         Err(error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n"))
@@ -160,8 +176,15 @@ async fn metrics(State(sources): State<Sources>) -> impl IntoResponse {
     }
 }
 
+async fn healthz(State(sources): State<Sources>) -> &'static str {
+    sources.slis.observe(Check::Healthz, true);
+    "ok"
+}
+
 async fn livez(State(sources): State<Sources>) -> (StatusCode, String) {
-    if sources.health.is_good(Instant::now()) {
+    let is_good = sources.health.is_good(Instant::now());
+    sources.slis.observe(Check::Livez, is_good);
+    if is_good {
         return (StatusCode::OK, "ok\n".to_owned());
     }
     let message = format!("for {STUCK_AFTER:?} the maps have not been what the objects ask\n");
@@ -169,7 +192,9 @@ async fn livez(State(sources): State<Sources>) -> (StatusCode, String) {
 }
 
 async fn readyz(State(sources): State<Sources>) -> (StatusCode, String) {
-    match sources.shared.pending() {
+    let pending = sources.shared.pending();
+    sources.slis.observe(Check::Readyz, pending.is_empty());
+    match pending {
         pending if pending.is_empty() => (StatusCode::OK, "ok\n".to_owned()),
         pending => (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", pending.join(", "))),
     }
@@ -182,4 +207,11 @@ async fn configz(State(sources): State<Sources>) -> Json<Value> {
 async fn status(State(sources): State<Sources>) -> Json<Status> {
     let api_server = sources.watch.map_or_else(Vec::new, |health| health.borrow().status(Instant::now()));
     Json(Status { api_server, ..sources.shared.status() })
+}
+
+/// The service ports of the maps by their ids, and which maps those are.
+async fn services(State(sources): State<Sources>) -> Json<Value> {
+    Json(
+        json!({ "pin-dir": sources.config["pin-dir"], <[u8; 4]>::FAMILY: sources.names.0.by_id(), Ip6::FAMILY: sources.names.1.by_id() }),
+    )
 }

@@ -19,7 +19,7 @@ use std::{
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 use xdp_common::{
-    net::Address,
+    net::{Address, Ip6},
     tables::{PeerKey, SocketSettings, socket},
 };
 
@@ -46,12 +46,13 @@ const RETRY_PAUSE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Hooks {
     maps: SocketMaps,
-    settings: SocketSettings<[u8; 4]>,
+    v4: SocketSettings<[u8; 4]>,
+    v6: SocketSettings<Ip6>,
     is_on_loopback: bool,
     /// Told when backends may have gone.
     pub gone: Arc<Notify>,
-    /// Service ports that ask for their clients' addresses.
-    restricted: HashSet<ServicePortName>,
+    /// Service ports that ask for their clients' addresses, by the length of those.
+    restricted: HashSet<(ServicePortName, usize)>,
     /// Whether there are any.
     pub asks_for_pods: Arc<AtomicBool>,
 }
@@ -66,54 +67,64 @@ impl Hooks {
             SocketLb::HostOnly => socket::HOST_ONLY,
             SocketLb::All | SocketLb::Off => 0,
         };
-        let settings = SocketSettings {
-            // Before kernel 5.14 a process cannot ask; 0 stands for the first namespace, in which nodes usually are.
-            host_namespace: own_cookie().unwrap_or(0),
-            node: [0; 4],
-            loopback: [0; 4],
-            flags,
-            zero: [0; 4],
-        };
+        // Before kernel 5.14 a process cannot ask; 0 stands for the first namespace, in which nodes usually are.
+        let host_namespace = own_cookie().unwrap_or(0);
         let mut hooks = Self {
             maps,
-            settings,
+            v4: settings(host_namespace, flags),
+            v6: settings(host_namespace, flags),
             is_on_loopback,
             gone: Arc::default(),
             restricted: HashSet::new(),
             asks_for_pods: Arc::default(),
         };
-        hooks.maps.set(hooks.settings)?;
+        hooks.maps.set_v4(hooks.v4)?;
+        hooks.maps.set_v6(hooks.v6)?;
         Ok(hooks)
     }
 
     /// Notes which service ports have source ranges.
-    pub fn note(&mut self, delta: &Delta<[u8; 4]>) {
-        for (name, port) in &delta.ports {
-            let is_restricted = |port: &ServicePort<_>| port.frontends.iter().any(|at| at.is_restricted);
-            if port.as_deref().is_some_and(is_restricted) {
-                self.restricted.insert(name.clone());
-            } else {
-                self.restricted.remove(name);
-            }
-        }
+    pub fn note(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<Ip6>) {
+        note(&mut self.restricted, v4);
+        note(&mut self.restricted, v6);
         self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
     }
 
-    /// Takes the node's primary address and one that serves NodePorts.
+    /// Takes the node's primary address of each family and one that serves NodePorts; of IPv6 none does so on the
+    /// loopback, as in kube-proxy.
     ///
     /// # Errors
     /// When the kernel refuses the write; it is made again with the next change.
-    pub fn set_node(&mut self, node: Option<[u8; 4]>, node_port: Option<[u8; 4]>) -> io::Result<()> {
-        let settings = SocketSettings {
-            node: node.unwrap_or_default(),
-            loopback: node_port.filter(|_| self.is_on_loopback).unwrap_or_default(),
-            ..self.settings
-        };
-        if settings != self.settings {
-            self.maps.set(settings)?;
-            self.settings = settings;
+    pub fn set_node(&mut self, v4: [Option<[u8; 4]>; 2], v6: [Option<Ip6>; 2]) -> io::Result<()> {
+        let ([v4_node, node_port], [v6_node, _]) = (v4, v6);
+        let loopback = node_port.filter(|_| self.is_on_loopback).unwrap_or_default();
+        let v4 = SocketSettings { node: v4_node.unwrap_or_default(), loopback, ..self.v4 };
+        if v4 != self.v4 {
+            self.maps.set_v4(v4)?;
+            self.v4 = v4;
+        }
+        let v6 = SocketSettings { node: v6_node.unwrap_or_default(), ..self.v6 };
+        if v6 != self.v6 {
+            self.maps.set_v6(v6)?;
+            self.v6 = v6;
         }
         Ok(())
+    }
+}
+
+fn settings<A: Address>(host_namespace: u64, flags: u32) -> SocketSettings<A> {
+    SocketSettings { host_namespace, node: A::UNSPECIFIED, loopback: A::UNSPECIFIED, flags, zero: [0; 4] }
+}
+
+fn note<A>(restricted: &mut HashSet<(ServicePortName, usize)>, delta: &Delta<A>) {
+    for (name, port) in &delta.ports {
+        let is_restricted = |port: &ServicePort<A>| port.frontends.iter().any(|at| at.is_restricted);
+        let of_family = (name.clone(), size_of::<A>());
+        if port.as_deref().is_some_and(is_restricted) {
+            restricted.insert(of_family);
+        } else {
+            restricted.remove(&of_family);
+        }
     }
 }
 
@@ -207,18 +218,20 @@ impl Sweeper {
 impl Sweeper {
     /// Learns which address each pod has, for source ranges.
     fn learn_pods(&mut self) -> io::Result<()> {
-        let mut pods = HashMap::new();
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
         let mut refused = None;
         namespaces::each(|result| match result {
             Ok(()) => {
-                if let (Ok(cookie), Some(addr)) = (own_cookie(), namespaces::own_address()) {
-                    pods.insert(cookie, addr);
+                if let (Ok(cookie), Some((own_v4, own_v6))) = (own_cookie(), namespaces::own_addresses()) {
+                    v4.extend(own_v4.map(|addr| (cookie, addr)));
+                    v6.extend(own_v6.map(|addr| (cookie, addr)));
                 }
             }
             Err(error) => refused = Some(error),
         });
         self.tell_refusal(refused);
-        self.pods.set(&pods)
+        self.pods.set_v4(&v4)?;
+        self.pods.set_v6(&v6)
     }
 
     /// Says once that pods cannot be looked into.
@@ -237,6 +250,6 @@ impl Sweeper {
 }
 
 /// Whether an address and port are those of a key.
-fn is_of(key: &PeerKey, addr: [u8; 16], port: [u8; 2]) -> bool {
-    <[u8; 16]>::from_wide(key.addr) == addr && key.port == port
+fn is_of(key: &PeerKey, addr: Ip6, port: [u8; 2]) -> bool {
+    key.addr == addr && key.port == port
 }

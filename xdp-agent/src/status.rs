@@ -74,8 +74,8 @@ pub struct InterfaceStatus {
     pub reason: String,
     /// Whether translated frames may leave here at XDP.
     pub xmit: Transmit,
-    /// Source address of translated flows that leave here.
-    pub address: Option<String>,
+    /// Source addresses of translated flows that leave here, one a family.
+    pub addresses: Vec<String>,
 }
 
 /// The socket hooks.
@@ -302,7 +302,7 @@ mod tests {
                 mode: Mode::NativeFrags,
                 reason: "because".to_owned(),
                 xmit: Transmit { transmit: true, redirect: false },
-                address: Some("192.0.2.1".to_owned()),
+                addresses: vec!["192.0.2.1".to_owned()],
             });
         });
         let json = serde_json::to_value(shared.status()).expect("plain data");

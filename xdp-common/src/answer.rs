@@ -1,29 +1,91 @@
-//! Answers to packets that are refused: a TCP reset (RFC 9293, section 3.5.2), or an ICMP port unreachable (RFC 792).
+//! Answers to packets that are refused: a TCP reset (RFC 9293, section 3.5.2), or an ICMP port unreachable (RFC 792,
+//! RFC 4443).
 
 use network_types::eth::EthHdr;
 
 use crate::{
     checksum,
-    frame::{View, tcp},
-    net::TCP,
+    frame::{Headers, View, tcp},
+    net::{TCP, V4, V6},
 };
 
-/// Length of a frame with a reset: Ethernet, IPv4 and TCP headers without options.
-pub const RESET_LEN: usize = IP + 20 + 20;
+/// Length of a frame with a reset: Ethernet, IP and TCP headers without options.
+pub const fn reset_len<F: Answer>() -> usize {
+    IP + F::LEN + 20
+}
+
+/// Length of a frame with an ICMP error: Ethernet, IP and ICMP headers, and the quote.
+pub const fn unreachable_len<F: Answer>() -> usize {
+    IP + F::LEN + 8 + quote_len::<F>()
+}
+
+/// Length of what an ICMP error quotes: an IP header without options, and 8 bytes of what it carries.
+const fn quote_len<F: Answer>() -> usize {
+    F::LEN + 8
+}
+
 /// Room for the longest answer, in whole words.
-pub type AnswerFrame = [u8; UNREACHABLE_LEN.next_multiple_of(4)];
-/// Length of what an ICMP error quotes: an IPv4 header without options, and 8 bytes of what it carries.
-const QUOTE_LEN: usize = 20 + 8;
-/// Length of a frame with an ICMP error: Ethernet, IPv4 and ICMP headers, and the quote.
-pub const UNREACHABLE_LEN: usize = IP + 20 + 8 + QUOTE_LEN;
+pub type AnswerFrame = [u8; unreachable_len::<V6>().next_multiple_of(4)];
 
 const IP: usize = EthHdr::LEN;
-const L4: usize = IP + 20;
-const ICMP: u8 = 1;
-/// Destination unreachable, port unreachable.
-const PORT_UNREACHABLE: [u8; 2] = [3, 3];
 /// Time to live of what is sent here (RFC 1700).
 const TTL: u8 = 64;
+
+/// What answers of a family look like.
+pub trait Answer: Headers {
+    /// IP protocol number of its ICMP.
+    const ICMP: u8;
+    /// Type and code of "destination unreachable, port unreachable".
+    const PORT_UNREACHABLE: [u8; 2];
+    /// Whether its ICMP checksum covers the pseudo-header.
+    const ICMP_PSEUDO_HEADER: bool;
+    /// Writes an IP header that leads back to where a frame came from; the sum of both addresses.
+    fn header<W: View>(headers: &W, out: &mut [u8], proto: u8) -> u32;
+}
+
+impl Answer for V4 {
+    const ICMP: u8 = 1;
+    const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const ICMP_PSEUDO_HEADER: bool = false;
+
+    #[inline(always)] // offsets must fold
+    fn header<W: View>(headers: &W, out: &mut [u8], proto: u8) -> u32 {
+        let (src, dst) = (headers.quad(IP + 12), headers.quad(IP + 16));
+        out[IP] = 0x45;
+        copy(((out.len() - IP) as u16).to_be_bytes(), out, IP + 2);
+        out[IP + 6] = 0x40; // don't fragment
+        out[IP + 8] = TTL;
+        out[IP + 9] = proto;
+        copy(dst, out, IP + 12);
+        copy(src, out, IP + 16);
+        let check = !checksum::fold(words(out, IP, IP + Self::LEN));
+        copy(check.to_ne_bytes(), out, IP + 10);
+        words_of(src) + words_of(dst)
+    }
+}
+
+impl Answer for V6 {
+    const ICMP: u8 = 58;
+    const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const ICMP_PSEUDO_HEADER: bool = true;
+
+    #[inline(always)] // offsets must fold
+    fn header<W: View>(headers: &W, out: &mut [u8], proto: u8) -> u32 {
+        out[IP] = 0x60;
+        copy(((out.len() - IP - Self::LEN) as u16).to_be_bytes(), out, IP + 4);
+        out[IP + 6] = proto;
+        out[IP + 7] = TTL;
+        let (mut sum, mut at) = (0, 0);
+        while at < 16 {
+            let (src, dst) = (headers.quad(IP + 8 + at), headers.quad(IP + 24 + at));
+            copy(dst, out, IP + 8 + at);
+            copy(src, out, IP + 24 + at);
+            sum += words_of(src) + words_of(dst);
+            at += 4;
+        }
+        sum
+    }
+}
 
 /// Who finishes the TCP or ICMP checksum of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,93 +97,92 @@ pub enum Finisher {
     Device,
 }
 
-/// Writes the reset that answers a segment; false when it is a reset itself.
+/// Writes the reset that answers a segment into [`reset_len`] bytes; false when it is a reset itself.
 ///
 /// `headers` are the frame up to the end of the TCP header without options; `l4_len` is the length of TCP header and
 /// payload in bytes.
 #[inline(always)] // one caller per hook, in a function of its own
-pub fn reset<V: View>(headers: &V, l4_len: u16, finisher: Finisher, out: &mut [u8; RESET_LEN]) -> bool {
-    let flags = headers.u8(L4 + 13);
+pub fn reset<F: Answer, W: View>(headers: &W, l4_len: u16, finisher: Finisher, out: &mut [u8]) -> bool {
+    let l4 = IP + F::LEN;
+    let flags = headers.u8(l4 + 13);
     if flags & tcp::RST != 0 {
         return false;
     }
-    *out = [0; RESET_LEN];
-    let sum = envelope(headers, out, TCP);
-    copy(headers.pair(L4 + 2), out, L4);
-    copy(headers.pair(L4), out, L4 + 2);
+    out.fill(0);
+    let sum = envelope::<F, W>(headers, out, TCP);
+    copy(headers.pair(l4 + 2), out, l4);
+    copy(headers.pair(l4), out, l4 + 2);
     if flags & tcp::ACK != 0 {
-        copy(headers.quad(L4 + 8), out, L4 + 4);
-        out[L4 + 13] = tcp::RST;
+        copy(headers.quad(l4 + 8), out, l4 + 4);
+        out[l4 + 13] = tcp::RST;
     } else {
-        let header_len = (headers.u8(L4 + 12) >> 4) as u32 * 4;
+        let header_len = (headers.u8(l4 + 12) >> 4) as u32 * 4;
         let occupied = u32::from(flags & tcp::SYN != 0) + u32::from(flags & tcp::FIN != 0);
-        let seq = u32::from_be_bytes(headers.quad(L4 + 4));
+        let seq = u32::from_be_bytes(headers.quad(l4 + 4));
         let ack = seq.wrapping_add((l4_len as u32).saturating_sub(header_len)).wrapping_add(occupied);
-        copy(ack.to_be_bytes(), out, L4 + 8);
-        out[L4 + 13] = tcp::RST | tcp::ACK;
+        copy(ack.to_be_bytes(), out, l4 + 8);
+        out[l4 + 13] = tcp::RST | tcp::ACK;
     }
-    out[L4 + 12] = 5 << 4;
+    out[l4 + 12] = 5 << 4;
     let pseudo = checksum::pseudo_header(sum, TCP, 20);
     let check = match finisher {
-        Finisher::Nobody => !checksum::fold(pseudo as u32 + words::<L4, RESET_LEN>(out)),
+        Finisher::Nobody => !checksum::fold(pseudo as u32 + words(out, l4, reset_len::<F>())),
         Finisher::Device => pseudo,
     };
-    copy(check.to_ne_bytes(), out, L4 + 16);
+    copy(check.to_ne_bytes(), out, l4 + 16);
     true
 }
 
-/// Writes the ICMP error that answers a datagram.
+/// Writes the ICMP error that answers a datagram into [`unreachable_len`] bytes.
 ///
 /// `headers` are the frame up to the end of the UDP header. A device that finishes the checksum of a UDP datagram writes
-/// it into what RFC 792 leaves unused, where it makes the sum right all the same.
+/// it into what the RFCs leave unused, where it makes the sum right all the same.
 #[inline(always)] // as above
-pub fn unreachable<V: View>(headers: &V, finisher: Finisher, out: &mut [u8; UNREACHABLE_LEN]) {
-    *out = [0; UNREACHABLE_LEN];
-    envelope(headers, out, ICMP);
-    copy(PORT_UNREACHABLE, out, L4);
+pub fn unreachable<F: Answer, W: View>(headers: &W, finisher: Finisher, out: &mut [u8]) {
+    let l4 = IP + F::LEN;
+    out.fill(0);
+    let sum = envelope::<F, W>(headers, out, F::ICMP);
+    copy(F::PORT_UNREACHABLE, out, l4);
     let mut at = 0;
-    while at < QUOTE_LEN {
-        copy(headers.quad(IP + at), out, L4 + 8 + at);
+    while at < quote_len::<F>() {
+        copy(headers.quad(IP + at), out, l4 + 8 + at);
         at += 4;
     }
-    if finisher == Finisher::Nobody {
-        let check = !checksum::fold(words::<L4, UNREACHABLE_LEN>(out));
-        copy(check.to_ne_bytes(), out, L4 + 2);
+    let pseudo = match F::ICMP_PSEUDO_HEADER {
+        true => checksum::pseudo_header(sum, F::ICMP, (unreachable_len::<F>() - l4) as u16),
+        false => 0,
+    };
+    match finisher {
+        Finisher::Nobody => {
+            let check = !checksum::fold(pseudo as u32 + words(out, l4, unreachable_len::<F>()));
+            copy(check.to_ne_bytes(), out, l4 + 2);
+        }
+        Finisher::Device => copy(pseudo.to_ne_bytes(), out, l4 + 6),
     }
 }
 
-/// Writes Ethernet and IPv4 headers that lead back to where a frame came from; the sum of both addresses.
+/// Writes Ethernet and IP headers that lead back to where a frame came from; the sum of both addresses.
 #[inline(always)]
-fn envelope<V: View, const N: usize>(headers: &V, out: &mut [u8; N], proto: u8) -> u32 {
+fn envelope<F: Answer, W: View>(headers: &W, out: &mut [u8], proto: u8) -> u32 {
     let (dmac, dmac_end) = (headers.quad(0), headers.pair(4));
     copy(headers.pair(6), out, 0);
     copy(headers.quad(8), out, 2);
     copy(dmac, out, 6);
     copy(dmac_end, out, 10);
     copy(headers.pair(12), out, 12);
-    let (src, dst) = (headers.quad(IP + 12), headers.quad(IP + 16));
-    out[IP] = 0x45;
-    copy(((N - IP) as u16).to_be_bytes(), out, IP + 2);
-    out[IP + 6] = 0x40; // don't fragment
-    out[IP + 8] = TTL;
-    out[IP + 9] = proto;
-    copy(dst, out, IP + 12);
-    copy(src, out, IP + 16);
-    let check = !checksum::fold(words::<IP, L4>(out));
-    copy(check.to_ne_bytes(), out, IP + 10);
-    words_of(src) + words_of(dst)
+    F::header(headers, out, proto)
 }
 
 #[inline(always)]
-fn words_of(addr: [u8; 4]) -> u32 {
-    u16::from_ne_bytes([addr[0], addr[1]]) as u32 + u16::from_ne_bytes([addr[2], addr[3]]) as u32
+fn words_of(quad: [u8; 4]) -> u32 {
+    u16::from_ne_bytes([quad[0], quad[1]]) as u32 + u16::from_ne_bytes([quad[2], quad[3]]) as u32
 }
 
 /// The sum of the 16-bit words of a frame from one constant offset to another, not folded.
 #[inline(always)]
-fn words<const FROM: usize, const TO: usize>(frame: &[u8]) -> u32 {
-    let (mut sum, mut at) = (0, FROM);
-    while at + 1 < TO && at + 1 < frame.len() {
+fn words(frame: &[u8], from: usize, to: usize) -> u32 {
+    let (mut sum, mut at) = (0, from);
+    while at + 1 < to && at + 1 < frame.len() {
         sum += u16::from_ne_bytes([frame[at], frame[at + 1]]) as u32;
         at += 2;
     }
@@ -139,98 +200,166 @@ fn copy<const N: usize>(from: [u8; N], out: &mut [u8], at: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::{vec, vec::Vec};
+
     use proptest::prelude::*;
 
     use super::*;
-    use crate::frame::{Parsed, parse_v4};
+    use crate::{
+        frame::Parsed,
+        net::{FlowKey, UDP},
+    };
 
-    /// A frame of 60 bytes to 203.0.113.10:80.
-    fn frame(proto: u8) -> [u8; 60] {
-        let mut frame = [0u8; 60];
-        frame[..6].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
-        frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
-        frame[12..14].copy_from_slice(&[8, 0]);
-        frame[14..24].copy_from_slice(&[0x45, 0, 0, 46, 0x12, 0x34, 0x40, 0, 64, proto]);
-        frame[26..30].copy_from_slice(&[198, 51, 100, 2]);
-        frame[30..34].copy_from_slice(&[203, 0, 113, 10]);
-        frame[34..38].copy_from_slice(&[0x9c, 0x40, 0, 80]);
+    /// An IP header over 26 bytes, with its addresses.
+    trait Sample: Answer {
+        const HEADER: &'static [u8];
+        /// Where the addresses are in it, and how long each is.
+        const ADDRESSES: (usize, usize);
+        const PROTO: usize;
+    }
+
+    impl Sample for V4 {
+        const HEADER: &'static [u8] =
+            &[0x45, 0, 0, 46, 0x12, 0x34, 0x40, 0, 64, 0, 0, 0, 198, 51, 100, 2, 203, 0, 113, 10];
+        const ADDRESSES: (usize, usize) = (12, 4);
+        const PROTO: usize = 9;
+    }
+
+    impl Sample for V6 {
+        const HEADER: &'static [u8] = &[
+            0x60, 0, 0, 0, 0, 26, 0, 64, 0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0xfd, 0, 0,
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 10,
+        ];
+        const ADDRESSES: (usize, usize) = (8, 16);
+        const PROTO: usize = 6;
+    }
+
+    /// The headers and payload of a frame to port 80.
+    fn frame<F: Sample>(proto: u8) -> Vec<u8> {
+        let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
+        frame.extend(F::ETHERTYPE.to_be_bytes());
+        frame.extend(F::HEADER);
+        frame[IP + F::PROTO] = proto;
+        frame.extend([0x9c, 0x40, 0, 80]);
+        frame.resize(IP + F::LEN + 26, 0);
         frame
     }
 
-    fn finished(out: &[u8], pseudo: bool) -> bool {
-        let mut sum: u32 =
-            out[L4..].chunks(2).map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum();
-        if pseudo {
-            let addresses = out[26..34].chunks(2);
-            let addresses = addresses.map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum();
-            sum += checksum::pseudo_header(addresses, TCP, (out.len() - L4) as u16) as u32;
+    /// As much of a frame as is looked at.
+    fn head(frame: &[u8]) -> [u8; 80] {
+        let mut head = [0; 80];
+        let len = frame.len().min(80);
+        head[..len].copy_from_slice(&frame[..len]);
+        head
+    }
+
+    fn sum(bytes: &[u8]) -> u32 {
+        bytes.chunks(2).map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum()
+    }
+
+    /// Whether every checksum of an answer is right.
+    fn is_finished<F: Sample>(out: &[u8], proto: u8) -> bool {
+        let l4 = IP + F::LEN;
+        let (at, len) = F::ADDRESSES;
+        let addresses = sum(&out[IP + at..][..2 * len]);
+        let has_pseudo_header = proto == TCP || F::ICMP_PSEUDO_HEADER;
+        let pseudo = checksum::pseudo_header(addresses, proto, (out.len() - l4) as u16) as u32;
+        let total = sum(&out[l4..]) + if has_pseudo_header { pseudo } else { 0 };
+        checksum::fold(total) == 0xffff
+            && (!F::HEADER_CHECKSUM || checksum::fold(sum(&out[IP..l4])) == 0xffff)
+    }
+
+    fn key<F: Sample>(frame: &[u8]) -> FlowKey<F::Addr> {
+        let Parsed::Packet(packet) = F::parse(frame, 1) else { panic!("{frame:?}") };
+        packet.key
+    }
+
+    fn check_reset<F: Sample>(seq: u32, ack: u32, flags: u8, options: u8) -> Result<(), TestCaseError> {
+        let (l4, mut frame) = (IP + F::LEN, frame::<F>(TCP));
+        frame[l4 + 4..][..4].copy_from_slice(&seq.to_be_bytes());
+        frame[l4 + 8..][..4].copy_from_slice(&ack.to_be_bytes());
+        frame[l4 + 12] = (5 + options) << 4;
+        frame[l4 + 13] = flags;
+        let mut out = vec![0xff; reset_len::<F>()];
+        if !reset::<F, _>(&head(&frame), 26, Finisher::Nobody, &mut out) {
+            prop_assert!(flags & tcp::RST != 0);
+            return Ok(());
         }
-        let header: u32 =
-            out[IP..L4].chunks(2).map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum();
-        checksum::fold(sum) == 0xffff && checksum::fold(header) == 0xffff
+        prop_assert!(is_finished::<F>(&out, TCP));
+        prop_assert_eq!(key::<F>(&out), key::<F>(&frame).reversed());
+        prop_assert_eq!((&out[..6], &out[6..12]), (&[2, 0, 0, 0, 0, 1][..], &[2, 0, 0, 0, 0, 2][..]));
+        let (sent_seq, sent_ack) = (&out[l4 + 4..][..4], &out[l4 + 8..][..4]);
+        if flags & tcp::ACK != 0 {
+            prop_assert_eq!(
+                (out[l4 + 13], sent_seq, sent_ack),
+                (tcp::RST, &ack.to_be_bytes()[..], &[0; 4][..])
+            );
+        } else {
+            let payload = 6 - u32::from(options) * 4;
+            let syn_fin = (flags & tcp::SYN) as u32 / 2 + (flags & tcp::FIN) as u32;
+            let expected = seq.wrapping_add(payload + syn_fin).to_be_bytes();
+            prop_assert_eq!(
+                (out[l4 + 13], sent_seq, sent_ack),
+                (tcp::RST | tcp::ACK, &[0; 4][..], &expected[..])
+            );
+        }
+        Ok(())
+    }
+
+    fn check_device<F: Sample>(seq: u32, payload: [u8; 18]) -> Result<(), TestCaseError> {
+        let (l4, mut segment) = (IP + F::LEN, frame::<F>(TCP));
+        segment[l4 + 4..][..4].copy_from_slice(&seq.to_be_bytes());
+        let mut out = vec![0xff; reset_len::<F>()];
+        prop_assert!(reset::<F, _>(&head(&segment), 20, Finisher::Device, &mut out));
+        finish_by_device(&mut out, l4, 16);
+        prop_assert!(is_finished::<F>(&out, TCP));
+        let mut datagram = frame::<F>(UDP);
+        datagram[l4 + 8..].copy_from_slice(&payload);
+        let mut out = vec![0xff; unreachable_len::<F>()];
+        unreachable::<F, _>(&head(&datagram), Finisher::Device, &mut out);
+        finish_by_device(&mut out, l4, 6);
+        prop_assert!(is_finished::<F>(&out, F::ICMP));
+        Ok(())
+    }
+
+    /// What `skb_checksum_help` does: the sum from the transport header on, with what the field holds, goes into it.
+    fn finish_by_device(out: &mut [u8], l4: usize, offset: usize) {
+        let check = !checksum::fold(sum(&out[l4..]));
+        out[l4 + offset..][..2].copy_from_slice(&check.to_ne_bytes());
     }
 
     proptest! {
         #[test]
         fn a_reset_acknowledges_what_the_segment_held(seq: u32, ack: u32, flags in 0u8..0x40, options in 0u8..2) {
-            let mut frame = frame(TCP);
-            frame[38..42].copy_from_slice(&seq.to_be_bytes());
-            frame[42..46].copy_from_slice(&ack.to_be_bytes());
-            frame[46] = (5 + options) << 4;
-            frame[47] = flags;
-            let l4_len = 26;
-            let mut out = [0; RESET_LEN];
-            if !reset(&frame, l4_len, Finisher::Nobody, &mut out) {
-                prop_assert!(flags & tcp::RST != 0);
-                return Ok(());
-            }
-            prop_assert!(finished(&out, true));
-            let Parsed::Packet(packet) = parse_v4(&out[..], 1) else { panic!("{out:?}") };
-            prop_assert_eq!((packet.key.src, packet.key.dst), ([203, 0, 113, 10], [198, 51, 100, 2]));
-            prop_assert_eq!((packet.key.sport, packet.key.dport), ([0, 80], [0x9c, 0x40]));
-            prop_assert_eq!((packet.dmac, &out[6..12]), ([2, 0, 0, 0, 0, 1], &[2, 0, 0, 0, 0, 2][..]));
-            let (sent_seq, sent_ack) = (&out[38..42], &out[42..46]);
-            if flags & tcp::ACK != 0 {
-                prop_assert_eq!((packet.tcp_flags, sent_seq, sent_ack), (tcp::RST, &ack.to_be_bytes()[..], &[0; 4][..]));
-            } else {
-                let payload = 6 - u32::from(options) * 4;
-                let syn_fin = (flags & tcp::SYN) as u32 / 2 + (flags & tcp::FIN) as u32;
-                let expected = seq.wrapping_add(payload + syn_fin).to_be_bytes();
-                prop_assert_eq!((packet.tcp_flags, sent_seq, sent_ack), (tcp::RST | tcp::ACK, &[0; 4][..], &expected[..]));
-            }
+            check_reset::<V4>(seq, ack, flags, options)?;
+            check_reset::<V6>(seq, ack, flags, options)?;
         }
 
         #[test]
         fn a_device_finishes_what_is_left_to_it(seq: u32, payload: [u8; 18]) {
-            let mut segment = frame(TCP);
-            segment[38..42].copy_from_slice(&seq.to_be_bytes());
-            let mut out = [0; RESET_LEN];
-            prop_assert!(reset(&segment, 20, Finisher::Device, &mut out));
-            finish_by_device(&mut out, 16);
-            prop_assert!(finished(&out, true));
-            let mut datagram = frame(17);
-            datagram[42..].copy_from_slice(&payload);
-            let mut out = [0; UNREACHABLE_LEN];
-            unreachable(&datagram, Finisher::Device, &mut out);
-            finish_by_device(&mut out, 6);
-            prop_assert!(finished(&out, false));
+            check_device::<V4>(seq, payload)?;
+            check_device::<V6>(seq, payload)?;
         }
     }
 
-    /// What `skb_checksum_help` does: the sum from the transport header on, with what the field holds, goes into it.
-    fn finish_by_device(out: &mut [u8], offset: usize) {
-        let sum = out[L4..].chunks(2).map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum();
-        out[L4 + offset..L4 + offset + 2].copy_from_slice(&(!checksum::fold(sum)).to_ne_bytes());
+    fn check_quote<F: Sample>(unreachable_port: [u8; 2]) {
+        let (l4, datagram) = (IP + F::LEN, frame::<F>(UDP));
+        let mut out = vec![0xff; unreachable_len::<F>()];
+        unreachable::<F, _>(&head(&datagram), Finisher::Nobody, &mut out);
+        assert!(is_finished::<F>(&out, F::ICMP));
+        assert_eq!((out[IP + F::PROTO], &out[l4..l4 + 2]), (F::ICMP, &unreachable_port[..]));
+        let (at, len) = F::ADDRESSES;
+        let addresses = |frame: &[u8], first: usize| frame[IP + at + first * len..][..len].to_vec();
+        assert_eq!(
+            (addresses(&out, 0), addresses(&out, 1)),
+            (addresses(&datagram, 1), addresses(&datagram, 0))
+        );
+        assert_eq!(out[l4 + 8..], datagram[IP..l4 + 8]);
     }
 
     #[test]
     fn an_unreachable_port_quotes_the_datagram() {
-        let datagram = frame(17);
-        let mut out = [0; UNREACHABLE_LEN];
-        unreachable(&datagram, Finisher::Nobody, &mut out);
-        assert!(finished(&out, false));
-        assert_eq!((out[IP + 9], &out[L4..L4 + 2]), (ICMP, &[3, 3][..]));
-        assert_eq!((&out[26..30], &out[30..34]), (&datagram[30..34], &datagram[26..30]));
-        assert_eq!(out[42..], datagram[14..42]);
+        check_quote::<V4>([3, 3]);
+        check_quote::<V6>([1, 4]);
     }
 }

@@ -44,7 +44,35 @@ pub fn mirror<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, kind: u8, exit: u8, 
     other.closing = flow.closing & closing::RST;
     other.replied = flow.replied;
     other.zero = [0; 6];
-    translate(other, &opposite(key, flow), &key.reversed());
+    point_back(key, flow, other);
+}
+
+/// Makes the other half of a flow lead back to where packets with the key come from. Says the same as translating what
+/// `opposite` gives to the reversed key, without either of them.
+#[inline(always)]
+pub fn point_back<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, other: &mut Flow<A>) {
+    other.src = key.dst;
+    other.dst = key.src;
+    other.sport = key.dport;
+    other.dport = key.sport;
+    let (addresses, ports) = sums(flow);
+    other.addr_delta = checksum::delta(addresses, key.addresses_sum());
+    other.l4_delta = checksum::add(other.addr_delta, checksum::delta(ports, key.ports_sum()));
+}
+
+/// Completes a flow whose addresses and ports are set, for packets with the key.
+#[inline(always)]
+pub fn complete<A: Address>(key: &FlowKey<A>, flow: &mut Flow<A>) {
+    let (addresses, ports) = sums(flow);
+    flow.addr_delta = checksum::delta(key.addresses_sum(), addresses);
+    flow.l4_delta = checksum::add(flow.addr_delta, checksum::delta(key.ports_sum(), ports));
+}
+
+/// The sums of a flow's addresses and of its ports, not folded.
+#[inline(always)]
+fn sums<A: Address>(flow: &Flow<A>) -> (u32, u32) {
+    let ports = u16::from_ne_bytes(flow.sport) as u32 + u16::from_ne_bytes(flow.dport) as u32;
+    (flow.src.sum() + flow.dst.sum(), ports)
 }
 
 /// Sets a flow's translation from `before` to `after`, with its checksum deltas.

@@ -18,7 +18,7 @@ use crate::{
 };
 
 use self::{
-    opening::{open, reserve, still_holds},
+    opening::{open, reserve, route_new, still_holds},
     sending::{by_cache, send},
 };
 
@@ -49,6 +49,12 @@ enum Next {
     Send(Table),
     /// The same, in the embryonic table, and forward: its other half may have been evicted meanwhile.
     Embryo,
+    /// The same, in the embryonic table: the first answer to a new flow.
+    Answer,
+    /// Of no known flow: it may open one.
+    Open,
+    /// A new flow whose backend is elsewhere: it needs a way there, and with it a source address.
+    Route,
     /// A new flow: it needs a source port, the client's own one if it stays on this node.
     Reserve(bool),
 }
@@ -81,14 +87,24 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
     }
     let Some(mut work) = tables.work() else { return Verdict::PASS };
     let table = if found.is_some() { Table::Established } else { Table::Embryonic };
-    let mut next = find(tables, packet, hook, table, &mut work);
+    let mut next = find(tables, packet, table, &mut work);
     if next == Next::Embryo && !still_holds(tables, &packet.key, &mut work) {
         // The source port is another flow's by now.
         tables.remove(Table::Embryonic, &packet.key);
-        next = find(tables, packet, hook, Table::Embryonic, &mut work);
+        next = Next::Open;
+    }
+    if next == Next::Answer {
+        answered(tables, &packet.key, &mut work);
+        next = Next::Send(Table::Embryonic);
+    }
+    if next == Next::Open {
+        next = open(tables, packet, hook, &mut work);
+    }
+    if next == Next::Route {
+        next = Next::Reserve(!route_new(tables, packet, &mut work.flow));
     }
     let action = match next {
-        Next::Pass => return Verdict::PASS,
+        Next::Pass | Next::Open | Next::Route | Next::Answer => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Reject(reason) => Action::Reject(reason),
         Next::Send(table) => send(tables, packet, hook, table, &mut work.flow).action(),
@@ -136,14 +152,13 @@ fn verdict<F: Family, T: Tables<F>>(
     }
 }
 
-/// Finds or opens the flow of a packet that the fast path has not sent, and puts it into the work area.
+/// Finds the flow of a packet that the fast path has not sent, and puts it into the work area.
 ///
 /// A call of its own, so that the fast path stays short: it costs one call, where a new flow costs five lookups.
 #[inline(never)]
 fn find<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
-    hook: Hook,
     from: Table,
     work: &mut Work<F::Addr>,
 ) -> Next {
@@ -169,8 +184,8 @@ fn find<F: Family, T: Tables<F>>(
         work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
         if table == Table::Embryonic {
             if work.flow.kind != kind::FORWARD {
-                if work.flow.replied == 0 && answered(tables, &packet.key, work) {
-                    entry.set_replied();
+                if work.flow.replied == 0 {
+                    return Next::Answer;
                 }
             } else {
                 return Next::Embryo;
@@ -178,7 +193,7 @@ fn find<F: Family, T: Tables<F>>(
         }
         return Next::Send(table);
     }
-    open(tables, packet, hook, work)
+    Next::Open
 }
 
 /// Notes a packet on the entry of its flow.
@@ -192,9 +207,20 @@ fn note<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, table: Tab
     if closing != entry.closing {
         entry.set_closing(closing);
     }
-    if packet.tcp_flags & tcp::RST != 0
-        && let Some(other) = tables.flow(table, &opposite(&packet.key, entry))
-    {
+    if packet.tcp_flags & tcp::RST != 0 {
+        note_reset(tables, &packet.key, table, entry);
+    }
+}
+
+/// Notes a reset on the other half of its flow.
+#[inline(never)] // rare, and its key takes room on a stack of 512 bytes
+fn note_reset<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    table: Table,
+    flow: &Flow<F::Addr>,
+) {
+    if let Some(other) = tables.flow(table, &opposite(key, flow)) {
         other.set_closing(other.closing | closing::RST);
     }
 }
@@ -212,7 +238,7 @@ fn is_over<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, flow: &
 }
 
 /// Forgets both halves of a flow that is over.
-#[inline(always)]
+#[inline(never)] // rare, and its key takes room on a stack of 512 bytes
 fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) {
     tables.count(Counter::Event(Event::FlowRenewed));
     let other = opposite(key, flow);
@@ -225,14 +251,14 @@ fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flo
 /// Notes that an embryonic flow has been answered, and gives it its forward half: until now it had only the half that
 /// answers are recognised by, and packets of its initiator were placed anew by hash.
 #[inline(never)] // once per flow, from two programs
-fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> bool {
-    let Work { flow: reply, reply: forward } = work;
+fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) {
+    let Work { flow: reply, reply: forward, reply_key: forward_key } = work;
     let exit = if reply.kind == kind::REPLY_LOCAL { exit::LOCAL } else { exit::KERNEL };
     reply.replied = 1;
     mirror(key, reply, kind::FORWARD, exit, forward);
-    let forward_key = opposite(key, reply);
-    match tables.insert(Table::Embryonic, &forward_key, forward) {
-        Insertion::Exists => match tables.flow(Table::Embryonic, &forward_key) {
+    *forward_key = opposite(key, reply);
+    let is_noted = match tables.insert(Table::Embryonic, forward_key, forward) {
+        Insertion::Exists => match tables.flow(Table::Embryonic, forward_key) {
             // Two backends have answered one opener, sent twice while the ring changed: the first answer counts. But
             // what an older connection of this tuple has left behind does not.
             Some(entry)
@@ -241,10 +267,13 @@ fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &m
                 entry.set_replied();
                 true
             }
-            _ => tables.store(Table::Embryonic, &forward_key, forward),
+            _ => tables.store(Table::Embryonic, forward_key, forward),
         },
         Insertion::Done => true,
         Insertion::Refused => false,
+    };
+    if is_noted && let Some(entry) = tables.flow(Table::Embryonic, key) {
+        entry.set_replied();
     }
 }
 
@@ -267,24 +296,25 @@ fn establishes<A: Address>(packet: &Packet<A>, flow: &Flow<A>) -> bool {
 /// where the flow is now: when the table is full it stays where it was.
 #[inline(never)] // once per flow
 fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Table {
-    let Work { flow, reply } = work;
-    let reply_key = opposite(key, flow);
+    let Work { flow, reply, reply_key } = work;
+    *reply_key = opposite(key, flow);
+    let reply_key = &*reply_key;
     let (reply_kind, reply_exit) = reply_of(flow);
     mirror(key, flow, reply_kind, reply_exit, reply);
-    tables.note_known(known_bit(&reply_key));
+    tables.note_known(known_bit(reply_key));
     tables.note_known(known_bit(key));
-    if !tables.store(Table::Established, &reply_key, reply) {
+    if !tables.store(Table::Established, reply_key, reply) {
         tables.count(Counter::Event(Event::EstablishedFull));
         return Table::Embryonic;
     }
     if !tables.store(Table::Established, key, flow) {
-        tables.remove(Table::Established, &reply_key);
+        tables.remove(Table::Established, reply_key);
         tables.count(Counter::Event(Event::EstablishedFull));
         return Table::Embryonic;
     }
-    tables.note_known(known_bit(&reply_key));
+    tables.note_known(known_bit(reply_key));
     tables.note_known(known_bit(key));
-    tables.remove(Table::Embryonic, &reply_key);
+    tables.remove(Table::Embryonic, reply_key);
     tables.remove(Table::Embryonic, key);
     tables.count(Counter::Event(Event::FlowEstablished));
     Table::Established
@@ -333,9 +363,7 @@ pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> V
             work.flow = *entry;
             work.flow.seen = tables.config().clock;
             work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
-            if answered(tables, &packet.key, &mut work) {
-                entry.set_replied();
-            }
+            answered(tables, &packet.key, &mut work);
         }
     }
     tables.count(Counter::Event(event));

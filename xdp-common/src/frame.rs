@@ -2,11 +2,16 @@
 
 use core::mem::offset_of;
 
-use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
 
 use crate::{
     checksum,
-    net::{Address, Family, FlowKey, Port, TCP, UDP, V4},
+    net::{Address, Family, FlowKey, Ip6, Port, TCP, UDP, V4, V6},
 };
 
 /// A frame, as far as a program can see it.
@@ -64,16 +69,16 @@ pub struct Packet<A> {
     /// Destination MAC address.
     pub dmac: [u8; 6],
     /// Offset of the TCP or UDP header in the frame.
-    pub l4_offset: usize,
+    pub l4_offset: u8,
     /// Length of TCP or UDP header and payload, in bytes.
     pub l4_len: u16,
     /// Length of the IP packet, in bytes.
     pub total_len: u16,
     /// TCP or UDP checksum as it is in the frame, in native order.
     pub check: u16,
-    /// Type of service (RFC 2474).
+    /// Type of service, or traffic class (RFC 2474).
     pub tos: u8,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
     /// Bits of [`tcp`], 0 for UDP.
     pub tcp_flags: u8,
@@ -117,56 +122,187 @@ impl<A: Address> Packet<A> {
     }
 }
 
-/// Parses an IPv4 frame.
+/// Families whose frames can be read.
+pub trait Headers: Family {
+    /// Length of the IP header without options or extension headers, in bytes.
+    const LEN: usize;
+    /// Parses a frame.
+    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Self::Addr>;
+}
+
+/// The EtherType of a frame (IEEE 802 numbers), 0 when it has none.
 #[inline(always)] // bounds proofs do not survive a call
-pub fn parse_v4<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<<V4 as Family>::Addr> {
-    let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
-    if u16::from_be_bytes(eth.pair(ETHERTYPE)) != V4::ETHERTYPE {
-        return Parsed::Other;
+pub fn ethertype<R: Frame + ?Sized>(frame: &R) -> u16 {
+    match frame.view::<{ EthHdr::LEN }>(0) {
+        Some(eth) => u16::from_be_bytes(eth.pair(ETHERTYPE)),
+        None => 0,
     }
-    let Some(ip) = frame.view::<{ Ipv4Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
-    let proto = ip.u8(offset_of!(Ipv4Hdr, proto));
-    if proto != TCP && proto != UDP {
-        return Parsed::Other;
+}
+
+impl Headers for V4 {
+    const LEN: usize = Ipv4Hdr::LEN;
+
+    #[inline(always)] // bounds proofs do not survive a call
+    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<[u8; 4]> {
+        let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
+        if u16::from_be_bytes(eth.pair(ETHERTYPE)) != V4::ETHERTYPE {
+            return Parsed::Other;
+        }
+        let Some(ip) = frame.view::<{ Ipv4Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
+        let proto = ip.u8(offset_of!(Ipv4Hdr, proto));
+        if proto != TCP && proto != UDP {
+            return Parsed::Other;
+        }
+        let vihl = ip.u8(offset_of!(Ipv4Hdr, vihl));
+        let header_len = ((vihl & 0x0f) as usize) << 2;
+        if vihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
+            return Parsed::Malformed;
+        }
+        // More-fragments or an offset; don't-fragment and the reserved bit do not matter (RFC 791, section 3.1).
+        if u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, frags))) & 0x3fff != 0 {
+            return Parsed::Fragment;
+        }
+        let total_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len)));
+        if (total_len as usize) < header_len + l4_len_min(proto)
+            || !frame.reaches(EthHdr::LEN + total_len as usize)
+        {
+            return Parsed::Malformed;
+        }
+        let l4_offset = EthHdr::LEN + header_len;
+        let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, l4_offset, proto) else {
+            return Parsed::Other;
+        };
+        Parsed::Packet(Packet {
+            key: FlowKey {
+                src: ip.quad(offset_of!(Ipv4Hdr, src_addr)),
+                dst: ip.quad(offset_of!(Ipv4Hdr, dst_addr)),
+                sport,
+                dport,
+                proto,
+                zero: [0; 3],
+            },
+            dmac: dmac(&eth),
+            l4_offset: l4_offset as u8,
+            l4_len: total_len - header_len as u16,
+            total_len,
+            check,
+            tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
+            ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
+            tcp_flags,
+            ifindex,
+        })
     }
-    let vihl = ip.u8(offset_of!(Ipv4Hdr, vihl));
-    let header_len = ((vihl & 0x0f) as usize) << 2;
-    if vihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
-        return Parsed::Malformed;
+}
+
+/// Extension headers (RFC 8200, section 4) that can stand between the IPv6 header and what is translated. A routing header
+/// names another destination than the packet's, and an authentication header forbids translation: such packets are the
+/// kernel's.
+mod extension {
+    pub(super) const HOP_BY_HOP: u8 = 0;
+    pub(super) const FRAGMENT: u8 = 44;
+    pub(super) const DESTINATION: u8 = 60;
+}
+
+/// Extension headers that are walked; a packet with more is the kernel's.
+pub const EXTENSIONS_MAX: usize = 4;
+/// How far extension headers may reach, from the IPv6 header on, in bytes.
+pub const EXTENSIONS_LEN_MAX: usize = 64;
+const _: () =
+    assert!(EthHdr::LEN + Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX <= u8::MAX as usize, "offsets are bytes");
+
+impl Headers for V6 {
+    const LEN: usize = Ipv6Hdr::LEN;
+
+    #[inline(always)] // bounds proofs do not survive a call
+    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Ip6> {
+        let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
+        if u16::from_be_bytes(eth.pair(ETHERTYPE)) != V6::ETHERTYPE {
+            return Parsed::Other;
+        }
+        let Some(ip) = frame.view::<{ Ipv6Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
+        let (mut proto, mut walked, mut step) = (ip.u8(offset_of!(Ipv6Hdr, next_hdr)), 0, 0);
+        while proto != TCP && proto != UDP {
+            let is_known = proto == extension::HOP_BY_HOP
+                || proto == extension::FRAGMENT
+                || proto == extension::DESTINATION;
+            if step == EXTENSIONS_MAX || !is_known {
+                return Parsed::Other;
+            }
+            let Some(header) = frame.view::<EXTENSION_LEN_MIN>(EthHdr::LEN + Ipv6Hdr::LEN + walked) else {
+                return Parsed::Other;
+            };
+            let next = header.u8(0);
+            // More-fragments or an offset; a header with neither says nothing (RFC 6946).
+            let is_fragment =
+                proto == extension::FRAGMENT && u16::from_be_bytes(header.pair(2)) & 0xfff9 != 0;
+            if is_fragment {
+                return if next == TCP || next == UDP { Parsed::Fragment } else { Parsed::Other };
+            }
+            let units = if proto == extension::FRAGMENT { 0 } else { header.u8(1) as usize };
+            walked += (units + 1) * EXTENSION_LEN_MIN;
+            if walked > EXTENSIONS_LEN_MAX {
+                return Parsed::Other;
+            }
+            proto = next;
+            step += 1;
+        }
+        let first = ip.quad(0);
+        let payload_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv6Hdr, payload_len)));
+        // Without a length here it is elsewhere (RFC 2675, and what the kernel joins to more than 64 KiB): the kernel's.
+        if payload_len == 0 {
+            return Parsed::Other;
+        }
+        if first[0] >> 4 != 6
+            || (payload_len as usize) < walked + l4_len_min(proto)
+            || !frame.reaches(EthHdr::LEN + Ipv6Hdr::LEN + payload_len as usize)
+        {
+            return Parsed::Malformed;
+        }
+        let l4_offset = EthHdr::LEN + Ipv6Hdr::LEN + walked;
+        let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, l4_offset, proto) else {
+            return Parsed::Other;
+        };
+        Parsed::Packet(Packet {
+            key: FlowKey {
+                src: address(&ip, offset_of!(Ipv6Hdr, src_addr)),
+                dst: address(&ip, offset_of!(Ipv6Hdr, dst_addr)),
+                sport,
+                dport,
+                proto,
+                zero: [0; 3],
+            },
+            dmac: dmac(&eth),
+            l4_offset: l4_offset as u8,
+            l4_len: payload_len - walked as u16,
+            total_len: payload_len.saturating_add(Ipv6Hdr::LEN as u16),
+            check,
+            tos: first[0] << 4 | first[1] >> 4,
+            ttl: ip.u8(offset_of!(Ipv6Hdr, hop_limit)),
+            tcp_flags,
+            ifindex,
+        })
     }
-    // More-fragments or an offset; don't-fragment and the reserved bit do not matter (RFC 791, section 3.1).
-    if u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, frags))) & 0x3fff != 0 {
-        return Parsed::Fragment;
-    }
-    let total_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len)));
-    let l4_min = if proto == TCP { TcpHdr::LEN } else { UdpHdr::LEN };
-    if (total_len as usize) < header_len + l4_min || !frame.reaches(EthHdr::LEN + total_len as usize) {
-        return Parsed::Malformed;
-    }
-    let l4_offset = EthHdr::LEN + header_len;
-    let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, l4_offset, proto) else {
-        return Parsed::Other;
-    };
+}
+
+/// The shortest extension header, and the unit of their lengths, in bytes (RFC 8200, section 4.3).
+const EXTENSION_LEN_MIN: usize = 8;
+
+/// The shortest header of a transport, in bytes.
+#[inline(always)]
+fn l4_len_min(proto: u8) -> usize {
+    if proto == TCP { TcpHdr::LEN } else { UdpHdr::LEN }
+}
+
+#[inline(always)]
+fn dmac<W: View>(eth: &W) -> [u8; 6] {
     let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
-    Parsed::Packet(Packet {
-        key: FlowKey {
-            src: ip.quad(offset_of!(Ipv4Hdr, src_addr)),
-            dst: ip.quad(offset_of!(Ipv4Hdr, dst_addr)),
-            sport,
-            dport,
-            proto,
-            zero: [0; 3],
-        },
-        dmac: [d0, d1, d2, d3, d4, d5],
-        l4_offset,
-        l4_len: total_len - header_len as u16,
-        total_len,
-        check,
-        tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
-        ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
-        tcp_flags,
-        ifindex,
-    })
+    [d0, d1, d2, d3, d4, d5]
+}
+
+/// The IPv6 address at an offset.
+#[inline(always)]
+fn address<W: View>(ip: &W, at: usize) -> Ip6 {
+    Ip6::from_quads([ip.quad(at), ip.quad(at + 4), ip.quad(at + 8), ip.quad(at + 12)])
 }
 
 /// Offset of the EtherType (IEEE 802.3).

@@ -1,6 +1,11 @@
 //! Addresses, protocols and the flow key: what names a packet.
 
-use core::{fmt::Debug, hash::Hash};
+use core::{
+    cmp::Ordering,
+    fmt::{self, Debug},
+    hash::Hash,
+    net::Ipv6Addr,
+};
 
 use network_types::ip::IpProto;
 
@@ -54,20 +59,23 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Default + 'static {
     fn sum(self) -> u32;
     /// Its bytes in 64 bits, for hashing; equal addresses give equal values.
     fn word(self) -> u64;
+    /// Zero if and only if both are the same; compared by words, where the compiler would go byte by byte.
+    fn differs(self, other: Self) -> u32;
     /// Length in bits of the leading part that [`Address::network`] keeps.
     const NETWORK_BITS: u8;
     /// Its leading bits, by which the gate knows where ClusterIPs are.
     fn network(self) -> u64;
-    /// Whether a unicast packet can come from it: neither unspecified, multicast, broadcast nor loopback.
+    /// Whether a unicast packet that is routed can come from it: neither unspecified, multicast, broadcast, loopback nor
+    /// link-local (of IPv6, where every interface has such an address and none of them is routed).
     fn is_unicast(self) -> bool;
     /// Whether it is the node's own loopback.
     fn is_loopback(self) -> bool;
     /// What stands for a network namespace where clients are known by address: an address that no client has.
     fn of_namespace(cookie: u64) -> Self;
-    /// It as 16 bytes: IPv4 as IPv6 maps it (RFC 4291, 2.5.5.2).
-    fn wide(self) -> [u8; 16];
+    /// It as an address of IPv6: that of IPv4 as IPv6 maps it (RFC 4291, 2.5.5.2).
+    fn wide(self) -> Ip6;
     /// The address of [`Address::wide`].
-    fn from_wide(wide: [u8; 16]) -> Self;
+    fn from_wide(wide: Ip6) -> Self;
 }
 
 impl Address for [u8; 4] {
@@ -83,6 +91,11 @@ impl Address for [u8; 4] {
     #[inline(always)]
     fn word(self) -> u64 {
         u32::from_be_bytes(self) as u64
+    }
+
+    #[inline(always)]
+    fn differs(self, other: Self) -> u32 {
+        u32::from_ne_bytes(self) ^ u32::from_ne_bytes(other)
     }
 
     const NETWORK_BITS: u8 = 16;
@@ -109,70 +122,132 @@ impl Address for [u8; 4] {
     }
 
     #[inline(always)]
-    fn wide(self) -> [u8; 16] {
-        let [a, b, c, d] = self;
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+    fn wide(self) -> Ip6 {
+        Ip6::from_quads([[0; 4], [0; 4], [0, 0, 0xff, 0xff], self])
     }
 
     #[inline(always)]
-    fn from_wide(wide: [u8; 16]) -> Self {
-        [wide[12], wide[13], wide[14], wide[15]]
+    fn from_wide(wide: Ip6) -> Self {
+        let [_, _, _, quad] = wide.0;
+        quad.to_ne_bytes()
     }
 }
 
-impl Address for [u8; 16] {
+/// An IPv6 address: words whose bytes are in network order, so that it is handled by words.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Ip6([u32; 4]);
+
+impl From<[u8; 16]> for Ip6 {
+    fn from(octets: [u8; 16]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
+        Self::from_quads([[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]])
+    }
+}
+
+impl Ip6 {
+    /// An address by its words, whose bytes are in network order.
+    #[inline(always)] // moves only
+    pub const fn from_quads(quads: [[u8; 4]; 4]) -> Self {
+        let [a, b, c, d] = quads;
+        Self([u32::from_ne_bytes(a), u32::from_ne_bytes(b), u32::from_ne_bytes(c), u32::from_ne_bytes(d)])
+    }
+
+    /// Its words, whose bytes are in network order.
+    #[inline(always)] // loads only
+    pub const fn words(self) -> [u32; 4] {
+        self.0
+    }
+
+    /// Its bytes in network order.
+    pub fn octets(self) -> [u8; 16] {
+        let mut octets = [0; 16];
+        for (quad, word) in octets.chunks_exact_mut(4).zip(self.0) {
+            quad.copy_from_slice(&word.to_ne_bytes());
+        }
+        octets
+    }
+}
+
+impl Ord for Ip6 {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.octets().cmp(&other.octets())
+    }
+}
+
+impl PartialOrd for Ip6 {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Debug for Ip6 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Debug::fmt(&Ipv6Addr::from(self.octets()), f)
+    }
+}
+
+impl Address for Ip6 {
     const LEN: usize = 16;
-    const UNSPECIFIED: Self = [0; 16];
+    const UNSPECIFIED: Self = Self([0; 4]);
 
     #[inline(always)]
     fn sum(self) -> u32 {
-        let value = u128::from_ne_bytes(self);
-        let mut sum = 0;
-        let mut word = 0;
-        while word < 8 {
-            sum += (value >> (16 * word)) as u32 & 0xffff;
-            word += 1;
-        }
-        sum
+        let [a, b, c, d] = self.0;
+        // Four words of 32 bits leave room for the carries.
+        let sum = a as u64 + b as u64 + c as u64 + d as u64;
+        (sum & 0xffff) as u32 + (sum >> 16 & 0xffff) as u32 + (sum >> 32) as u32
     }
 
     #[inline(always)]
     fn word(self) -> u64 {
-        let value = u128::from_be_bytes(self);
-        (value >> 64) as u64 ^ (value as u64).rotate_left(31)
+        let [_, _, c, d] = self.0;
+        let low = (u32::from_be(c) as u64) << 32 | u32::from_be(d) as u64;
+        self.network() ^ low.rotate_left(31)
+    }
+
+    #[inline(always)]
+    fn differs(self, other: Self) -> u32 {
+        let ([a, b, c, d], [e, f, g, h]) = (self.0, other.0);
+        (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h)
     }
 
     const NETWORK_BITS: u8 = 64;
 
     #[inline(always)]
     fn network(self) -> u64 {
-        (u128::from_be_bytes(self) >> 64) as u64
+        let [a, b, _, _] = self.0;
+        (u32::from_be(a) as u64) << 32 | u32::from_be(b) as u64
     }
 
     #[inline(always)]
     fn is_unicast(self) -> bool {
-        let value = u128::from_be_bytes(self);
-        self[0] != 0xff && value != 0 && value != 1
+        let [a, b, c, d] = self.0;
+        let is_low = a | b | c == 0 && u32::from_be(d) <= 1;
+        let is_link_local = u32::from_be(a) >> 22 == 0xfe80 >> 6;
+        u32::from_be(a) >> 24 != 0xff && !is_low && !is_link_local
     }
 
     #[inline(always)]
     fn is_loopback(self) -> bool {
-        u128::from_be_bytes(self) == 1
+        let [a, b, c, d] = self.0;
+        a | b | c == 0 && u32::from_be(d) == 1
     }
 
     #[inline(always)]
     fn of_namespace(cookie: u64) -> Self {
-        // ::/64 but for ::1 is nobody's any more (RFC 4291, 2.5.5.1).
-        (1 << 63 | cookie as u128).to_be_bytes()
+        // Of ::/64 nothing but ::1 is anybody's any more (RFC 4291, 2.5.5.1).
+        let [high, low] = [(cookie >> 32) as u32 | 1 << 31, cookie as u32];
+        Self([0, 0, high.to_be(), low.to_be()])
     }
 
     #[inline(always)]
-    fn wide(self) -> [u8; 16] {
+    fn wide(self) -> Ip6 {
         self
     }
 
     #[inline(always)]
-    fn from_wide(wide: [u8; 16]) -> Self {
+    fn from_wide(wide: Ip6) -> Self {
         wide
     }
 }
@@ -192,7 +267,7 @@ impl Family for V4 {
 pub struct V6;
 
 impl Family for V6 {
-    type Addr = [u8; 16];
+    type Addr = Ip6;
     const ETHERTYPE: u16 = 0x86dd;
     const HEADER_CHECKSUM: bool = false;
 }
@@ -226,6 +301,16 @@ plain! {
 }
 
 impl<A: Address> FlowKey<A> {
+    /// All zeros.
+    pub const ZERO: Self = Self {
+        src: A::UNSPECIFIED,
+        dst: A::UNSPECIFIED,
+        sport: [0; 2],
+        dport: [0; 2],
+        proto: 0,
+        zero: [0; 3],
+    };
+
     /// The key of packets in the other direction, when nothing is translated.
     #[inline(always)]
     pub fn reversed(&self) -> Self {
@@ -254,12 +339,15 @@ impl<A: Address> FlowKey<A> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::checksum;
 
     #[test]
     fn keys_have_the_size_the_flow_tables_count_on() {
         assert_eq!(size_of::<FlowKey<[u8; 4]>>(), 16);
-        assert_eq!(size_of::<FlowKey<[u8; 16]>>(), 40);
+        assert_eq!(size_of::<FlowKey<Ip6>>(), 40);
     }
 
     #[test]
@@ -269,6 +357,7 @@ mod tests {
         let mut v6 = [0u8; 16];
         v6[0] = 0x20;
         v6[15] = 1;
+        let v6 = Ip6::from(v6);
         let expected = u16::from_ne_bytes([0x20, 0]) as u32 + u16::from_ne_bytes([0, 1]) as u32;
         assert_eq!(v6.sum(), expected);
     }
@@ -278,6 +367,25 @@ mod tests {
         assert!([10u8, 0, 0, 1].is_unicast());
         for bad in [[0u8, 0, 0, 0], [127, 0, 0, 1], [224, 0, 0, 1], [255, 255, 255, 255]] {
             assert!(!bad.is_unicast(), "{bad:?}");
+        }
+        let v6 = |text: &str| Ip6::from(text.parse::<Ipv6Addr>().expect("an address").octets());
+        assert!(v6("2001:db8::1").is_unicast() && v6("fd00::1").is_unicast() && v6("::2").is_unicast());
+        for bad in ["::", "::1", "ff02::1", "fe80::1", "febf::1"] {
+            assert!(!v6(bad).is_unicast(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn addresses_by_words_are_those_by_bytes(a: [u8; 16], b: [u8; 16]) {
+            let (value, words) = (u128::from_be_bytes(a), a.chunks(2));
+            let sum: u32 = words.map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum();
+            let (a, b) = (Ip6::from(a), Ip6::from(b));
+            prop_assert_eq!(checksum::fold(a.sum()), checksum::fold(sum));
+            prop_assert_eq!(a.network(), (value >> 64) as u64);
+            prop_assert_eq!(a.word(), (value >> 64) as u64 ^ (value as u64).rotate_left(31));
+            prop_assert_eq!(a.differs(b) == 0, a == b);
+            prop_assert_eq!(a.differs(a), 0);
         }
     }
 }

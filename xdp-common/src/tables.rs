@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 mod flags;
 mod peers;
@@ -74,6 +74,8 @@ plain! {
         pub flow: Flow<A>,
         /// The reply's half, while a flow is opened or established.
         pub reply: Flow<A>,
+        /// Its key.
+        pub reply_key: FlowKey<A>,
     }
 
     /// Key of a frontend: where clients connect to.
@@ -373,7 +375,7 @@ pub trait Tables<F: Family>: Copy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::Plain;
+    use crate::net::{Ip6, Plain};
 
     #[test]
     fn an_ipv4_flow_is_one_cache_line() {
@@ -387,31 +389,31 @@ mod tests {
             const { T::PROOF };
         }
         prove::<Flow<[u8; 4]>>();
-        prove::<Flow<[u8; 16]>>();
+        prove::<Flow<Ip6>>();
         prove::<FlowKey<[u8; 4]>>();
-        prove::<FlowKey<[u8; 16]>>();
+        prove::<FlowKey<Ip6>>();
         prove::<FrontendKey<[u8; 4]>>();
-        prove::<FrontendKey<[u8; 16]>>();
+        prove::<FrontendKey<Ip6>>();
         prove::<Frontend>();
         prove::<NetworkKey<[u8; 4]>>();
-        prove::<NetworkKey<[u8; 16]>>();
+        prove::<NetworkKey<Ip6>>();
         prove::<AffinityKey<[u8; 4]>>();
-        prove::<AffinityKey<[u8; 16]>>();
+        prove::<AffinityKey<Ip6>>();
         prove::<Affinity>();
         prove::<Account>();
         prove::<Answers>();
         prove::<Backend<[u8; 4]>>();
-        prove::<Backend<[u8; 16]>>();
+        prove::<Backend<Ip6>>();
         prove::<Device<[u8; 4]>>();
-        prove::<Device<[u8; 16]>>();
+        prove::<Device<Ip6>>();
         prove::<KnownHop<[u8; 4]>>();
-        prove::<KnownHop<[u8; 16]>>();
+        prove::<KnownHop<Ip6>>();
         prove::<Embryo<[u8; 4]>>();
-        prove::<Embryo<[u8; 16]>>();
+        prove::<Embryo<Ip6>>();
         prove::<Config>();
         prove::<PeerKey>();
         prove::<Peer>();
         prove::<SocketSettings<[u8; 4]>>();
-        prove::<SocketSettings<[u8; 16]>>();
+        prove::<SocketSettings<Ip6>>();
     }
 }

@@ -6,18 +6,16 @@
 //!
 //! Ways are compared without branches: seven of them, each taken or not, are more paths than the verifier follows.
 
-use core::{arch::asm, ptr::null_mut};
+use core::{arch::asm, marker::PhantomData, ptr::null_mut};
 
 use xdp_common::{
-    net::FlowKey,
+    net::{Address, FlowKey},
     select,
     tables::{Embryo, Flow, Insertion, WAYS},
     verdict::{Counter, Event},
 };
 
-use crate::{CONFIG, EMBRYONIC_V4, TAGS_V4, maps::count};
-
-type Addr = [u8; 4];
+use crate::{CONFIG, family::Maps, maps::count};
 
 /// The tags of a bucket, a cache line; the first word is the lock. A tag is a part of the key's hash (high half, never 0)
 /// over the entry's worth: the bit of an answered flow, and the time it was last touched. A free slot's is 0.
@@ -29,10 +27,11 @@ const WORDS: usize = WAYS as usize + 1;
 const _: () = assert!(WORDS.is_power_of_two(), "an index is kept in bounds by a mask");
 
 /// A bucket, with the tag that its slots would bear for one key.
-struct Bucket {
+struct Bucket<F> {
     tags: *mut Tags,
     index: u32,
     tag: u32,
+    family: PhantomData<F>,
 }
 
 /// The place of a tag, and what it was when it was looked at.
@@ -50,16 +49,13 @@ const TIME: u64 = ANSWERED - 1;
 const LOCK_TRIES_MAX: u32 = 32;
 const BUCKET_SEED: u32 = 0x0062_7563;
 
-impl Bucket {
+impl<F: Maps> Bucket<F> {
     /// The bucket of a key.
     #[inline(always)]
-    fn of(key: &FlowKey<Addr>) -> Option<Self> {
-        let buckets = CONFIG.get(0)?.embryonic_buckets;
-        let hash = select::flow_hash(key, BUCKET_SEED);
-        let index = select::slot(hash, buckets);
-        // The low bits of the hash hardly decide on the bucket.
-        let tag = hash.wrapping_mul(0x9e37_79b1) | 1;
-        Some(Self { tags: TAGS_V4.get_ptr_mut(index)?, index, tag })
+    fn of(key: &FlowKey<F::Addr>) -> Option<Self> {
+        let located = locate(key);
+        let (index, tag) = ((located >> 32) as u32, located as u32);
+        Some(Self { tags: F::tags().get_ptr_mut(index)?, index, tag, family: PhantomData })
     }
 
     /// The way (from 1) whose tag is the key's, 0 when there is none. A tag is in a bucket once: who inserts another key
@@ -97,15 +93,25 @@ impl Bucket {
     }
 
     #[inline(always)]
-    fn slot(&self, way: u64) -> Option<*mut Embryo<Addr>> {
-        EMBRYONIC_V4.get_ptr_mut(self.index * WAYS + way as u32 - 1)
+    fn slot(&self, way: u64) -> Option<*mut Embryo<F::Addr>> {
+        F::embryonic().get_ptr_mut(self.index * WAYS + way as u32 - 1)
     }
+}
+
+/// Index of a key's bucket, over the tag that its slot would bear.
+#[inline(never)] // the hash of a key takes all registers
+fn locate<A: Address>(key: &FlowKey<A>) -> u64 {
+    let buckets = CONFIG.get(0).map_or(1, |config| config.embryonic_buckets);
+    let hash = select::flow_hash(key, BUCKET_SEED);
+    // The low bits of the hash hardly decide on the bucket.
+    let tag = hash.wrapping_mul(0x9e37_79b1) | 1;
+    (select::slot(hash, buckets) as u64) << 32 | tag as u64
 }
 
 /// The flow of a key, null when there is none.
 #[inline(never)] // looked at from many places; the verifier follows each inlined copy with all that surrounds it
-pub(crate) fn find(key: &FlowKey<Addr>) -> *mut Flow<Addr> {
-    let Some(bucket) = Bucket::of(key) else { return null_mut() };
+pub(crate) fn find<F: Maps>(key: &FlowKey<F::Addr>) -> *mut Flow<F::Addr> {
+    let Some(bucket) = Bucket::<F>::of(key) else { return null_mut() };
     let way = bucket.tagged();
     if way == 0 {
         return null_mut();
@@ -122,8 +128,8 @@ pub(crate) fn find(key: &FlowKey<Addr>) -> *mut Flow<Addr> {
 
 /// Marks an entry as touched now, and as answered when told; unless it has changed hands meanwhile.
 #[inline(never)] // once per flow and second
-pub(crate) fn renew(key: &FlowKey<Addr>, answered: bool) -> bool {
-    let Some(bucket) = Bucket::of(key) else { return false };
+pub(crate) fn renew<F: Maps>(key: &FlowKey<F::Addr>, answered: bool) -> bool {
+    let Some(bucket) = Bucket::<F>::of(key) else { return false };
     let way = bucket.tagged();
     let Tag { place, value } = bucket.at(way);
     let answered = if answered { ANSWERED } else { value & ANSWERED };
@@ -132,8 +138,8 @@ pub(crate) fn renew(key: &FlowKey<Addr>, answered: bool) -> bool {
 
 /// Frees an entry, unless it has changed hands meanwhile.
 #[inline(never)] // once per flow
-pub(crate) fn remove(key: &FlowKey<Addr>) -> bool {
-    let Some(bucket) = Bucket::of(key) else { return false };
+pub(crate) fn remove<F: Maps>(key: &FlowKey<F::Addr>) -> bool {
+    let Some(bucket) = Bucket::<F>::of(key) else { return false };
     let way = bucket.tagged();
     let Tag { place, value } = bucket.at(way);
     way != 0 && exchange_if(place, value, 0) == value
@@ -141,8 +147,8 @@ pub(crate) fn remove(key: &FlowKey<Addr>) -> bool {
 
 /// Inserts an entry; one that is there is overwritten or left, as told.
 #[inline(never)] // a frame of its own on a stack of 512 bytes
-pub(crate) fn put(key: &FlowKey<Addr>, flow: &Flow<Addr>, replace: bool) -> Insertion {
-    let Some(bucket) = Bucket::of(key) else { return Insertion::Refused };
+pub(crate) fn put<F: Maps>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, replace: bool) -> Insertion {
+    let Some(bucket) = Bucket::<F>::of(key) else { return Insertion::Refused };
     let lock = bucket.at(0).place;
     if exchange_if(lock, 0, 1) != 0 {
         count(Counter::Event(Event::InsertRetried));
@@ -189,9 +195,9 @@ fn now() -> u64 {
 
 /// Compares word by word; the compiler would call a function that goes byte by byte.
 #[inline(always)]
-fn equal(a: &FlowKey<Addr>, b: &FlowKey<Addr>) -> bool {
-    let differs = u32::from_ne_bytes(a.src) ^ u32::from_ne_bytes(b.src)
-        | u32::from_ne_bytes(a.dst) ^ u32::from_ne_bytes(b.dst)
+fn equal<A: Address>(a: &FlowKey<A>, b: &FlowKey<A>) -> bool {
+    let differs = a.src.differs(b.src)
+        | a.dst.differs(b.dst)
         | (u16::from_ne_bytes(a.sport) ^ u16::from_ne_bytes(b.sport)) as u32
         | (u16::from_ne_bytes(a.dport) ^ u16::from_ne_bytes(b.dport)) as u32
         | (a.proto ^ b.proto) as u32;

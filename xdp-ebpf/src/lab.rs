@@ -13,13 +13,13 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use xdp_common::{
-    frame::{self, Frame as _, Parsed},
-    net::FlowKey,
+    frame::{Frame as _, Headers as _, Parsed},
+    net::{FlowKey, V4},
     tables::{self, Flow},
     verdict::Hop,
 };
 
-use crate::packet::XdpFrame;
+use crate::packet::{Wire as _, XdpFrame};
 
 /// Bytes of the template that are restored before each run: Ethernet, IPv4 and TCP headers.
 const TEMPLATE_LEN: usize = 56;
@@ -67,7 +67,7 @@ pub(crate) fn xdp_drop(_ctx: XdpContext) -> u32 {
 #[xdp]
 pub(crate) fn replay(ctx: XdpContext) -> u32 {
     let Some(replay) = REPLAY.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
-    let frame = XdpFrame::new(&ctx);
+    let frame = XdpFrame::new(ctx.ctx, false);
     let Some(bytes) = frame.view::<TEMPLATE_LEN>(0) else { return xdp_action::XDP_ABORTED };
     // SAFETY: the one slot of an array; the bench runs on one CPU at a time.
     let replay = unsafe { &mut *replay };
@@ -86,12 +86,12 @@ pub(crate) fn replay(ctx: XdpContext) -> u32 {
 /// The least that a translated packet can cost with a hash table: parse, one lookup, rewrite, count, transmit.
 #[xdp]
 pub(crate) fn limit(ctx: XdpContext) -> u32 {
-    let frame = XdpFrame::new(&ctx);
-    let Parsed::Packet(packet) = frame::parse_v4(&frame, 0) else { return xdp_action::XDP_PASS };
+    let frame = XdpFrame::new(ctx.ctx, false);
+    let Parsed::Packet(packet) = V4::parse(&frame, 0) else { return xdp_action::XDP_PASS };
     // SAFETY: nothing is removed from the table while the bench runs.
     let Some(flow) = (unsafe { LIMIT.get(packet.key) }) else { return xdp_action::XDP_DROP };
-    frame.address(&packet, &Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex });
-    frame.rewrite(&packet, &xdp_common::conntrack::rewrite(flow));
+    V4::address(&frame, &packet, &Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex });
+    V4::rewrite(&frame, &packet, &xdp_common::conntrack::rewrite(flow));
     if let Some(count) = LIMIT_COUNT.get_ptr_mut(0) {
         // SAFETY: the slot belongs to this CPU.
         unsafe { *count += 1 }

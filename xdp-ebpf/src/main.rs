@@ -4,6 +4,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 mod embryonic;
+mod family;
 mod maps;
 mod packet;
 mod socket;
@@ -12,107 +13,77 @@ mod sockets;
 mod trace;
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
     macros::{classifier, map, xdp},
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+    maps::{Array, PerCpuArray},
     programs::{TcContext, XdpContext},
 };
 use xdp_common::{
     answer::AnswerFrame,
     decide::{self, Hook},
-    frame::{self, Parsed},
-    net::V4,
+    frame,
+    net::{Family, V4, V6},
     tables,
     verdict::{Action, Counter, Event, Verdict},
 };
 
 use crate::{
+    family::Maps,
     maps::{Kernel, count},
-    packet::{TcFrame, XdpFrame},
+    packet::{TcFrame, Wire, XdpFrame},
 };
 
-type AddrV4 = [u8; 4];
-
-#[map]
-static ESTABLISHED_V4: HashMap<xdp_common::net::FlowKey<AddrV4>, tables::Flow<AddrV4>> =
-    HashMap::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
-#[map]
-static KNOWN_V4: Array<u64> = Array::with_max_entries(tables::KNOWN_V4.entries, BPF_F_MMAPABLE);
-#[map]
-static EMBRYONIC_V4: Array<tables::Embryo<AddrV4>> =
-    Array::with_max_entries(tables::EMBRYONIC_V4.entries, BPF_F_MMAPABLE);
-#[map]
-static TAGS_V4: Array<embryonic::Tags> = Array::with_max_entries(tables::TAGS_V4.entries, BPF_F_MMAPABLE);
-#[map]
-static FRONTENDS_V4: HashMap<tables::FrontendKey<AddrV4>, tables::Frontend> =
-    HashMap::with_max_entries(tables::FRONTENDS_V4.entries, 0);
-#[map]
-static BACKENDS_V4: Array<tables::Backend<AddrV4>> = Array::with_max_entries(tables::BACKENDS_V4.entries, 0);
-#[map]
-static RINGS: Array<u32> = Array::with_max_entries(tables::RINGS.entries, 0);
-#[map]
-static NETWORKS_V4: LpmTrie<tables::NetworkKey<AddrV4>, u32> =
-    LpmTrie::with_max_entries(tables::NETWORKS_V4.entries, BPF_F_NO_PREALLOC);
-#[map]
-static AFFINITY_V4: LruHashMap<tables::AffinityKey<AddrV4>, tables::Affinity> =
-    LruHashMap::with_max_entries(tables::AFFINITY_V4.entries, 0);
-#[map]
-static ACCOUNTS: PerCpuArray<tables::Account> = PerCpuArray::with_max_entries(tables::ACCOUNTS.entries, 0);
 #[map]
 static ANSWERS: PerCpuArray<tables::Answers> = PerCpuArray::with_max_entries(tables::ANSWERS.entries, 0);
 #[map]
-static DEVICES_V4: HashMap<u32, tables::Device<AddrV4>> =
-    HashMap::with_max_entries(tables::DEVICES_V4.entries, 0);
-#[map]
-static GATE_INGRESS: Array<u64> = Array::with_max_entries(tables::GATE_INGRESS.entries, 0);
-#[map]
-static GATE_EGRESS: Array<u64> = Array::with_max_entries(tables::GATE_EGRESS.entries, 0);
-#[map]
 static CONFIG: Array<tables::Config> = Array::with_max_entries(tables::CONFIG.entries, 0);
-#[map]
-static WORK_V4: PerCpuArray<tables::Work<AddrV4>> = PerCpuArray::with_max_entries(tables::WORK_V4.entries, 0);
-#[map]
-static HOPS_V4: PerCpuArray<tables::KnownHop<AddrV4>> =
-    PerCpuArray::with_max_entries(tables::HOPS_V4.entries, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::COUNTERS.entries, 0);
 
 /// XDP on a managed interface.
 #[xdp]
 pub(crate) fn xdp_ingress(ctx: XdpContext) -> u32 {
-    ingress(&XdpFrame::new(&ctx))
+    xdp::<false>(ctx.ctx)
 }
 
 /// The same for drivers that hand over long frames in several buffers; the headers are always in the first.
 #[xdp(frags)]
 pub(crate) fn xdp_ingress_frags(ctx: XdpContext) -> u32 {
-    ingress(&XdpFrame::with_frags(&ctx))
+    xdp::<true>(ctx.ctx)
 }
 
 #[inline(always)] // the two entry points differ in their section only
-fn ingress(frame: &XdpFrame) -> u32 {
-    let Some(packet) = parse(frame, frame.ifindex()) else { return xdp_action::XDP_PASS };
-    let verdict = decide::ingress::<V4, _>(Kernel { ctx: frame.context() }, &packet, Hook::Xdp);
+fn xdp<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
+        V4::ETHERTYPE => xdp_of::<V4, FRAGS>(ctx),
+        V6::ETHERTYPE => xdp_of::<V6, FRAGS>(ctx),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(never)] // each family has the stack of 512 bytes to itself
+fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return xdp_action::XDP_PASS };
+    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
     #[cfg(feature = "trace")]
-    trace::verdict(frame.ctx(), "xdp", &packet.key, &verdict);
+    trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
-        Action::Reject(_) => {
-            answer(&packet, |packet, area| frame.answer(packet, area)).unwrap_or(xdp_action::XDP_DROP)
-        }
+        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
         Action::Stack => {
-            frame.rewrite(&packet, &verdict.rewrite);
+            F::rewrite(frame, packet, &verdict.rewrite);
             xdp_action::XDP_PASS
         }
         Action::Transmit => {
-            frame.address(&packet, &verdict.hop);
-            frame.rewrite(&packet, &verdict.rewrite);
+            F::address(frame, packet, &verdict.hop);
+            F::rewrite(frame, packet, &verdict.rewrite);
             xdp_action::XDP_TX
         }
         Action::Redirect => {
-            frame.address(&packet, &verdict.hop);
-            frame.rewrite(&packet, &verdict.rewrite);
+            F::address(frame, packet, &verdict.hop);
+            F::rewrite(frame, packet, &verdict.rewrite);
             frame.redirect(verdict.hop.ifindex)
         }
     }
@@ -121,34 +92,59 @@ fn ingress(frame: &XdpFrame) -> u32 {
 /// tc ingress behind XDP: frames whose checksum their sender left to the device.
 #[classifier]
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
-    let frame = TcFrame::new(&ctx);
-    let Some(packet) = parse(&frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
-    apply(
-        &frame,
-        "tc ingress",
-        &packet,
-        decide::ingress::<V4, _>(Kernel { ctx: frame.context() }, &packet, Hook::Tc),
-    )
+    let skb = ctx.skb.skb;
+    // SAFETY: the context is the verifier's, valid for the whole program.
+    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        V4::ETHERTYPE => tc_ingress_of::<V4>(skb),
+        V6::ETHERTYPE => tc_ingress_of::<V6>(skb),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(never)] // as for XDP
+fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+    let frame = &TcFrame::new::<F>(skb);
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
+    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Tc);
+    apply::<F>(skb, "tc ingress", packet, &verdict)
 }
 
 /// tc egress: replies of backends on this node, and the second half of slow-path translations.
 #[classifier]
 pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
-    let frame = TcFrame::new(&ctx);
-    let Some(packet) = parse(&frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
-    apply(&frame, "tc egress", &packet, decide::egress::<V4, _>(Kernel { ctx: frame.context() }, &packet))
+    let skb = ctx.skb.skb;
+    // SAFETY: the context is the verifier's, valid for the whole program.
+    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        V4::ETHERTYPE => tc_egress_of::<V4>(skb),
+        V6::ETHERTYPE => tc_egress_of::<V6>(skb),
+        _ => TC_ACT_UNSPEC,
+    }
 }
 
-#[inline(always)] // three lines in two programs
-fn apply(frame: &TcFrame, _hook: &str, packet: &frame::Packet<AddrV4>, verdict: Verdict<AddrV4>) -> i32 {
+#[inline(never)] // as for XDP
+fn tc_egress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+    let frame = &TcFrame::new::<F>(skb);
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
+    let verdict = decide::egress::<F, _>(Kernel::new(frame.context()), packet);
+    apply::<F>(skb, "tc egress", packet, &verdict)
+}
+
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+fn apply<F: Maps + Wire>(
+    skb: *mut __sk_buff,
+    _hook: &str,
+    packet: &frame::Packet<F::Addr>,
+    verdict: &Verdict<F::Addr>,
+) -> i32 {
+    let frame = &TcFrame::of(skb);
     #[cfg(feature = "trace")]
-    trace::verdict(frame.ctx(), _hook, &packet.key, &verdict);
+    trace::verdict::<F, _>(frame.ctx(), _hook, &packet.key, verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
-        Action::Reject(_) => answer(packet, |packet, area| frame.answer(packet, area)).unwrap_or(TC_ACT_SHOT),
+        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(TC_ACT_SHOT),
         Action::Stack | Action::Transmit | Action::Redirect => {
-            frame.rewrite(packet, &verdict.rewrite);
+            frame.rewrite::<F>(packet, &verdict.rewrite);
             TC_ACT_UNSPEC
         }
     }
@@ -156,30 +152,21 @@ fn apply(frame: &TcFrame, _hook: &str, packet: &frame::Packet<AddrV4>, verdict: 
 
 /// Answers a refused packet, if there have not been too many of late.
 #[inline(always)] // two callers
-fn answer<R>(
-    packet: &frame::Packet<AddrV4>,
-    send: impl FnOnce(&frame::Packet<AddrV4>, &mut AnswerFrame) -> Option<R>,
-) -> Option<R> {
-    let sent = maps::answer_area().and_then(|area| send(packet, area));
+fn answer<R>(send: impl FnOnce(&mut AnswerFrame) -> Option<R>) -> Option<R> {
+    let sent = maps::answer_area().and_then(send);
     let event = if sent.is_some() { Event::Answered } else { Event::Unanswered };
     count(Counter::Event(event));
     sent
 }
 
+/// The packet in a frame. It is put where programs share memory: the stack is small, and what is read from there is
+/// unknown to the verifier, which then need not follow every way through the headers to the end.
 #[inline(always)] // bounds proofs do not survive a call
-fn parse<R: frame::Frame>(frame: &R, ifindex: u32) -> Option<frame::Packet<AddrV4>> {
-    match frame::parse_v4(frame, ifindex) {
-        Parsed::Packet(packet) => Some(packet),
-        Parsed::Other => None,
-        Parsed::Fragment => {
-            count(Counter::Event(Event::Fragment));
-            None
-        }
-        Parsed::Malformed => {
-            count(Counter::Event(Event::Malformed));
-            None
-        }
-    }
+fn parse<F: Maps, R: frame::Frame>(frame: &R, ifindex: u32) -> Option<&'static frame::Packet<F::Addr>> {
+    let place = F::packets().get_ptr_mut(0)?;
+    // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
+    let place = unsafe { &mut *place };
+    if F::parse_into(frame, ifindex, place) { Some(place) } else { None }
 }
 
 // Checked on the host, by clippy and editors, the crate takes its panic handler from std.

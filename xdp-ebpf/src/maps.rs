@@ -2,6 +2,8 @@
 
 use core::{
     ffi::c_void,
+    marker::PhantomData,
+    mem::MaybeUninit,
     ops::{Deref, DerefMut},
 };
 
@@ -16,51 +18,62 @@ use aya_ebpf::{
 use xdp_common::{
     answer::AnswerFrame,
     gate,
-    net::{FlowKey, V4},
+    net::FlowKey,
     tables::{
         self, Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion,
-        KnownHop, NetworkKey, Route, Table, Tables, Work,
+        KnownHop, Mapped, NetworkKey, Route, Table, Tables, Work,
     },
     verdict::Counter,
 };
 
-use crate::{
-    ACCOUNTS, AFFINITY_V4, ANSWERS, BACKENDS_V4, CONFIG, COUNTERS, DEVICES_V4, ESTABLISHED_V4, FRONTENDS_V4,
-    GATE_EGRESS, GATE_INGRESS, HOPS_V4, KNOWN_V4, NETWORKS_V4, RINGS, WORK_V4, embryonic,
-};
+use crate::{ANSWERS, CONFIG, COUNTERS, embryonic, family::Maps};
 
-type Addr = [u8; 4];
+/// The maps of a family, and the context of the program that asks.
+pub(crate) struct Kernel<F> {
+    ctx: *mut c_void,
+    family: PhantomData<F>,
+}
 
-/// The maps, and the context of the program that asks.
-#[derive(Clone, Copy)]
-pub(crate) struct Kernel {
-    pub(crate) ctx: *mut c_void,
+impl<F> Clone for Kernel<F> {
+    #[inline(always)] // a pointer
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F> Copy for Kernel<F> {}
+
+impl<F> Kernel<F> {
+    #[inline(always)] // a pointer
+    pub(crate) fn new(ctx: *mut c_void) -> Self {
+        Self { ctx, family: PhantomData }
+    }
 }
 
 /// A live entry of a flow table.
-pub(crate) struct Live {
-    flow: *mut Flow<Addr>,
+pub(crate) struct Live<F: Maps> {
+    flow: *mut Flow<F::Addr>,
     /// Its key, in the embryonic table, which orders its entries by worth.
-    embryo: Option<*const FlowKey<Addr>>,
+    embryo: Option<*const FlowKey<F::Addr>>,
 }
 
 /// The work area of this CPU.
-pub(crate) struct Area(*mut Work<Addr>);
+pub(crate) struct Area<F: Maps>(*mut Work<F::Addr>);
 
-impl Deref for Area {
-    type Target = Work<Addr>;
+impl<F: Maps> Deref for Area<F> {
+    type Target = Work<F::Addr>;
 
     #[inline(always)]
-    fn deref(&self) -> &Work<Addr> {
+    fn deref(&self) -> &Work<F::Addr> {
         // SAFETY: a slot of a per-CPU array, all bytes of which are valid, and which nobody else uses while this program
         // runs: programs run with bottom halves off, and the decision takes the area once.
         unsafe { &*self.0 }
     }
 }
 
-impl DerefMut for Area {
+impl<F: Maps> DerefMut for Area<F> {
     #[inline(always)]
-    fn deref_mut(&mut self) -> &mut Work<Addr> {
+    fn deref_mut(&mut self) -> &mut Work<F::Addr> {
         // SAFETY: as in `deref`.
         unsafe { &mut *self.0 }
     }
@@ -71,25 +84,25 @@ const ROUTING_BUCKET_SHIFT: u32 = 12;
 
 const EEXIST: i32 = -17;
 
-impl Deref for Live {
-    type Target = Flow<Addr>;
+impl<F: Maps> Deref for Live<F> {
+    type Target = Flow<F::Addr>;
 
     #[inline(always)]
-    fn deref(&self) -> &Flow<Addr> {
+    fn deref(&self) -> &Flow<F::Addr> {
         // SAFETY: the pointer comes from a lookup and lives until the program ends (RCU). An element that is removed may
         // be given to another flow meanwhile; what is read then is still an entry of the same type.
         unsafe { &*self.flow }
     }
 }
 
-impl Entry<Addr> for Live {
+impl<F: Maps> Entry<F::Addr> for Live<F> {
     #[inline(always)]
     fn set_seen(&self, clock: u32) {
         // SAFETY: as in `deref`; an aligned word.
         unsafe { (&raw mut (*self.flow).seen).write_volatile(clock) }
         if let Some(key) = self.embryo {
             // SAFETY: the key that the entry was looked up by, which its caller holds longer than the entry.
-            embryonic::renew(unsafe { &*key }, false);
+            embryonic::renew::<F>(unsafe { &*key }, false);
         }
     }
 
@@ -99,7 +112,7 @@ impl Entry<Addr> for Live {
         unsafe { (&raw mut (*self.flow).replied).write_volatile(1) }
         if let Some(key) = self.embryo {
             // SAFETY: as in `set_seen`.
-            embryonic::renew(unsafe { &*key }, true);
+            embryonic::renew::<F>(unsafe { &*key }, true);
         }
     }
 
@@ -110,9 +123,9 @@ impl Entry<Addr> for Live {
     }
 }
 
-impl Tables<V4> for Kernel {
-    type Entry = Live;
-    type Work = Area;
+impl<F: Maps> Tables<F> for Kernel<F> {
+    type Entry = Live<F>;
+    type Work = Area<F>;
 
     #[inline(always)]
     fn config(self) -> Config {
@@ -137,30 +150,30 @@ impl Tables<V4> for Kernel {
 
     #[inline(always)]
     fn ingress_gate(self, word: u32) -> u64 {
-        GATE_INGRESS.get(word).copied().unwrap_or(u64::MAX)
+        F::gate_ingress().get(word).copied().unwrap_or(u64::MAX)
     }
 
     #[inline(always)]
     fn egress_gate(self, word: u32) -> u64 {
-        GATE_EGRESS.get(word).copied().unwrap_or(u64::MAX)
+        F::gate_egress().get(word).copied().unwrap_or(u64::MAX)
     }
 
     #[inline(always)]
-    fn work(self) -> Option<Area> {
-        WORK_V4.get_ptr_mut(0).map(Area)
+    fn work(self) -> Option<Area<F>> {
+        F::work().get_ptr_mut(0).map(Area)
     }
 
     #[inline(always)]
     fn may_know(self, bit: u32) -> bool {
-        let half = KNOWN_V4.get(2 * tables::KNOWN_WORDS).copied().unwrap_or(0) as u32 & 1;
-        let word = KNOWN_V4.get(half * tables::KNOWN_WORDS + bit / 64).copied().unwrap_or(u64::MAX);
+        let half = F::known().get(2 * tables::KNOWN_WORDS).copied().unwrap_or(0) as u32 & 1;
+        let word = F::known().get(half * tables::KNOWN_WORDS + bit / 64).copied().unwrap_or(u64::MAX);
         word >> (bit % 64) & 1 == 1
     }
 
     #[inline(always)]
     fn note_known(self, bit: u32) {
         for half in [0, tables::KNOWN_WORDS] {
-            if let Some(word) = KNOWN_V4.get_ptr_mut(half + bit / 64) {
+            if let Some(word) = F::known().get_ptr_mut(half + bit / 64) {
                 // SAFETY: a word of the map, in which programs and the agent set bits as atomics do.
                 unsafe { embryonic::set_bits(word, 1 << (bit % 64)) }
             }
@@ -168,84 +181,84 @@ impl Tables<V4> for Kernel {
     }
 
     #[inline(always)]
-    fn flow(self, table: Table, key: &FlowKey<Addr>) -> Option<Live> {
+    fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Live<F>> {
         match table {
-            Table::Established => ESTABLISHED_V4.get_ptr_mut(key).map(|flow| Live { flow, embryo: None }),
+            Table::Established => F::established().get_ptr_mut(key).map(|flow| Live { flow, embryo: None }),
             Table::Embryonic => {
-                let flow = embryonic::find(key);
+                let flow = embryonic::find::<F>(key);
                 if flow.is_null() { None } else { Some(Live { flow, embryo: Some(key) }) }
             }
         }
     }
 
     #[inline(always)]
-    fn insert(self, table: Table, key: &FlowKey<Addr>, flow: &Flow<Addr>) -> Insertion {
+    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
         match table {
-            Table::Established => match ESTABLISHED_V4.insert(key, flow, BPF_NOEXIST as u64) {
+            Table::Established => match F::established().insert(key, flow, BPF_NOEXIST as u64) {
                 Ok(()) => Insertion::Done,
                 Err(EEXIST) => Insertion::Exists,
                 Err(_) => Insertion::Refused,
             },
-            Table::Embryonic => embryonic::put(key, flow, false),
+            Table::Embryonic => embryonic::put::<F>(key, flow, false),
         }
     }
 
     #[inline(always)]
-    fn store(self, table: Table, key: &FlowKey<Addr>, flow: &Flow<Addr>) -> bool {
+    fn store(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> bool {
         match table {
-            Table::Established => ESTABLISHED_V4.insert(key, flow, BPF_ANY as u64).is_ok(),
-            Table::Embryonic => embryonic::put(key, flow, true) == Insertion::Done,
+            Table::Established => F::established().insert(key, flow, BPF_ANY as u64).is_ok(),
+            Table::Embryonic => embryonic::put::<F>(key, flow, true) == Insertion::Done,
         }
     }
 
     #[inline(always)]
-    fn remove(self, table: Table, key: &FlowKey<Addr>) {
+    fn remove(self, table: Table, key: &FlowKey<F::Addr>) {
         match table {
             // It may be gone already, which is as good.
-            Table::Established => _ = ESTABLISHED_V4.remove(key),
-            Table::Embryonic => _ = embryonic::remove(key),
+            Table::Established => _ = F::established().remove(key),
+            Table::Embryonic => _ = embryonic::remove::<F>(key),
         }
     }
 
     #[inline(always)]
-    fn frontend(self, key: &FrontendKey<Addr>) -> Option<Frontend> {
+    fn frontend(self, key: &FrontendKey<F::Addr>) -> Option<Frontend> {
         // SAFETY: copied at once; the agent replaces frontends as whole elements.
-        unsafe { FRONTENDS_V4.get(key) }.copied()
+        unsafe { F::frontends().get(key) }.copied()
     }
 
     #[inline(always)]
     fn ring(self, slot: u32) -> u32 {
-        RINGS.get(slot).copied().unwrap_or(0)
+        F::rings().get(slot).copied().unwrap_or(0)
     }
 
     #[inline(always)]
-    fn backend(self, id: u32) -> Option<Backend<Addr>> {
-        BACKENDS_V4.get(id).copied().filter(|backend| backend.proto != 0)
+    fn backend(self, id: u32) -> Option<Backend<F::Addr>> {
+        F::backends().get(id).copied().filter(|backend| backend.proto != 0)
     }
 
     #[inline(always)]
-    fn network(self, owner: u32, addr: Addr) -> bool {
+    fn network(self, owner: u32, addr: F::Addr) -> bool {
         let key = NetworkKey { owner: owner.to_be_bytes(), addr };
-        let bits = 8 * size_of::<NetworkKey<Addr>>() as u32;
+        let bits = 8 * size_of::<NetworkKey<F::Addr>>() as u32;
         // A network that holds an address may have an exception of value 0.
-        NETWORKS_V4.get(lpm_trie::Key::new(bits, key)).is_some_and(|value| *value != 0)
+        F::networks().get(lpm_trie::Key::new(bits, key)).is_some_and(|value| *value != 0)
     }
 
     #[inline(always)]
-    fn affinity(self, key: &AffinityKey<Addr>) -> Option<Affinity> {
+    fn affinity(self, key: &AffinityKey<F::Addr>) -> Option<Affinity> {
         // SAFETY: copied at once; a torn copy names a backend that is checked like any other.
-        unsafe { AFFINITY_V4.get(key) }.copied()
+        unsafe { F::affinity().get(key) }.copied()
     }
 
     #[inline(always)]
-    fn set_affinity(self, key: &AffinityKey<Addr>, affinity: &Affinity) -> bool {
-        AFFINITY_V4.insert(key, affinity, BPF_ANY as u64).is_ok()
+    fn set_affinity(self, key: &AffinityKey<F::Addr>, affinity: &Affinity) -> bool {
+        F::affinity().insert(key, affinity, BPF_ANY as u64).is_ok()
     }
 
     #[inline(always)]
     fn account(self, service: u32, bytes: u16) {
-        let at = if service < tables::ACCOUNTS.entries { service } else { 0 };
-        if let Some(account) = ACCOUNTS.get_ptr_mut(at) {
+        let at = if service < F::Addr::MAPS.accounts.entries { service } else { 0 };
+        if let Some(account) = F::accounts().get_ptr_mut(at) {
             // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
             unsafe {
                 (*account).packets += 1;
@@ -255,15 +268,15 @@ impl Tables<V4> for Kernel {
     }
 
     #[inline(always)]
-    fn device(self, ifindex: u32) -> Option<Device<Addr>> {
+    fn device(self, ifindex: u32) -> Option<Device<F::Addr>> {
         // SAFETY: copied at once; the agent replaces devices as whole elements.
-        unsafe { DEVICES_V4.get(ifindex) }.copied()
+        unsafe { F::devices().get(ifindex) }.copied()
     }
 
     #[inline(always)]
-    fn route(self, ifindex: u32, src: Addr, dst: Addr, tos: u8, proto: u8) -> Route {
-        let slot = gate::snat_bit(dst) % tables::HOPS_V4.entries;
-        let known = if self.config().policy_routing == 0 { HOPS_V4.get_ptr_mut(slot) } else { None };
+    fn route(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route {
+        let slot = gate::snat_bit(dst) % F::Addr::MAPS.hops.entries;
+        let known = if self.config().policy_routing == 0 { F::hops().get_ptr_mut(slot) } else { None };
         let tag = self.routing_tag();
         if let Some(known) = known {
             // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
@@ -288,23 +301,20 @@ impl Tables<V4> for Kernel {
     }
 }
 
-impl Kernel {
+impl<F: Maps> Kernel<F> {
     /// Asks the kernel's routing table.
     #[inline(always)]
-    fn ask(self, ifindex: u32, src: Addr, dst: Addr, tos: u8, proto: u8) -> Route {
-        // SAFETY: the structure is plain numbers.
-        let mut params: FibParams = unsafe { core::mem::zeroed() };
-        params.family = AF_INET;
+    fn ask(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route {
+        let mut question = MaybeUninit::uninit();
+        let params = zeroed(&mut question);
+        F::ask(params, src, dst, tos);
         params.l4_protocol = proto;
         params.ifindex = ifindex;
         // A length of 0 asks for no MTU check; the answer carries the MTU in its place (5.13).
         params.__bindgen_anon_1.tot_len = 0;
-        params.__bindgen_anon_2.tos = tos;
-        params.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(src);
-        params.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(dst);
         // SAFETY: context and parameters are valid; the size is that of the structure.
         let answer =
-            unsafe { helpers::bpf_fib_lookup(self.ctx, &raw mut params, size_of::<FibParams>() as i32, 0) };
+            unsafe { helpers::bpf_fib_lookup(self.ctx, &raw mut *params, size_of::<FibParams>() as i32, 0) };
         match answer as u32 {
             BPF_FIB_LKUP_RET_SUCCESS => Route::Hop {
                 ifindex: params.ifindex,
@@ -320,7 +330,27 @@ impl Kernel {
     }
 }
 
-const AF_INET: u8 = 2;
+/// Parameters of the routing table's helper, aligned so that words can be written.
+#[repr(C, align(8))]
+struct Question(FibParams);
+
+const _: () =
+    assert!(size_of::<Question>() == size_of::<FibParams>(), "whole words, and nothing behind them");
+
+/// Zeroes a question word by word. As a whole it becomes a call, and before kernel 6.8 the frame of even an empty function
+/// takes 32 bytes of the stack that all calls share.
+#[inline(always)] // see above
+fn zeroed(question: &mut MaybeUninit<Question>) -> &mut FibParams {
+    let words = question.as_mut_ptr().cast::<u64>();
+    let mut at = 0;
+    while at < size_of::<Question>() / 8 {
+        // SAFETY: within the structure, which is aligned to words.
+        unsafe { words.add(at).write_volatile(0) };
+        at += 1;
+    }
+    // SAFETY: every byte has been written, and the structure is plain numbers.
+    unsafe { &mut question.assume_init_mut().0 }
+}
 
 /// Nanoseconds in a period of answers, as a shift: 1.07 seconds.
 const ANSWERS_PERIOD_SHIFT: u32 = 30;

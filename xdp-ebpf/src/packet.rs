@@ -4,44 +4,169 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_action},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_action, xdp_md},
     helpers,
     programs::{TcContext, XdpContext},
 };
-use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
 use xdp_common::{
-    answer::{self, AnswerFrame, Finisher},
+    answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
-    frame::{Frame, Packet, TCP_CHECK, UDP_CHECK, View},
-    net::TCP,
+    frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
+    net::{Ip6, TCP, V4, V6},
     verdict::{Hop, Rewrite},
 };
 
-const TTL: usize = EthHdr::LEN + offset_of!(Ipv4Hdr, ttl);
-const IP_CHECK: usize = EthHdr::LEN + offset_of!(Ipv4Hdr, check);
-const IP_ADDRS: usize = EthHdr::LEN + offset_of!(Ipv4Hdr, src_addr);
+const IP: usize = EthHdr::LEN;
+
+/// Families whose frames can be rewritten.
+pub(crate) trait Wire: Answer {
+    /// Offset of the time to live, or hop limit.
+    const TTL: usize;
+    /// Offset of the checksum of the IP header, where there is one.
+    const IP_CHECK: Option<usize>;
+    /// Offset of the source address, which the destination follows.
+    const ADDRS: usize;
+    /// How much of a frame holds the headers that the parser reads: Ethernet, IP with options or extension headers, TCP.
+    const HEADERS_LEN: usize;
+    /// Flags of a checksum that covers the addresses, for the kernel's helper.
+    const PSEUDO_HEADER: u64;
+    /// Writes an address.
+    fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: Self::Addr);
+    /// [`XdpFrame::address`], [`XdpFrame::rewrite`] and the answers, with the lengths of this family's headers proven.
+    fn address(frame: &XdpFrame, packet: &Packet<Self::Addr>, hop: &Hop);
+    fn rewrite(frame: &XdpFrame, packet: &Packet<Self::Addr>, rewrite: &Rewrite<Self::Addr>);
+    fn answer<R: Replace>(
+        frame: &R,
+        packet: &Packet<Self::Addr>,
+        finisher: Finisher,
+        out: &mut AnswerFrame,
+    ) -> bool;
+}
+
+macro_rules! wire {
+    ($family:ident { $($item:item)* }) => {
+        impl Wire for $family {
+            $($item)*
+
+            #[inline(always)] // bounds proofs do not survive a call
+            fn address(frame: &XdpFrame, packet: &Packet<Self::Addr>, hop: &Hop) {
+                frame.address::<Self, { IP + <Self as Headers>::LEN }>(packet, hop);
+            }
+
+            #[inline(always)] // as above
+            fn rewrite(frame: &XdpFrame, packet: &Packet<Self::Addr>, rewrite: &Rewrite<Self::Addr>) {
+                frame.rewrite::<Self, { IP + <Self as Headers>::LEN }>(packet, rewrite);
+            }
+
+            #[inline(always)] // as above
+            fn answer<R: Replace>(
+                frame: &R,
+                packet: &Packet<Self::Addr>,
+                finisher: Finisher,
+                out: &mut AnswerFrame,
+            ) -> bool {
+                answer::<
+                    Self,
+                    R,
+                    { answer::reset_len::<Self>() },
+                    { IP + <Self as Headers>::LEN + UdpHdr::LEN },
+                    { answer::unreachable_len::<Self>() },
+                >(frame, packet, finisher, out)
+            }
+        }
+    };
+}
+
+wire! { V4 {
+    const TTL: usize = IP + offset_of!(Ipv4Hdr, ttl);
+    const IP_CHECK: Option<usize> = Some(IP + offset_of!(Ipv4Hdr, check));
+    const ADDRS: usize = IP + offset_of!(Ipv4Hdr, src_addr);
+    const HEADERS_LEN: usize = IP + 60 + TcpHdr::LEN;
+    const PSEUDO_HEADER: u64 = BPF_F_PSEUDO_HDR as u64;
+
+    #[inline(always)] // one store
+    fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: [u8; 4]) {
+        headers.set_quad(at, addr);
+    }
+} }
+
+wire! { V6 {
+    const TTL: usize = IP + offset_of!(Ipv6Hdr, hop_limit);
+    const IP_CHECK: Option<usize> = None;
+    const ADDRS: usize = IP + offset_of!(Ipv6Hdr, src_addr);
+    const HEADERS_LEN: usize = IP + Ipv6Hdr::LEN + frame::EXTENSIONS_LEN_MAX + TcpHdr::LEN;
+    const PSEUDO_HEADER: u64 = (BPF_F_PSEUDO_HDR | BPF_F_IPV6) as u64;
+
+    #[inline(always)] // four stores
+    fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: Ip6) {
+        let [a, b, c, d] = addr.words().map(u32::to_ne_bytes);
+        headers.set_quad(at, a);
+        headers.set_quad(at + 4, b);
+        headers.set_quad(at + 8, c);
+        headers.set_quad(at + 12, d);
+    }
+} }
+
+/// Says to the checksum helper that no checksum of an IP header makes up for a change of addresses, so that the sum of the
+/// whole frame stays as it is (6.16, and stable kernels of that time; include/uapi/linux/bpf.h).
+const BPF_F_IPV6: u32 = 1 << 7;
+
 /// A frame at XDP.
-pub(crate) struct XdpFrame<'a> {
-    ctx: &'a XdpContext,
+pub(crate) struct XdpFrame {
+    ctx: XdpContext,
     /// Whether a frame may lie in several buffers; a constant of each program.
     has_frags: bool,
 }
 
-impl<'a> XdpFrame<'a> {
+/// A frame that can be made another.
+pub(crate) trait Replace: Frame {
+    /// Makes the frame these bytes; what it is then is unknown when that fails.
+    fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool;
+}
+
+/// Turns a packet into the answer to it, to be sent out where it came in.
+#[inline(always)] // bounds proofs do not survive a call
+fn answer<F: Answer, R: Replace, const RESET: usize, const DATAGRAM: usize, const UNREACHABLE: usize>(
+    frame: &R,
+    packet: &Packet<F::Addr>,
+    finisher: Finisher,
+    area: &mut AnswerFrame,
+) -> bool {
+    // Behind headers without options or extension headers.
+    if packet.l4_offset as usize != IP + F::LEN {
+        return false;
+    }
+    if packet.key.proto == TCP {
+        let (Some(headers), Some(out)) = (frame.view::<RESET>(0), area.first_chunk_mut::<RESET>()) else {
+            return false;
+        };
+        answer::reset::<F, _>(&headers, packet.l4_len, finisher, out) && frame.replace(out)
+    } else {
+        let (Some(headers), Some(out)) = (frame.view::<DATAGRAM>(0), area.first_chunk_mut::<UNREACHABLE>())
+        else {
+            return false;
+        };
+        answer::unreachable::<F, _>(&headers, finisher, out);
+        frame.replace(out)
+    }
+}
+
+impl XdpFrame {
     #[cfg(feature = "trace")]
     pub(crate) fn ctx(&self) -> &XdpContext {
-        self.ctx
+        &self.ctx
     }
 
+    /// A frame that may lie in several buffers, with the headers in the first, if `has_frags`.
     #[inline(always)]
-    pub(crate) fn new(ctx: &'a XdpContext) -> Self {
-        Self { ctx, has_frags: false }
-    }
-
-    /// A frame that may lie in several buffers; the headers are in the first.
-    #[inline(always)]
-    pub(crate) fn with_frags(ctx: &'a XdpContext) -> Self {
-        Self { ctx, has_frags: true }
+    pub(crate) fn new(ctx: *mut xdp_md, has_frags: bool) -> Self {
+        Self { ctx: XdpContext::new(ctx), has_frags }
     }
 
     #[inline(always)]
@@ -56,62 +181,60 @@ impl<'a> XdpFrame<'a> {
 
     /// Addresses the frame to its next hop and takes one from its time to live.
     #[inline(always)]
-    pub(crate) fn address(&self, packet: &Packet<[u8; 4]>, hop: &Hop) {
-        let Some(headers) = self.view::<{ EthHdr::LEN + Ipv4Hdr::LEN }>(0) else { return };
+    fn address<F: Wire, const HEAD: usize>(&self, packet: &Packet<F::Addr>, hop: &Hop) {
+        let Some(headers) = self.view::<HEAD>(0) else { return };
         let ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]) = (hop.dmac, hop.smac);
         headers.set_quad(0, [d0, d1, d2, d3]);
         headers.set_quad(4, [d4, d5, s0, s1]);
         headers.set_quad(8, [s2, s3, s4, s5]);
-        headers.set_u8(TTL, packet.ttl - 1);
-        let check = u16::from_ne_bytes(headers.pair(IP_CHECK));
-        headers.set_pair(IP_CHECK, checksum::update(check, checksum::TTL_DECREMENT).to_ne_bytes());
+        headers.set_u8(F::TTL, packet.ttl - 1);
+        if let Some(at) = F::IP_CHECK {
+            let check = u16::from_ne_bytes(headers.pair(at));
+            headers.set_pair(at, checksum::update(check, checksum::TTL_DECREMENT).to_ne_bytes());
+        }
     }
 
     /// Rewrites addresses and ports. The parser has seen every byte that this touches, so no check here can fail; they
     /// are for the verifier.
     #[inline(always)]
-    pub(crate) fn rewrite(&self, packet: &Packet<[u8; 4]>, rewrite: &Rewrite<[u8; 4]>) {
-        let Some(headers) = self.view::<{ EthHdr::LEN + Ipv4Hdr::LEN }>(0) else { return };
-        let check = u16::from_ne_bytes(headers.pair(IP_CHECK));
-        headers.set_pair(IP_CHECK, checksum::update(check, rewrite.addr_delta).to_ne_bytes());
-        headers.set_quad(IP_ADDRS, rewrite.src);
-        headers.set_quad(IP_ADDRS + 4, rewrite.dst);
+    fn rewrite<F: Wire, const HEAD: usize>(&self, packet: &Packet<F::Addr>, rewrite: &Rewrite<F::Addr>) {
+        let Some(headers) = self.view::<HEAD>(0) else { return };
+        if let Some(at) = F::IP_CHECK {
+            let check = u16::from_ne_bytes(headers.pair(at));
+            headers.set_pair(at, checksum::update(check, rewrite.addr_delta).to_ne_bytes());
+        }
+        F::set_addr(headers, F::ADDRS, rewrite.src);
+        F::set_addr(headers, F::ADDRS + size_of::<F::Addr>(), rewrite.dst);
         if packet.key.proto == TCP {
-            let Some(tcp) = self.view::<{ TcpHdr::LEN }>(packet.l4_offset) else { return };
+            let Some(tcp) = self.view::<{ TcpHdr::LEN }>(packet.l4_offset as usize) else { return };
             tcp.set_pair(0, rewrite.sport);
             tcp.set_pair(2, rewrite.dport);
             tcp.set_pair(TCP_CHECK, checksum::update(packet.check, rewrite.l4_delta).to_ne_bytes());
         } else {
-            let Some(udp) = self.view::<{ UdpHdr::LEN }>(packet.l4_offset) else { return };
+            let Some(udp) = self.view::<{ UdpHdr::LEN }>(packet.l4_offset as usize) else { return };
             udp.set_pair(0, rewrite.sport);
             udp.set_pair(2, rewrite.dport);
-            // UDP over IPv4 may go without a checksum, and then stays without (RFC 768).
+            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935).
             if packet.check != 0 {
                 udp.set_pair(UDP_CHECK, checksum::update_udp(packet.check, rewrite.l4_delta).to_ne_bytes());
             }
         }
     }
 
-    /// Turns a packet into the answer to it, to be sent out where it came in.
     #[inline(always)]
-    pub(crate) fn answer(&self, packet: &Packet<[u8; 4]>, area: &mut AnswerFrame) -> Option<u32> {
-        if packet.l4_offset != PLAIN_HEADERS_LEN {
-            return None;
-        }
-        let is_sent = if packet.key.proto == TCP {
-            let headers = self.view::<{ answer::RESET_LEN }>(0)?;
-            let out = area.first_chunk_mut()?;
-            answer::reset(&headers, packet.l4_len, Finisher::Nobody, out) && self.replace(out)
-        } else {
-            let headers = self.view::<{ PLAIN_HEADERS_LEN + UdpHdr::LEN }>(0)?;
-            let out = area.first_chunk_mut()?;
-            answer::unreachable(&headers, Finisher::Nobody, out);
-            self.replace(out)
-        };
-        if is_sent { Some(xdp_action::XDP_TX) } else { None }
+    pub(crate) fn redirect(&self, ifindex: u32) -> u32 {
+        // SAFETY: the helper takes numbers only.
+        unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
     }
 
-    /// Makes the frame these bytes.
+    /// Answers a refused packet.
+    #[inline(always)]
+    pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<u32> {
+        if F::answer(self, packet, Finisher::Nobody, area) { Some(xdp_action::XDP_TX) } else { None }
+    }
+}
+
+impl Replace for XdpFrame {
     #[inline(always)]
     fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool {
         let len = match self.has_frags {
@@ -127,15 +250,9 @@ impl<'a> XdpFrame<'a> {
         frame.fill(bytes);
         true
     }
-
-    #[inline(always)]
-    pub(crate) fn redirect(&self, ifindex: u32) -> u32 {
-        // SAFETY: the helper takes numbers only.
-        unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
-    }
 }
 
-impl Frame for XdpFrame<'_> {
+impl Frame for XdpFrame {
     type View<const N: usize> = Bytes<N>;
 
     #[inline(always)]
@@ -155,22 +272,29 @@ impl Frame for XdpFrame<'_> {
 }
 
 /// A frame at tc.
-pub(crate) struct TcFrame<'a> {
-    ctx: &'a TcContext,
+pub(crate) struct TcFrame {
+    ctx: TcContext,
 }
 
-impl<'a> TcFrame<'a> {
+impl TcFrame {
     #[cfg(feature = "trace")]
     pub(crate) fn ctx(&self) -> &TcContext {
-        self.ctx
+        &self.ctx
     }
 
-    /// Takes the frame, with its headers pulled into the linear part where a driver has left them elsewhere.
+    /// Takes a frame as it is.
     #[inline(always)]
-    pub(crate) fn new(ctx: &'a TcContext) -> Self {
-        if ctx.data_end() - ctx.data() < HEADERS_LEN && ctx.len() as usize > ctx.data_end() - ctx.data() {
+    pub(crate) fn of(ctx: *mut __sk_buff) -> Self {
+        Self { ctx: TcContext::new(ctx) }
+    }
+
+    /// Takes a frame of a family, with its headers pulled into the linear part where a driver has left them elsewhere.
+    #[inline(always)]
+    pub(crate) fn new<F: Wire>(ctx: *mut __sk_buff) -> Self {
+        let ctx = TcContext::new(ctx);
+        if ctx.data_end() - ctx.data() < F::HEADERS_LEN && ctx.len() as usize > ctx.data_end() - ctx.data() {
             // Failure leaves the frame as it was; the parser then finds its headers out of sight.
-            let _ = ctx.pull_data((HEADERS_LEN as u32).min(ctx.len()));
+            let _ = ctx.pull_data((F::HEADERS_LEN as u32).min(ctx.len()));
         }
         Self { ctx }
     }
@@ -194,51 +318,46 @@ impl<'a> TcFrame<'a> {
     /// Rewrites addresses and ports by the kernel's helpers, which know whether a checksum is still to be finished
     /// (`CHECKSUM_PARTIAL`) or already summed up (`CHECKSUM_COMPLETE`).
     #[inline(always)]
-    pub(crate) fn rewrite(&self, packet: &Packet<[u8; 4]>, rewrite: &Rewrite<[u8; 4]>) {
+    pub(crate) fn rewrite<F: Wire>(&self, packet: &Packet<F::Addr>, rewrite: &Rewrite<F::Addr>) {
         let (check_at, udp) = if packet.key.proto == TCP {
-            (packet.l4_offset + TCP_CHECK, 0)
+            (packet.l4_offset as usize + TCP_CHECK, 0)
         } else {
-            (packet.l4_offset + UDP_CHECK, BPF_F_MARK_MANGLED_0 as u64)
+            (packet.l4_offset as usize + UDP_CHECK, BPF_F_MARK_MANGLED_0 as u64)
         };
-        let addrs: [[u8; 4]; 2] = [rewrite.src, rewrite.dst];
+        let addrs: [F::Addr; 2] = [rewrite.src, rewrite.dst];
         let ports: [[u8; 2]; 2] = [rewrite.sport, rewrite.dport];
         // Size 0 says that the argument is a difference of sums (bpf_l4_csum_replace in net/core/filter.c). The helpers
-        // fail only on offsets outside the frame, which the parser has excluded.
-        let _ =
-            self.ctx.l4_csum_replace(check_at, 0, rewrite.addr_delta as u64, BPF_F_PSEUDO_HDR as u64 | udp);
-        let _ = self.ctx.l4_csum_replace(check_at, 0, rewrite.port_delta() as u64, udp);
-        let _ = self.ctx.l3_csum_replace(IP_CHECK, 0, rewrite.addr_delta as u64, 0);
-        let _ = self.ctx.store(IP_ADDRS, &addrs, 0);
-        let _ = self.ctx.store(packet.l4_offset, &ports, 0);
-    }
-}
-
-impl TcFrame<'_> {
-    /// Turns a packet into the answer to it and sends it out where it came in. tc programs take packets whose checksum
-    /// the device is to finish, and their answers inherit that.
-    #[inline(always)]
-    pub(crate) fn answer(&self, packet: &Packet<[u8; 4]>, area: &mut AnswerFrame) -> Option<i32> {
-        if packet.l4_offset != PLAIN_HEADERS_LEN {
-            return None;
+        // fail only on offsets outside the frame, which the parser has excluded, and on flags they do not know.
+        let addr_delta = rewrite.addr_delta as u64;
+        let replaced = self.ctx.l4_csum_replace(check_at, 0, addr_delta, F::PSEUDO_HEADER | udp);
+        if !F::HEADER_CHECKSUM && replaced.is_err() {
+            let _ = self.ctx.l4_csum_replace(check_at, 0, addr_delta, BPF_F_PSEUDO_HDR as u64 | udp);
+            // Without that flag the helper takes the change from the sum of the whole frame, as if the checksum of an IP
+            // header made up for it. Where there is no such sum, this fails and is not needed.
+            // SAFETY: the context is the verifier's; the helper takes a number beside it.
+            let _ = unsafe { helpers::bpf_csum_update(self.skb(), addr_delta as u32) };
         }
-        let is_ready = if packet.key.proto == TCP {
-            let headers = self.view::<{ answer::RESET_LEN }>(0)?;
-            let out = area.first_chunk_mut()?;
-            answer::reset(&headers, packet.l4_len, Finisher::Device, out) && self.replace(out)
-        } else {
-            let headers = self.view::<{ PLAIN_HEADERS_LEN + UdpHdr::LEN }>(0)?;
-            let out = area.first_chunk_mut()?;
-            answer::unreachable(&headers, Finisher::Device, out);
-            self.replace(out)
-        };
-        if !is_ready {
+        let _ = self.ctx.l4_csum_replace(check_at, 0, rewrite.port_delta() as u64, udp);
+        if let Some(at) = F::IP_CHECK {
+            let _ = self.ctx.l3_csum_replace(at, 0, addr_delta, 0);
+        }
+        let _ = self.ctx.store(F::ADDRS, &addrs, 0);
+        let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
+    }
+
+    /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and
+    /// their answers inherit that.
+    #[inline(always)]
+    pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<i32> {
+        if !F::answer(self, packet, Finisher::Device, area) {
             return None;
         }
         // SAFETY: the helper takes numbers only.
         Some(unsafe { helpers::bpf_redirect(self.ifindex(), 0) as i32 })
     }
+}
 
-    /// Makes the frame these bytes.
+impl Replace for TcFrame {
     #[inline(always)]
     fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool {
         // SAFETY: the context is the verifier's, valid for the whole program.
@@ -247,14 +366,9 @@ impl TcFrame<'_> {
     }
 }
 
-/// Where TCP or UDP begins behind headers without options.
-const PLAIN_HEADERS_LEN: usize = EthHdr::LEN + Ipv4Hdr::LEN;
-
-/// The longest headers the parser reads: Ethernet, IPv4 with options, TCP without.
-const HEADERS_LEN: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
 const _: () = assert!(TcpHdr::LEN >= UdpHdr::LEN);
 
-impl Frame for TcFrame<'_> {
+impl Frame for TcFrame {
     type View<const N: usize> = Bytes<N>;
 
     #[inline(always)]

@@ -8,16 +8,16 @@ use aya_ebpf::{
     bindings::{BPF_ANY, bpf_sock_addr},
     helpers,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{LruHashMap, PerCpuArray},
     programs::SockAddrContext,
 };
 use xdp_common::{
     decide::socket::Sockets,
-    net::{Address, Port, UDP, V4},
+    net::{Address, Ip6, Port, UDP, V4},
     tables::{self, Peer, PeerKey, SocketSettings},
 };
 
-use crate::maps::Kernel;
+use crate::{family::Maps, maps::Kernel};
 
 type AddrV4 = [u8; 4];
 
@@ -25,10 +25,6 @@ type AddrV4 = [u8; 4];
 static UDP_PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(tables::UDP_PEERS.entries, 0);
 #[map]
 static TCP_PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(tables::TCP_PEERS.entries, 0);
-#[map]
-static SOCKETS_V4: Array<SocketSettings<AddrV4>> = Array::with_max_entries(tables::SOCKETS_V4.entries, 0);
-#[map]
-static PODS_V4: HashMap<u64, AddrV4> = HashMap::with_max_entries(tables::PODS_V4.entries, 0);
 #[map]
 static SOCKET_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::SOCKET_COUNTERS.entries, 0);
 
@@ -97,19 +93,18 @@ impl Socket {
 
     /// The address, in hooks of IPv6.
     #[inline(always)]
-    pub(crate) fn address_v6(self) -> [u8; 16] {
-        let [a, b, c, d] = [
+    pub(crate) fn address_v6(self) -> Ip6 {
+        ip6([
             field!(self, user_ip6[0]),
             field!(self, user_ip6[1]),
             field!(self, user_ip6[2]),
             field!(self, user_ip6[3]),
-        ];
-        wide([a, b, c, d])
+        ])
     }
 
     #[inline(always)]
-    pub(crate) fn set_address_v6(self, addr: [u8; 16]) {
-        let [a, b, c, d] = words(addr);
+    pub(crate) fn set_address_v6(self, addr: Ip6) {
+        let [a, b, c, d] = addr.words();
         set_field!(self, a, user_ip6[0]);
         set_field!(self, b, user_ip6[1]);
         set_field!(self, c, user_ip6[2]);
@@ -127,6 +122,18 @@ impl Socket {
         unsafe { (&raw const (*sk).src_ip4).read_volatile() }.to_ne_bytes()
     }
 
+    /// The same of IPv6.
+    #[inline(always)]
+    pub(crate) fn source_v6(self) -> Ip6 {
+        let sk = field!(self, __bindgen_anon_1.sk);
+        if sk.is_null() {
+            return Ip6::UNSPECIFIED;
+        }
+        // SAFETY: as for IPv4; the verifier takes single words.
+        let word = |at: usize| unsafe { (&raw const (*sk).src_ip6[at]).read_volatile() };
+        ip6([word(0), word(1), word(2), word(3)])
+    }
+
     /// Cookie of the network namespace.
     #[inline(always)]
     pub(crate) fn namespace(self) -> u64 {
@@ -137,7 +144,7 @@ impl Socket {
     /// Whether the socket is one of the node itself, not of a pod.
     #[inline(always)]
     pub(crate) fn is_host(self) -> bool {
-        let told = SOCKETS_V4.get(0).map_or(0, |settings| settings.host_namespace);
+        let told = V4::sockets().get(0).map_or(0, |settings| settings.host_namespace);
         let host = if told != 0 {
             told
         } else {
@@ -172,14 +179,14 @@ impl Socket {
     }
 }
 
-impl Sockets<V4> for Kernel {
+impl<F: Maps> Sockets<F> for Kernel<F> {
     #[inline(always)]
-    fn settings(self) -> SocketSettings<AddrV4> {
+    fn settings(self) -> SocketSettings<F::Addr> {
         // The one slot is always there.
-        SOCKETS_V4.get(0).copied().unwrap_or(SocketSettings {
+        F::sockets().get(0).copied().unwrap_or(SocketSettings {
             host_namespace: 0,
-            node: AddrV4::UNSPECIFIED,
-            loopback: AddrV4::UNSPECIFIED,
+            node: F::Addr::UNSPECIFIED,
+            loopback: F::Addr::UNSPECIFIED,
             flags: 0,
             zero: [0; 4],
         })
@@ -199,9 +206,9 @@ impl Sockets<V4> for Kernel {
     }
 
     #[inline(always)]
-    fn pod_address(self, namespace: u64) -> AddrV4 {
+    fn pod_address(self, namespace: u64) -> F::Addr {
         // SAFETY: copied at once.
-        unsafe { PODS_V4.get(namespace) }.copied().unwrap_or(AddrV4::UNSPECIFIED)
+        unsafe { F::pods().get(namespace) }.copied().unwrap_or(F::Addr::UNSPECIFIED)
     }
 }
 
@@ -217,16 +224,9 @@ pub(crate) fn count(counter: u32) {
     }
 }
 
+/// An address by its words as the kernel has them.
 #[inline(always)]
-fn wide(words: [u32; 4]) -> [u8; 16] {
-    let [a, b, c, d] = words.map(u32::to_ne_bytes);
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
-    ]
-}
-
-#[inline(always)]
-fn words(addr: [u8; 16]) -> [u32; 4] {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = addr;
-    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_ne_bytes)
+fn ip6(words: [u32; 4]) -> Ip6 {
+    let [a, b, c, d] = words;
+    Ip6::from_quads([a.to_ne_bytes(), b.to_ne_bytes(), c.to_ne_bytes(), d.to_ne_bytes()])
 }

@@ -1,17 +1,18 @@
 //! The socket hooks: each turns its context into a call, asks [`xdp_common::decide::socket`], and applies the outcome.
 //!
 //! They run in the context of the calling process, once a connection, or once a datagram where a UDP socket names an
-//! address with each. Those of IPv6 meet IPv4 addresses too, mapped; what is not mapped goes to the tables of IPv6.
+//! address with each. Those of IPv6 meet IPv4 addresses too, mapped.
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use xdp_common::{
-    decide::socket::{self, Answer, Call, EADDRINUSE, Outcome, Sockets, errno},
-    net::{Address, Family, TCP, UDP, V4},
+    decide::socket::{self, Answer, Call, EADDRINUSE, Outcome, errno},
+    net::{Address, Ip6, TCP, UDP, V4, V6},
     tables::SocketCall,
     verdict::Reason,
 };
 
 use crate::{
+    family::Maps,
     maps::Kernel,
     socket::{Socket, count},
 };
@@ -33,17 +34,25 @@ pub(crate) fn socket_connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn socket_connect6(ctx: SockAddrContext) -> i32 {
     let socket = Socket::new(&ctx);
-    let Some(addr) = mapped(socket) else { return GO_ON };
-    connect::<V4>(socket, addr, socket.source_v4(), set_mapped)
+    let addr = socket.address_v6();
+    match mapped(addr) {
+        Some(addr) => connect::<V4>(socket, addr, socket.source_v4(), set_mapped),
+        None => connect::<V6>(socket, addr, socket.source_v6(), Socket::set_address_v6),
+    }
 }
 
 /// A UDP socket, of either family, sends to an IPv4 address that it names.
 #[cgroup_sock_addr(sendmsg4)]
 pub(crate) fn socket_sendmsg4(ctx: SockAddrContext) -> i32 {
     let socket = Socket::new(&ctx);
-    let call = call::<V4>(socket, socket.address_v4(), socket.source_v4());
-    let outcome = socket::send::<V4, _>(kernel(socket), &call);
-    settle(socket, SocketCall::UdpSend, &outcome, Socket::set_address_v4)
+    send::<V4>(socket, socket.address_v4(), socket.source_v4(), Socket::set_address_v4)
+}
+
+/// A UDP socket sends to an IPv6 address that it names; a mapped one is none here.
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn socket_sendmsg6(ctx: SockAddrContext) -> i32 {
+    let socket = Socket::new(&ctx);
+    send::<V6>(socket, socket.address_v6(), socket.source_v6(), Socket::set_address_v6)
 }
 
 /// An IPv4 socket is told where a datagram has come from.
@@ -57,8 +66,11 @@ pub(crate) fn socket_recvmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(recvmsg6)]
 pub(crate) fn socket_recvmsg6(ctx: SockAddrContext) -> i32 {
     let socket = Socket::new(&ctx);
-    let Some(addr) = mapped(socket) else { return GO_ON };
-    tell::<V4>(socket, addr, set_mapped)
+    let addr = socket.address_v6();
+    match mapped(addr) {
+        Some(addr) => tell::<V4>(socket, addr, set_mapped),
+        None => tell::<V6>(socket, addr, Socket::set_address_v6),
+    }
 }
 
 /// A process asks an IPv4 socket for its peer.
@@ -72,8 +84,11 @@ pub(crate) fn socket_getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn socket_getpeername6(ctx: SockAddrContext) -> i32 {
     let socket = Socket::new(&ctx);
-    let Some(addr) = mapped(socket) else { return GO_ON };
-    tell::<V4>(socket, addr, set_mapped)
+    let addr = socket.address_v6();
+    match mapped(addr) {
+        Some(addr) => tell::<V4>(socket, addr, set_mapped),
+        None => tell::<V6>(socket, addr, Socket::set_address_v6),
+    }
 }
 
 /// A process binds an IPv4 socket.
@@ -87,32 +102,37 @@ pub(crate) fn socket_bind4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(bind6)]
 pub(crate) fn socket_bind6(ctx: SockAddrContext) -> i32 {
     let socket = Socket::new(&ctx);
-    let is_any = socket.address_v6() == <[u8; 16]>::UNSPECIFIED;
-    let addr = if is_any { Some(AddrV4::UNSPECIFIED) } else { mapped(socket) };
-    let Some(addr) = addr else { return GO_ON };
-    bind::<V4>(socket, addr)
+    let addr = socket.address_v6();
+    if let Some(addr) = mapped(addr) {
+        return bind::<V4>(socket, addr);
+    }
+    let is_any = addr.differs(Ip6::UNSPECIFIED) == 0;
+    if is_any && bind::<V4>(socket, AddrV4::UNSPECIFIED) == END {
+        return END;
+    }
+    bind::<V6>(socket, addr)
 }
 
 #[inline(always)] // the context must stay the context
-fn connect<F: Family>(socket: Socket, addr: F::Addr, source: F::Addr, set: impl Fn(Socket, F::Addr)) -> i32
-where
-    Kernel: Sockets<F>,
-{
+fn connect<F: Maps>(socket: Socket, addr: F::Addr, source: F::Addr, set: impl Fn(Socket, F::Addr)) -> i32 {
     let kind = match socket.proto() {
         TCP => SocketCall::TcpConnect,
         UDP => SocketCall::UdpConnect,
         _ => return GO_ON,
     };
-    let outcome = socket::connect::<F, _>(kernel(socket), &call::<F>(socket, addr, source));
+    let outcome = socket::connect::<F, _>(Kernel::<F>::new(socket.context()), &call::<F>(socket, addr, source));
     settle(socket, kind, &outcome, set)
 }
 
 #[inline(always)]
-fn tell<F: Family>(socket: Socket, addr: F::Addr, set: impl Fn(Socket, F::Addr)) -> i32
-where
-    Kernel: Sockets<F>,
-{
-    let told = socket::told::<F, _>(kernel(socket), socket.proto(), socket.cookie(), addr, socket.port());
+fn send<F: Maps>(socket: Socket, addr: F::Addr, source: F::Addr, set: impl Fn(Socket, F::Addr)) -> i32 {
+    let outcome = socket::send::<F, _>(Kernel::<F>::new(socket.context()), &call::<F>(socket, addr, source));
+    settle(socket, SocketCall::UdpSend, &outcome, set)
+}
+
+#[inline(always)]
+fn tell<F: Maps>(socket: Socket, addr: F::Addr, set: impl Fn(Socket, F::Addr)) -> i32 {
+    let told = socket::told::<F, _>(Kernel::<F>::new(socket.context()), socket.proto(), socket.cookie(), addr, socket.port());
     if let Some((addr, port)) = told {
         set(socket, addr);
         socket.set_port(port);
@@ -121,15 +141,12 @@ where
 }
 
 #[inline(always)]
-fn bind<F: Family>(socket: Socket, addr: F::Addr) -> i32
-where
-    Kernel: Sockets<F>,
-{
+fn bind<F: Maps>(socket: Socket, addr: F::Addr) -> i32 {
     let port = socket.port();
     if port == [0; 2] || !socket.is_host() {
         return GO_ON;
     }
-    if socket::may_bind::<F, _>(kernel(socket), addr, port, socket.proto()) {
+    if socket::may_bind::<F, _>(Kernel::<F>::new(socket.context()), addr, port, socket.proto()) {
         return GO_ON;
     }
     count(SocketCall::Bind.counter(None));
@@ -138,7 +155,7 @@ where
 }
 
 #[inline(always)]
-fn call<F: Family>(socket: Socket, addr: F::Addr, source: F::Addr) -> Call<F::Addr> {
+fn call<F: Maps>(socket: Socket, addr: F::Addr, source: F::Addr) -> Call<F::Addr> {
     Call {
         addr,
         port: socket.port(),
@@ -170,18 +187,12 @@ fn settle<A: Address>(socket: Socket, kind: SocketCall, outcome: &Outcome<A>, se
 
 /// The IPv4 address that an IPv6 address maps.
 #[inline(always)]
-fn mapped(socket: Socket) -> Option<AddrV4> {
-    let wide = socket.address_v6();
+fn mapped(wide: Ip6) -> Option<AddrV4> {
     let addr = AddrV4::from_wide(wide);
-    if addr.wide() == wide { Some(addr) } else { None }
+    if addr.wide().differs(wide) == 0 { Some(addr) } else { None }
 }
 
 #[inline(always)]
 fn set_mapped(socket: Socket, addr: AddrV4) {
     socket.set_address_v6(addr.wide());
-}
-
-#[inline(always)]
-fn kernel(socket: Socket) -> Kernel {
-    Kernel { ctx: socket.context() }
 }

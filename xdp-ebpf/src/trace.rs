@@ -3,17 +3,63 @@
 use aya_ebpf::EbpfContext;
 use aya_log_ebpf::debug;
 use xdp_common::{
-    net::FlowKey,
-    verdict::{Action, Verdict},
+    net::{Family, FlowKey, V4, V6},
+    verdict::{Action, Rewrite, Verdict},
 };
+
+/// Families whose addresses can be logged.
+pub(crate) trait Traced: Family {
+    /// Writes a line.
+    fn log<C: EbpfContext>(
+        ctx: &C,
+        hook: &str,
+        what: &str,
+        key: &FlowKey<Self::Addr>,
+        rewrite: &Rewrite<Self::Addr>,
+    );
+}
+
+macro_rules! traced {
+    ($family:ident, $addr:expr) => {
+        impl Traced for $family {
+            #[inline(always)] // one caller
+            fn log<C: EbpfContext>(
+                ctx: &C,
+                hook: &str,
+                what: &str,
+                key: &FlowKey<Self::Addr>,
+                rewrite: &Rewrite<Self::Addr>,
+            ) {
+                let port = u16::from_be_bytes;
+                debug!(
+                    ctx,
+                    "{} {:i}:{} > {:i}:{} {}, as {:i}:{} > {:i}:{}",
+                    hook,
+                    $addr(key.src),
+                    port(key.sport),
+                    $addr(key.dst),
+                    port(key.dport),
+                    what,
+                    $addr(rewrite.src),
+                    port(rewrite.sport),
+                    $addr(rewrite.dst),
+                    port(rewrite.dport)
+                );
+            }
+        }
+    };
+}
+
+traced!(V4, u32::from_be_bytes);
+traced!(V6, xdp_common::net::Ip6::octets);
 
 /// Logs what becomes of a frame; silent about frames that pass.
 #[inline(never)] // a frame of its own on a stack of 512 bytes
-pub(crate) fn verdict<C: EbpfContext>(
+pub(crate) fn verdict<F: Traced, C: EbpfContext>(
     ctx: &C,
     hook: &str,
-    key: &FlowKey<[u8; 4]>,
-    verdict: &Verdict<[u8; 4]>,
+    key: &FlowKey<F::Addr>,
+    verdict: &Verdict<F::Addr>,
 ) {
     let what = match verdict.action {
         Action::Pass => return,
@@ -23,19 +69,5 @@ pub(crate) fn verdict<C: EbpfContext>(
         Action::Transmit => "transmitted",
         Action::Redirect => "redirected",
     };
-    let rewrite = &verdict.rewrite;
-    debug!(
-        ctx,
-        "{} {:i}:{} > {:i}:{} {}, as {:i}:{} > {:i}:{}",
-        hook,
-        u32::from_be_bytes(key.src),
-        u16::from_be_bytes(key.sport),
-        u32::from_be_bytes(key.dst),
-        u16::from_be_bytes(key.dport),
-        what,
-        u32::from_be_bytes(rewrite.src),
-        u16::from_be_bytes(rewrite.sport),
-        u32::from_be_bytes(rewrite.dst),
-        u16::from_be_bytes(rewrite.dport)
-    );
+    F::log(ctx, hook, what, key, &verdict.rewrite);
 }

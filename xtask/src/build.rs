@@ -2,8 +2,9 @@
 
 use crate::compiler::{BPF_TARGET, Core};
 use crate::process;
+use crate::remap;
 use crate::setup::{self, Toolchain};
-use crate::workspace::{self, Profile, Workspace};
+use crate::workspace::{Profile, Workspace};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 
@@ -78,7 +79,12 @@ fn host_binary(
     Ok(workspace.binary(profile, name))
 }
 
-fn bpf_objects(workspace: &Workspace, toolchain: &Toolchain, features: Option<&str>) -> Result<()> {
+/// Builds the objects that the agent embeds.
+pub(crate) fn bpf_objects(
+    workspace: &Workspace,
+    toolchain: &Toolchain,
+    features: Option<&str>,
+) -> Result<()> {
     let compiler = &toolchain.compiler;
     let mut command = process::cargo_compile_by(&compiler.cargo());
     command
@@ -113,21 +119,7 @@ fn bpf_objects(workspace: &Workspace, toolchain: &Toolchain, features: Option<&s
 fn rustc_flags(workspace: &Workspace, toolchain: &Toolchain) -> Vec<String> {
     let mut flags: Vec<String> = BPF_RUSTC_FLAGS.iter().map(|&flag| flag.to_owned()).collect();
     flags.push(format!("-Clinker={}", toolchain.linker.display()));
-    let mut prefixes = Vec::new();
-    if let Some(home) = workspace::cargo_home() {
-        // Below this, crates lie in a directory named after the registry or mirror they were fetched from.
-        let registries = home.join("registry/src").read_dir().into_iter().flatten().flatten();
-        prefixes.extend(registries.map(|registry| (registry.path(), "/crates")));
-        prefixes.push((home, "/cargo"));
-    }
-    prefixes.push((toolchain.compiler.sysroot.join("lib/rustlib/src/rust"), "/rust"));
-    prefixes.push((workspace.root.clone(), "/xdp-agent"));
-    prefixes.push((workspace.bpf_build(), "/build"));
-    // Of several that match, rustc takes the last: what lies inside another comes after it.
-    prefixes.sort();
-    for (from, to) in prefixes {
-        flags.push(format!("--remap-path-prefix={}={to}", from.display()));
-    }
+    flags.extend(remap::flags(workspace, &toolchain.compiler.sysroot, &workspace.bpf_build()));
     flags
 }
 

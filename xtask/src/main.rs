@@ -1,17 +1,23 @@
 //! The verbs of this repository, as `cargo xtask VERB`. One file per verb; the rest is what they share.
 
+mod arch;
 mod bench;
 mod build;
 mod compiler;
+mod cross;
 mod demo;
+mod dist;
 mod host;
+mod image;
 mod lint;
 mod process;
+mod remap;
 mod run;
 mod setup;
 mod test;
 mod tidy;
 mod tool;
+mod vm;
 mod workspace;
 
 use anyhow::{Result, bail};
@@ -20,13 +26,16 @@ use workspace::Workspace;
 const HELP: &str = "\
 cargo xtask VERB [ARGS]
 
-  setup                                 find or install the eBPF toolchain, say what was found
+  setup [--cross]                       find or install the eBPF toolchain, say what was found; the release's too
   build [--debug] [--features LIST]     the BPF objects, then the agent (feature: trace)
   run ARGS                              set-up, build, then `xdp-agent run ARGS` (`run --help` shows its flags)
   demo [ARGS]                           a small world of namespaces with real traffic through the agent
-  test [LANE...]                        lanes: host, prog-run, netns; all of them by default
+  test [LANE...]                        lanes: host, prog-run, netns, kubernetes, image; all by default
   lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
   tidy                                  the rules of the source tree that a program can check
+  dist [--arch NAME]                    static binaries for amd64 and arm64, with checksums, into target/dist
+  image [--arch NAME] [--push REF]      the OCI image of both, into target/dist/image and to REGISTRY/NAME:TAG
+  vm [--kernel LIST] [--arch LIST]      lanes in emulated machines: 5.10, 6.1, 6.12, newest; x86_64, arm64, arm64-16k
   bench NAME [ARGS]                     measurements, each beside its references (`bench prog`)
 
 CARGO_TARGET_DIR is honoured. XDP_AGENT_BPF_RUSTC names the compiler for the BPF programs when the one that is
@@ -52,6 +61,9 @@ fn dispatch(verb: Option<&str>, args: &[String]) -> Result<()> {
         Some("test") => test::verb(&workspace, args),
         Some("lint") => lint::verb(&workspace, args),
         Some("tidy") => tidy::verb(&workspace, args),
+        Some("dist") => dist::verb(&workspace, args),
+        Some("image") => image::verb(&workspace, args),
+        Some("vm") => vm::verb(&workspace, args),
         Some("bench") => bench::verb(&workspace, args),
         None | Some("help" | "--help" | "-h") => {
             println!("{HELP}");

@@ -32,6 +32,11 @@ pub(crate) fn cargo_compile(workspace: &Workspace) -> Command {
 
 /// As [`cargo_compile`], by a named cargo and with no directory set.
 pub(crate) fn cargo_compile_by(program: &OsStr) -> Command {
+    in_outer_netns(program)
+}
+
+/// Prepares a program that fetches or compiles and runs nothing of ours, where it has a way out.
+pub(crate) fn in_outer_netns(program: &OsStr) -> Command {
     let Some(outer) = host::outer_netns() else { return cargo_by(program) };
     let mut command = cargo_by(OsStr::new("nsenter"));
     command.arg(format!("--net={}", outer.display())).arg("--").arg(program);
@@ -63,6 +68,16 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| cannot_start(command))?;
     if !status.success() {
         bail!("`{}` failed ({status})", line(command));
+    }
+    Ok(())
+}
+
+/// Runs a command that is not worth a line, and fails with what it said when it does.
+pub(crate) fn run_briefly(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| cannot_start(command))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("`{}` failed: {}", line(command), said.trim());
     }
     Ok(())
 }

@@ -1,11 +1,14 @@
 //! `setup`: finds or installs what building the BPF programs takes.
 
+use crate::arch::ARCHS;
 use crate::compiler::{self, Compiler};
+use crate::cross;
 use crate::host;
 use crate::process;
 use crate::tool::BPF_LINKER;
 use crate::workspace::Workspace;
 use anyhow::{Result, bail};
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -22,13 +25,22 @@ pub(crate) struct Toolchain {
 }
 
 pub(crate) fn verb(_: &Workspace, args: &[String]) -> Result<()> {
-    if let Some(arg) = args.first() {
-        bail!("`setup` takes no arguments, and `{arg}` was given");
-    }
+    let cross = match args {
+        [] => false,
+        [flag] if flag == "--cross" => true,
+        other => bail!("`setup` takes --cross only, and `{}` was given", other.join(" ")),
+    };
     let toolchain = ensure()?;
     let compiler = &toolchain.compiler;
     println!("rustc       {} {} ({})", compiler.rustc.display(), compiler.release, compiler.core);
     println!("bpf-linker  {}", toolchain.linker.display());
+    if cross {
+        let found = cross::ensure(&ARCHS)?;
+        println!("releases    {} {}", found.rustc.display(), found.version);
+        for arch in ARCHS {
+            println!("{:11} linked by {}", arch.name(), arch.linker());
+        }
+    }
     Ok(())
 }
 
@@ -72,7 +84,8 @@ fn install_compiler(refused: &[String]) -> Result<Compiler> {
     )
 }
 
-fn install_packages() -> Result<()> {
+/// Installs Debian's compiler, where it is packaged and new enough.
+pub(crate) fn install_packages() -> Result<()> {
     if process::on_path("apt-get").is_none() {
         bail!("not a Debian-like system: its packages are not an option");
     }
@@ -88,10 +101,30 @@ fn install_packages() -> Result<()> {
             bail!("the package {package} is {version}, which is too old");
         }
     }
+    install(&PACKAGES)
+}
+
+/// Finds a program, or installs the Debian packages that bring it and what it needs.
+pub(crate) fn ensure_packages(program: &str, packages: &[impl AsRef<str>]) -> Result<()> {
+    let packages: Vec<&str> = packages.iter().map(AsRef::as_ref).collect();
+    let names = packages.join(" ");
+    if process::on_path(program).is_some() {
+        return Ok(());
+    }
+    if process::on_path("apt-get").is_none() || !host::is_root() {
+        bail!("no `{program}` on PATH: install it (`apt-get install {names}` on Debian)");
+    }
+    eprintln!("setup: installing the packages {names}");
+    process::run(process::in_outer_netns("apt-get".as_ref()).args(["update", "--quiet"]))?;
+    install(&packages)
+}
+
+/// Installs Debian packages; as root only.
+pub(crate) fn install(packages: &[impl AsRef<OsStr>]) -> Result<()> {
     let mut install = Command::new("apt-get");
     install.env("DEBIAN_FRONTEND", "noninteractive").args(["install", "--quiet", "--yes"]);
     // A compiler the machine already has must stay: rustc-web conflicts with the package rustc.
-    install.args(["--no-install-recommends", "--no-remove", "-o", "DPkg::Lock::Timeout=120"]).args(PACKAGES);
+    install.args(["--no-install-recommends", "--no-remove", "-o", "DPkg::Lock::Timeout=120"]).args(packages);
     process::run(&mut install)
 }
 

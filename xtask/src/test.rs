@@ -1,8 +1,11 @@
 //! `test`: runs the lanes and adds up what their tests said.
 
+use crate::arch::Arch;
 use crate::build;
 use crate::host;
+use crate::image;
 use crate::process;
+use crate::setup;
 use crate::workspace::{Profile, Workspace};
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Write};
@@ -19,9 +22,11 @@ enum Lane {
     Netns,
     /// The agent against an API server, in network namespaces: root.
     Kubernetes,
+    /// The container image as the DaemonSet describes it, by runc: root.
+    Image,
 }
 
-const LANES: [Lane; 4] = [Lane::Host, Lane::ProgRun, Lane::Netns, Lane::Kubernetes];
+const LANES: [Lane; 5] = [Lane::Host, Lane::ProgRun, Lane::Netns, Lane::Kubernetes, Lane::Image];
 
 /// Where etcd, kube-apiserver and kubectl are, by the convention of envtest; without it the tests' own server serves.
 const REAL_API_SERVER: &str = "KUBEBUILDER_ASSETS";
@@ -37,6 +42,7 @@ impl Lane {
             Self::ProgRun => "prog-run",
             Self::Netns => "netns",
             Self::Kubernetes => "kubernetes",
+            Self::Image => "image",
         }
     }
 
@@ -57,22 +63,23 @@ impl Lane {
                 "--",
                 "--test-threads=2",
             ],
+            Self::Image => &["--features", "xdp-agent-tests/image", "--test", "image"],
         }
     }
 
     fn needs_root(self) -> bool {
         match self {
             Self::Host => false,
-            Self::ProgRun | Self::Netns | Self::Kubernetes => true,
+            Self::ProgRun | Self::Netns | Self::Kubernetes | Self::Image => true,
         }
     }
 }
 
 /// What tests reported.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-struct Tally {
-    passed: u64,
-    failed: u64,
+pub(crate) struct Tally {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
 }
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
@@ -127,6 +134,11 @@ fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
         );
     }
     let mut command = process::cargo(workspace);
+    if lane == Lane::Image {
+        setup::ensure_packages("runc", &["runc"])?;
+        // Of this machine's architecture alone: it is what can run here.
+        command.env("XDP_AGENT_IMAGE", image::layout(workspace, &[Arch::here()?], None)?);
+    }
     command.arg("test").args(PROFILE.flags()).arg("--no-fail-fast").args(lane.arguments());
     command.env("XDP_AGENT_BIN", workspace.binary(PROFILE, "xdp-agent"));
     if lane == Lane::Kubernetes && std::env::var_os(REAL_API_SERVER).is_none() {
@@ -166,7 +178,7 @@ fn count(command: &mut Command) -> Result<(Tally, bool)> {
 }
 
 /// Reads libtest's closing line: `test result: ok. 5 passed; 0 failed; …`.
-fn result_line(line: &str) -> Option<Tally> {
+pub(crate) fn result_line(line: &str) -> Option<Tally> {
     let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let number = |word: &str| {
         let part = counts.split(';').map(str::trim).find_map(|part| part.strip_suffix(word))?;
@@ -194,6 +206,6 @@ mod tests {
         assert_eq!(parse(&["netns".into(), "host".into()]).unwrap(), [Lane::Netns, Lane::Host]);
         assert_eq!(parse(&[]).unwrap(), LANES);
         let error = parse(&["hosts".into()]).unwrap_err().to_string();
-        assert!(error.contains("host, prog-run, netns, kubernetes"), "{error}");
+        assert!(error.contains("host, prog-run, netns, kubernetes, image"), "{error}");
     }
 }

@@ -33,6 +33,16 @@ impl Workspace {
         self.target.join("bpf-build")
     }
 
+    /// What is released.
+    pub(crate) fn dist(&self) -> PathBuf {
+        self.target.join("dist")
+    }
+
+    /// The target directory of released binaries: another compiler and other flags leave the host's alone.
+    pub(crate) fn dist_build(&self) -> PathBuf {
+        self.target.join("dist-build")
+    }
+
     /// A binary of this workspace, as built in `profile`.
     pub(crate) fn binary(&self, profile: Profile, name: &str) -> PathBuf {
         self.target.join(profile.directory()).join(name)

@@ -29,7 +29,7 @@ pub(super) fn sizes(world: &World) -> Sizes {
         frontends: room(&tables::FRONTENDS_V4, services * 5 / 2),
         backends: room(&tables::BACKENDS_V4, endpoints),
         // As many slots for each as the default has for 100,000 endpoints.
-        ring_slots: room(&tables::RINGS, endpoints * 32),
+        ring_slots: room(&tables::RINGS_V4, endpoints * 32),
         networks: tables::NETWORKS_V4.entries,
     }
 }
@@ -45,15 +45,15 @@ pub(super) fn key(service: u32) -> FrontendKey<[u8; 4]> {
 }
 
 /// Opens the maps that an agent has pinned, beside it.
-pub(super) fn open(pins: &Path, world: &World) -> Result<ImageMaps> {
+pub(super) fn open(pins: &Path, world: &World) -> Result<ImageMaps<[u8; 4]>> {
     let loaded = maps::load(maps::OBJECT, pins, &sizes(world))?;
     ensure!(loaded.is_adopted, "no agent has pinned its maps in {}", pins.display());
     loaded.pins.keep();
-    Ok(loaded.image)
+    Ok(loaded.v4.image)
 }
 
 /// Fails unless the maps lead from every ClusterIP to exactly the endpoints of the world.
-pub(super) fn verify(maps: &ImageMaps, world: &World) -> Result<()> {
+pub(super) fn verify(maps: &ImageMaps<[u8; 4]>, world: &World) -> Result<()> {
     let found = maps.read().context("cannot read the maps")?;
     let frontends: HashMap<_, _> = found.frontends.into_iter().collect();
     let backends: HashMap<_, _> = found.backends.into_iter().collect();

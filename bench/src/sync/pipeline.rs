@@ -59,7 +59,7 @@ impl Stages {
 struct Pipeline {
     cluster: Cluster,
     plan: Plan<[u8; 4]>,
-    maps: ImageMaps,
+    maps: ImageMaps<[u8; 4]>,
     origin: Instant,
 }
 
@@ -115,8 +115,8 @@ pub(super) fn measure(size: Size, changes: usize) -> Result<Row> {
     let options = Options { node, detect_local: DetectLocal::ClusterCidr(pods), ..Options::default() };
     let mut pipeline = Pipeline {
         cluster: Cluster::new(options),
-        plan: Plan::new(loaded.sizes.limits()),
-        maps: loaded.image,
+        plan: Plan::new(loaded.v4.sizes().limits()),
+        maps: loaded.v4.image,
         origin: Instant::now(),
     };
     pipeline.cluster.set_node(xdp_agent::cluster::NodeFacts { addresses: own.to_vec(), own: own.into() });

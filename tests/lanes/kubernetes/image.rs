@@ -12,8 +12,8 @@ use xdp_agent_tests::lab::agent::PIN_DIR;
 use xdp_agent_tests::lab::netns::PrivateBpffs;
 use xdp_common::net::Plain;
 use xdp_common::tables::{
-    self, BACKENDS_V4, Backend, FRONTENDS_V4, Frontend, FrontendKey, GATE_EGRESS, GATE_INGRESS, MapSpec,
-    NETWORKS_V4, NetworkKey, RINGS, network,
+    self, BACKENDS_V4, Backend, FRONTENDS_V4, Frontend, FrontendKey, GATE_EGRESS_V4, GATE_INGRESS_V4,
+    MapSpec, NETWORKS_V4, NetworkKey, RINGS_V4, network,
 };
 
 type Addr = [u8; 4];
@@ -122,11 +122,11 @@ impl Maps {
             Ok(Self {
                 frontends: HashMap::try_from(Map::HashMap(pinned(&FRONTENDS_V4)?))?,
                 backends: Array::try_from(Map::Array(pinned(&BACKENDS_V4)?))?,
-                rings: Array::try_from(Map::Array(pinned(&RINGS)?))?,
+                rings: Array::try_from(Map::Array(pinned(&RINGS_V4)?))?,
                 networks: LpmTrie::try_from(Map::LpmTrie(pinned(&NETWORKS_V4)?))?,
                 gates: [
-                    Array::try_from(Map::Array(pinned(&GATE_INGRESS)?))?,
-                    Array::try_from(Map::Array(pinned(&GATE_EGRESS)?))?,
+                    Array::try_from(Map::Array(pinned(&GATE_INGRESS_V4)?))?,
+                    Array::try_from(Map::Array(pinned(&GATE_EGRESS_V4)?))?,
                 ],
             })
         })?

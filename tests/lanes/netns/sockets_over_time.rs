@@ -30,7 +30,7 @@ fn a_killed_agent_that_starts_again_fails_no_connection() -> Result<()> {
     more(&mut pod)?;
     more(&mut node)?;
     let links = world.bpffs.list(&links())?;
-    ensure!(links.iter().filter(|link| link.starts_with("socket-")).count() == 9, "{links:?}");
+    ensure!(links.iter().filter(|link| link.starts_with("socket-")).count() == 10, "{links:?}");
     for caller in [&mut pod, &mut node] {
         let tally = caller.tally()?;
         ensure!(tally.failed == 0, "{tally:?}");

@@ -9,8 +9,8 @@ use rtnetlink::packet_route::{
 };
 use xdp_agent_tests::lab::block_on;
 use xdp_common::{
-    frame::{self, Parsed},
-    net::{TCP, UDP},
+    frame::{Headers as _, Parsed},
+    net::{TCP, UDP, V4},
     tables::{Device, Route},
     verdict::{self, Counter, Event as E, Verdict},
 };
@@ -230,7 +230,7 @@ impl Twins {
     /// What the model says to a frame, and what it counts.
     fn modelled(&self, hook: Hook, frame: &[u8]) -> (Verdict<Addr>, Vec<Counter>) {
         let before = self.model.counters.borrow().clone();
-        let (verdict, counter) = match frame::parse_v4(frame, self.node.ifindex) {
+        let (verdict, counter) = match V4::parse(frame, self.node.ifindex) {
             Parsed::Packet(packet) => {
                 let verdict = match hook {
                     Hook::Xdp | Hook::XdpFrags => self.model.xdp(&packet),
@@ -278,7 +278,7 @@ impl Twins {
             return;
         }
         outcome.check(&name, action(verdict), &outcome.frame, &counts);
-        let Parsed::Packet(packet) = frame::parse_v4(&outcome.frame[..], self.node.ifindex) else {
+        let Parsed::Packet(packet) = V4::parse(&outcome.frame[..], self.node.ifindex) else {
             panic!("{name}: it came out as another kind of packet");
         };
         let (key, to) = (packet.key, verdict.rewrite);

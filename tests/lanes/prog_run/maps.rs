@@ -53,14 +53,14 @@ impl Maps {
             devices: map(object, &tables::DEVICES_V4),
             frontends: map(object, &tables::FRONTENDS_V4),
             backends: map(object, &tables::BACKENDS_V4),
-            rings: map(object, &tables::RINGS),
+            rings: map(object, &tables::RINGS_V4),
             established: map(object, &tables::ESTABLISHED_V4),
             networks: map(object, &tables::NETWORKS_V4),
             affinities: RefCell::new(map(object, &tables::AFFINITY_V4)),
-            accounts: map(object, &tables::ACCOUNTS),
+            accounts: map(object, &tables::ACCOUNTS_V4),
             tags: map(object, &tables::TAGS_V4),
-            ingress_gate: map(object, &tables::GATE_INGRESS),
-            egress_gate: map(object, &tables::GATE_EGRESS),
+            ingress_gate: map(object, &tables::GATE_INGRESS_V4),
+            egress_gate: map(object, &tables::GATE_EGRESS_V4),
             counters: map(object, &tables::COUNTERS),
         }
     }

@@ -93,7 +93,7 @@ impl Programs {
             .map_max_entries(tables::ESTABLISHED_V4.name, sizes.established)
             .map_max_entries(tables::EMBRYONIC_V4.name, sizes.buckets * WAYS)
             .map_max_entries(tables::TAGS_V4.name, sizes.buckets)
-            .map_max_entries(tables::RINGS.name, RING_SLOTS)
+            .map_max_entries(tables::RINGS_V4.name, RING_SLOTS)
             .map_max_entries(tables::BACKENDS_V4.name, BACKENDS_MAX)
             .load_file(&path)
             .unwrap_or_else(|error| panic!("loading {}: {error}", path.display()));

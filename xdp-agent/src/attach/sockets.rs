@@ -16,12 +16,13 @@ use crate::{
 
 /// Programs and where each is attached, in the order in which they are: what undoes a translation comes before what does
 /// one.
-const HOOKS: [(&str, AttachType); 9] = [
+const HOOKS: [(&str, AttachType); 10] = [
     ("socket_getpeername4", AttachType::Getpeername4),
     ("socket_getpeername6", AttachType::Getpeername6),
     ("socket_recvmsg4", AttachType::UdpRecvmsg4),
     ("socket_recvmsg6", AttachType::UdpRecvmsg6),
     ("socket_sendmsg4", AttachType::UdpSendmsg4),
+    ("socket_sendmsg6", AttachType::UdpSendmsg6),
     ("socket_connect4", AttachType::Connect4),
     ("socket_connect6", AttachType::Connect6),
     ("socket_bind4", AttachType::Bind4),

@@ -94,7 +94,11 @@ fn adopt(
     Ok((Mode::NativeFrags, format!("kept from an earlier agent; {refused}")))
 }
 
-fn create(
+/// Attaches in the first mode that the interface takes; nothing is pinned.
+///
+/// # Errors
+/// When no allowed mode is taken, with every refusal.
+pub(super) fn create(
     programs: &mut Programs,
     link: &Link,
     choice: ModeChoice,

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use super::wanted::{Endpoint, IpAddress, Protocol};
+use super::wanted::{Endpoint, Ip6, IpAddress, Protocol};
 use crate::objects::{HintsId, NameId, Slice, SliceEndpoint};
 
 /// This node in the words of slices.
@@ -26,7 +26,7 @@ impl Family for [u8; 4] {
     }
 }
 
-impl Family for [u8; 16] {
+impl Family for Ip6 {
     fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>] {
         &slice.v6
     }

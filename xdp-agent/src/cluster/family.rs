@@ -7,6 +7,7 @@ use super::{
     claims::Claims,
     endpoints::{Family, Here, candidates, categorize},
     frontends::{Draft, PortDraft},
+    misdirected::Addresses,
     site::Site,
     wanted::{Delta, DesiredFrontend, FrontendKind, Networks, Policy, ServicePort},
 };
@@ -17,6 +18,7 @@ use crate::objects::{ObjectName, Service, Slice};
 pub(super) struct Side<A> {
     pub(super) site: Site<A>,
     pub(super) claims: Claims<A>,
+    pub(super) addresses: Addresses<A>,
     networks: Networks<A>,
     pub(super) no_local: PolicyCounts,
 }

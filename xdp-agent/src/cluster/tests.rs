@@ -13,6 +13,7 @@ use super::{
 
 mod claims;
 mod endpoints;
+mod flaws;
 mod frontends;
 mod health;
 mod node;
@@ -30,7 +31,7 @@ struct World {
 #[derive(Debug, Default, PartialEq)]
 struct Told {
     v4: ToldFamily<[u8; 4]>,
-    v6: ToldFamily<[u8; 16]>,
+    v6: ToldFamily<Ip6>,
 }
 
 #[derive(Debug, PartialEq)]

@@ -7,10 +7,14 @@ use std::{
     sync::Arc,
 };
 
-use xdp_common::net::{self, Address};
+pub use xdp_common::net::Ip6;
+use xdp_common::{
+    net::{self, Address},
+    tables::Mapped,
+};
 
 /// An address of one family, as Kubernetes writes it and as the maps hold it.
-pub trait IpAddress: Address {
+pub trait IpAddress: Address + Mapped {
     /// The bytes of an address, if it is of this family.
     fn from_ip(ip: IpAddr) -> Option<Self>;
     /// The address for people.
@@ -34,18 +38,18 @@ impl IpAddress for [u8; 4] {
     }
 }
 
-impl IpAddress for [u8; 16] {
+impl IpAddress for Ip6 {
     const FAMILY: &'static str = "IPv6";
 
     fn from_ip(ip: IpAddr) -> Option<Self> {
         match ip {
             IpAddr::V4(_) => None,
-            IpAddr::V6(ip) => Some(ip.octets()),
+            IpAddr::V6(ip) => Some(ip.octets().into()),
         }
     }
 
     fn to_ip(self) -> IpAddr {
-        Ipv6Addr::from(self).into()
+        Ipv6Addr::from(self.octets()).into()
     }
 }
 
@@ -255,13 +259,21 @@ impl Protocol {
     }
 }
 
+impl ServicePortName {
+    /// `namespace/name:port`, and `namespace/name` where the port has no name.
+    pub fn without_protocol(&self) -> String {
+        let Self { namespace, service, port, .. } = self;
+        if port.is_empty() {
+            format!("{namespace}/{service}")
+        } else {
+            format!("{namespace}/{service}:{port}")
+        }
+    }
+}
+
 impl fmt::Display for ServicePortName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.service)?;
-        if !self.port.is_empty() {
-            write!(f, ":{}", self.port)?;
-        }
-        write!(f, "/{}", self.protocol.name())
+        write!(f, "{}/{}", self.without_protocol(), self.protocol.name())
     }
 }
 

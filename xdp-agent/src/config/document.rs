@@ -72,10 +72,13 @@ const KUBE_PROXY_FLAGS: [&str; 58] = [
 ];
 
 const FLAGS_HEAD: &str = "\
-# Flags of `xdp-agent run`
+# Flags of `xdp-agent`
 
-Each flag has an environment variable; the command line wins over it, and both win over a file of `--config`. Lists are
-separated by commas, or the flag is repeated. Written by `XDP_AGENT_BLESS=1 cargo test -p xdp-agent --lib document`; do not
+`xdp-agent run` is the agent; `run --cleanup` takes off what an agent has left; `explain` answers what a connection would
+meet. `--help` stands behind each, `--version` alone.
+
+Each flag of `run` has an environment variable; the command line wins over it, and both win over a file of `--config`. Lists
+are separated by commas, or the flag is repeated. Underscores in names stand for dashes. Written by `XDP_AGENT_BLESS=1 cargo test -p xdp-agent --lib document`; do not
 edit it. What becomes of kube-proxy's flags: [migrate.md](migrate.md).
 ";
 
@@ -95,14 +98,30 @@ fn ours(command: &clap::Command, long: &str) -> Option<String> {
 #[test]
 fn the_document_of_flags_is_what_the_command_line_takes() {
     let mut text = FLAGS_HEAD.to_owned();
-    let mut heading = "";
-    let command = run();
-    for arg in command.get_arguments().filter(|arg| !arg.is_hide_set()) {
-        let (Some(long), Some(of_arg)) = (arg.get_long(), arg.get_help_heading()) else { continue };
-        if heading != of_arg {
-            heading = of_arg;
-            write!(text, "\n## {heading}\n\n| flag | meaning | default | environment |\n|---|---|---|---|\n")
-                .expect("memory");
+    for command in Cli::command().get_subcommands() {
+        let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+        write!(text, "\n## xdp-agent {}\n\n{about}.\n", command.get_name()).expect("memory");
+        write_flags(command, &mut text);
+    }
+    documents::check("flags.md", None, &text);
+}
+
+/// A table under each heading of a command's flags.
+fn write_flags(command: &clap::Command, text: &mut String) {
+    let mut heading = None;
+    // Those without a heading have to come before the first that has one.
+    let shown = |arg: &&clap::Arg| !arg.is_hide_set() && arg.get_id() != "help";
+    let (mut args, of_headings): (Vec<_>, Vec<_>) =
+        command.get_arguments().filter(shown).partition(|arg| arg.get_help_heading().is_none());
+    args.extend(of_headings);
+    for arg in args {
+        let Some(long) = arg.get_long() else { panic!("{} has no long name", arg.get_id()) };
+        if heading != Some(arg.get_help_heading()) {
+            heading = Some(arg.get_help_heading());
+            if let Some(heading) = arg.get_help_heading() {
+                write!(text, "\n### {heading}\n").expect("memory");
+            }
+            text.push_str("\n| flag | meaning | default | environment |\n|---|---|---|---|\n");
         }
         let aliases = arg.get_visible_aliases().unwrap_or_default();
         let names: Vec<String> =
@@ -112,15 +131,25 @@ fn the_document_of_flags_is_what_the_command_line_takes() {
         let is_switch = arg.get_num_args().is_some_and(|range| range.min_values() == 0);
         let values: Vec<String> =
             arg.get_possible_values().iter().map(|value| format!("`{}`", value.get_name())).collect();
-        if !values.is_empty() && !is_switch {
+        if !values.is_empty() && !is_switch && arg.get_action().takes_values() {
             write!(help, "; one of {}", values.join(", ")).expect("memory");
         }
         let defaults: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
         let default = if defaults.is_empty() { String::new() } else { format!("`{}`", defaults.join(",")) };
-        let env = arg.get_env().map(|env| env.to_string_lossy()).unwrap_or_default();
-        writeln!(text, "| {} | {} | {default} | `{env}` |", names.join(" "), cell(&help)).expect("memory");
+        let env = arg.get_env().map(|env| format!("`{}`", env.to_string_lossy())).unwrap_or_default();
+        writeln!(text, "| {} | {} | {default} | {env} |", names.join(" "), cell(&help)).expect("memory");
     }
-    documents::check("flags.md", None, &text);
+}
+
+#[test]
+fn every_size_of_a_table_is_in_the_table_of_limits() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operate.md");
+    let operate = fs::read_to_string(path).expect("docs/operate.md");
+    let command = run();
+    let sizes =
+        command.get_arguments().filter_map(clap::Arg::get_long).filter(|flag| flag.starts_with("max-"));
+    let missing: Vec<_> = sizes.filter(|flag| !operate.contains(&format!("| `--{flag}` |"))).collect();
+    assert_eq!(missing, [""; 0]);
 }
 
 #[test]
@@ -154,7 +183,7 @@ fn the_table_of_kube_proxys_fields_is_what_files_may_hold() {
     for (field, fate) in FIELDS {
         let here = match fate {
             Fate::Flag(flag) => format!("`--{}`", flag.replace('_', "-")),
-            Fate::Ignored(why) => format!("no effect: {why}"),
+            Fate::Ignored(why) | Fate::IgnoredOf(_, why) => format!("no effect: {why}"),
             Fate::Header => "what the file is".to_owned(),
         };
         writeln!(text, "| `{field}` | {} |", cell(&here)).expect("memory");

@@ -21,6 +21,8 @@ pub enum Fate {
     Flag(&'static str),
     /// It has no effect, nor has anything below it, for this reason.
     Ignored(&'static str),
+    /// It has no effect for this reason, but has to have one of these values.
+    IgnoredOf(&'static [&'static str], &'static str),
     /// It says what the file is.
     Header,
 }
@@ -78,7 +80,7 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("ipvs.udpTimeout", Fate::Ignored("use conntrack.udpStreamTimeout")),
     ("logging", Fate::Ignored("use --log and --log-format")),
     ("metricsBindAddress", Fate::Flag("metrics_bind_address")),
-    ("mode", Fate::Ignored(ignored::ONE_DATAPATH)),
+    ("mode", Fate::IgnoredOf(ignored::PROXY_MODES, ignored::ONE_DATAPATH)),
     ("nftables.masqueradeAll", Fate::Flag("masquerade_all")),
     ("nftables.masqueradeBit", NO_NETFILTER),
     ("nftables.minSyncPeriod", NO_SYNC),
@@ -152,7 +154,15 @@ fn walk(fields: &[Field], parent: &str, file: &mut File) -> Result<(), String> {
                     file.settings.push(Setting { flag, field, values });
                 }
                 Fate::Ignored(why) if !value.is_empty() => file.ignored.push((field, why)),
-                Fate::Flag(_) | Fate::Ignored(_) | Fate::Header => {}
+                Fate::IgnoredOf(known, why) if !value.is_empty() => {
+                    let values = value.scalars().map_err(shape)?;
+                    if let Some(other) = values.iter().find(|value| !known.contains(&value.as_str())) {
+                        let known = known.join(", ");
+                        return Err(format!("line {line}: {path} {other:?} is none of {known}"));
+                    }
+                    file.ignored.push((field, why));
+                }
+                Fate::Flag(_) | Fate::Ignored(_) | Fate::IgnoredOf(..) | Fate::Header => {}
             }
             continue;
         }
@@ -332,6 +342,10 @@ mod tests {
             (format!("{HEADER}conntrack: 5\n"), "line 3: conntrack is not an object"),
             (format!("{HEADER}clusterCIDR: {{a: b}}\n"), "line 3: clusterCIDR is neither"),
             (format!("{HEADER}mode: [\n"), "line"),
+            (
+                format!("{HEADER}mode: userspace\n"),
+                "line 3: mode \"userspace\" is none of iptables, ipvs, nftables",
+            ),
             ("kind: KubeProxyConfiguration\n".to_owned(), "apiVersion is missing"),
             ("apiVersion: v1\nkind: Service\n".to_owned(), "line 1: apiVersion is not kubeproxy"),
             (

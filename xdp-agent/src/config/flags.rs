@@ -9,7 +9,7 @@ use super::{
     PortRange,
     ignored::Given,
     sockets::SocketArgs,
-    values::{Bind, Cidr, List, NodePortAddress, entries, switch, timeout},
+    values::{Bind, Cidr, Ip, List, NodePortAddress, entries, ip, switch, timeout},
 };
 
 /// Seconds of the default timeouts: kube-proxy's where it has them, else netfilter's (see [`Timeouts::default`]).
@@ -86,10 +86,10 @@ pub struct ClusterArgs {
     /// Addresses of this node, in place of those that its Node object or its interfaces have; a family without one
     /// keeps them.
     #[arg(long, env = "XDP_AGENT_NODE_IP", value_name = "IP,…")]
-    pub node_ip: Vec<List<IpAddr>>,
+    pub node_ip: Vec<List<Ip>>,
 
     /// Primary address of this node, if --node-ip has none of its family; 0.0.0.0 and :: say nothing.
-    #[arg(long, env = "XDP_AGENT_BIND_ADDRESS", value_name = "IP")]
+    #[arg(long, env = "XDP_AGENT_BIND_ADDRESS", value_name = "IP", value_parser = ip)]
     pub bind_address: Option<IpAddr>,
 
     /// Zone of this node [default: the label topology.kubernetes.io/zone of its Node].
@@ -133,7 +133,7 @@ pub struct ClusterArgs {
 pub enum DetectLocalMode {
     /// By the networks of --cluster-cidr; without one not at all.
     #[default]
-    #[value(name = "ClusterCIDR")]
+    #[value(name = "ClusterCIDR", alias = "")]
     ClusterCidr,
     /// By spec.podCIDRs of the own Node.
     #[value(name = "NodeCIDR")]
@@ -186,7 +186,7 @@ pub struct ListenArgs {
     #[arg(long, env = "XDP_AGENT_HEALTHZ_BIND_ADDRESS", value_name = "IP:PORT")]
     pub healthz_bind_address: Option<Bind>,
 
-    /// Address of /metrics, /status, /readyz and /configz; empty for none [default: 127.0.0.1:10249, or the
+    /// Address of /metrics, /status, /services, /readyz and /configz; empty for none [default: 127.0.0.1:10249, or the
     /// loopback of IPv6 with an IPv6 --bind-address].
     #[arg(
         long,
@@ -234,7 +234,7 @@ pub struct SizeArgs {
 
     /// Slots of all Maglev rings together, 4 bytes each.
     #[arg(long, env = "XDP_AGENT_MAX_RING_SLOTS", value_name = "SLOTS",
-        default_value_t = tables::RINGS.entries, value_parser = entries())]
+        default_value_t = tables::RINGS_V4.entries, value_parser = entries())]
     pub max_ring_slots: u32,
 
     /// Networks: of pods, of ServiceCIDRs, and source ranges of load balancers; when full, further Services with such

@@ -1,6 +1,12 @@
 //! Flags of kube-proxy that have no effect here: they are taken, so that its command lines work, and explained.
 
-use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
+use clap::{
+    Arg, ArgAction, ArgMatches, Command,
+    builder::{PossibleValue, PossibleValuesParser},
+    parser::ValueSource,
+};
+
+use super::values;
 
 /// A flag of kube-proxy that has no effect.
 #[derive(Debug, PartialEq, Eq)]
@@ -9,6 +15,8 @@ pub struct Ignored {
     pub flag: &'static str,
     /// Whether it may stand without a value.
     is_switch: bool,
+    /// The values that kube-proxy takes, if it is one of a few: a slip of the pen is one here too.
+    one_of: &'static [&'static str],
     /// Whether it asks for something else than to run, so that running would be wrong.
     pub(super) is_refused: bool,
     /// Why it has no effect, and what to use instead.
@@ -16,17 +24,23 @@ pub struct Ignored {
 }
 
 const fn value(flag: &'static str, why: &'static str) -> Ignored {
-    Ignored { flag, is_switch: false, is_refused: false, why }
+    Ignored { flag, is_switch: false, one_of: &[], is_refused: false, why }
+}
+
+const fn one_of(flag: &'static str, one_of: &'static [&'static str], why: &'static str) -> Ignored {
+    Ignored { flag, is_switch: false, one_of, is_refused: false, why }
 }
 
 const fn switch(flag: &'static str, why: &'static str) -> Ignored {
-    Ignored { flag, is_switch: true, is_refused: false, why }
+    Ignored { flag, is_switch: true, one_of: &[], is_refused: false, why }
 }
 
 const fn refused(flag: &'static str, why: &'static str) -> Ignored {
-    Ignored { flag, is_switch: false, is_refused: true, why }
+    Ignored { flag, is_switch: false, one_of: &[], is_refused: true, why }
 }
 
+/// kube-proxy's modes on Linux.
+pub(super) const PROXY_MODES: &[&str] = &["iptables", "ipvs", "nftables"];
 pub(super) const ONE_DATAPATH: &str = "there is one datapath, which behaves as kube-proxy's nftables mode";
 pub(super) const NO_NETFILTER: &str = "no packet is marked and no netfilter rule written";
 pub(super) const NO_SYNC: &str = "changes are written as they come; nothing is synchronised by the clock";
@@ -52,7 +66,7 @@ const LOGGING: &str = "use --log and --log-format";
 /// Every one of them.
 pub const IGNORED: &[Ignored] = &[
     refused("write-config-to", "no file is written; a running agent shows its configuration at /configz"),
-    value("proxy-mode", ONE_DATAPATH),
+    one_of("proxy-mode", PROXY_MODES, ONE_DATAPATH),
     value("iptables-masquerade-bit", NO_NETFILTER),
     switch("iptables-localhost-nodeports", NO_LOCALHOST),
     value("iptables-sync-period", NO_SYNC),
@@ -82,7 +96,7 @@ pub const IGNORED: &[Ignored] = &[
     value("proxy-port-range", "no port of the node is listened on for Services"),
     value("v", LOGGING),
     value("vmodule", LOGGING),
-    value("logging-format", LOGGING),
+    one_of("logging-format", &["text", "json"], LOGGING),
     value("log-flush-frequency", LOGGING),
     value("log-json-info-buffer-size", LOGGING),
     switch("log-json-split-stream", LOGGING),
@@ -114,7 +128,12 @@ impl clap::Args for Given {
             // klog's verbosity is the one that has a short form.
             let arg = if ignored.flag.len() == 1 { arg.short(ignored.flag.chars().next()) } else { arg };
             command.arg(if ignored.is_switch {
+                let arg = arg.value_parser(values::switch);
                 arg.num_args(0..=1).require_equals(true).default_missing_value("true")
+            } else if !ignored.one_of.is_empty() {
+                // An empty value says nothing, as templates write it.
+                let values = ignored.one_of.iter().map(PossibleValue::new);
+                arg.value_parser(PossibleValuesParser::new(values.chain([PossibleValue::new("").hide(true)])))
             } else {
                 // --oom-score-adj -999
                 arg.allow_hyphen_values(true)

@@ -74,6 +74,11 @@ fn bad_values_are_refused_with_a_hint() {
         ("--detect-local-mode", "Magic", "NodeCIDR"),
         ("--masquerade-everything", "true", "unexpected argument"),
         ("--write-config-to", "file", "/configz"),
+        ("--proxy-mode", "bogus", "iptables, ipvs, nftables"),
+        ("--proxy-mode", "kernelspace", "iptables, ipvs, nftables"),
+        ("--logging-format", "xml", "text, json"),
+        ("--bind-address", "here", "not an IP address"),
+        ("--node-ip", "10.0.0", "not an IP address"),
     ] {
         let message = refusal(&[flag, value]);
         assert!(message.contains(hint), "{flag} {value}: {message}");
@@ -122,6 +127,42 @@ fn a_command_line_of_kube_proxy_works_and_is_explained() {
     let networks = [("10.244.0.0", 16), ("fd00:10:244::", 56)];
     let networks = networks.map(|(addr, len)| (addr.parse().expect("an address"), len)).to_vec();
     assert_eq!(config.cluster.detect_local, DetectLocal::ClusterCidr(networks));
+}
+
+#[test]
+fn flags_are_named_with_underscores_too() {
+    let (args, notes) = read(&[
+        "--hostname_override=my_node",
+        "--detect_local-mode",
+        "NodeCIDR",
+        "--proxy_mode=",
+        "--masquerade_all",
+    ])
+    .expect("valid");
+    assert_eq!(args.cluster.node.as_deref(), Some("my_node"));
+    assert_eq!(args.cluster.detect_local_mode, DetectLocalMode::NodeCidr);
+    assert!(args.cluster.masquerade_all);
+    assert_eq!(notes.len(), 1);
+}
+
+#[test]
+fn leading_zeros_of_addresses_are_decimal() {
+    let config = config(&[
+        "--node-ip",
+        "010.000.000.012",
+        "--cluster-cidr=010.244.0.0/16",
+        "--bind-address=0.0.0.000",
+    ]);
+    let cluster = config.expect("valid").cluster;
+    assert_eq!(cluster.node_ips, [IpAddr::from([10, 0, 0, 12])]);
+    assert_eq!(cluster.detect_local, DetectLocal::ClusterCidr(vec![([10, 244, 0, 0].into(), 16)]));
+}
+
+#[test]
+fn switches_without_effect_are_switches_all_the_same() {
+    assert!(refusal(&["--profiling=maybe"]).contains("true or false"));
+    assert_eq!(read(&["--profiling=false", "--ipvs-strict-arp"]).expect("valid").1.len(), 2);
+    assert_eq!(args(&["--detect-local-mode="]).cluster.detect_local_mode, DetectLocalMode::ClusterCidr);
 }
 
 #[test]

@@ -1,11 +1,44 @@
 //! Values of flags as people, Kubernetes and Go write them.
 
 use std::{
+    ffi::OsString,
     fmt::Display,
     net::{IpAddr, SocketAddr},
+    os::unix::ffi::{OsStrExt, OsStringExt},
     str::FromStr,
     time::Duration,
 };
+
+use crate::cluster::address::parse_ip_sloppy;
+
+/// A word of the command line with dashes in the flag's name where it has underscores, which Kubernetes' programs take for
+/// the same (`WordSepNormalizeFunc` in component-base/cli/flag).
+pub(super) fn with_dashes(word: OsString) -> OsString {
+    if !word.as_bytes().starts_with(b"--") {
+        return word;
+    }
+    let mut bytes = word.into_vec();
+    let name = bytes.iter_mut().take_while(|byte| **byte != b'=');
+    name.filter(|byte| **byte == b'_').for_each(|byte| *byte = b'-');
+    OsString::from_vec(bytes)
+}
+
+/// An address; leading zeros mean nothing, as everywhere in Kubernetes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ip(pub IpAddr);
+
+impl FromStr for Ip {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        ip(text).map(Self)
+    }
+}
+
+/// Reads an address.
+pub(super) fn ip(text: &str) -> Result<IpAddr, &'static str> {
+    parse_ip_sloppy(text).ok_or("not an IP address; write it as 192.0.2.1 or 2001:db8::1")
+}
 
 /// A list in one value, separated by commas; an empty value is an empty list, as templates write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +76,7 @@ impl FromStr for Cidr {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         const FORM: &str = "write it as ADDRESS/LENGTH, as in 10.244.0.0/16 or fd00:10:244::/56";
         let (addr, len) = text.split_once('/').ok_or(FORM)?;
-        let (addr, len) = (addr.parse::<IpAddr>().map_err(|_| FORM)?, len.parse::<u8>().map_err(|_| FORM)?);
+        let (addr, len) = (parse_ip_sloppy(addr).ok_or(FORM)?, len.parse::<u8>().map_err(|_| FORM)?);
         let addr = match addr {
             IpAddr::V4(addr) if len <= 32 => IpAddr::from(
                 (addr.to_bits() & u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0)).to_be_bytes(),
@@ -118,10 +151,15 @@ impl FromStr for Bind {
         if text.is_empty() {
             return Ok(Self::Off);
         }
-        let socket = text.parse().map(Self::Socket);
-        socket
-            .or_else(|_| text.parse().map(Self::Ip))
-            .map_err(|_| "write it as IP:PORT or [IPV6]:PORT; empty is off")
+        if let Some(ip) = parse_ip_sloppy(text) {
+            return Ok(Self::Ip(ip));
+        }
+        let with_zeros = || {
+            let (ip, port) = text.split_once(':')?;
+            Some(SocketAddr::new(parse_ip_sloppy(ip)?, port.parse().ok()?))
+        };
+        let socket = text.parse().ok().or_else(with_zeros);
+        socket.map(Self::Socket).ok_or("write it as IP:PORT or [IPV6]:PORT; empty is off")
     }
 }
 
@@ -169,11 +207,33 @@ mod tests {
             ("192.0.2.1/32", "192.0.2.1", 32),
             ("fd00:10:244::5/56", "fd00:10:244::", 56),
             ("::/0", "::", 0),
+            ("010.244.003.000/16", "10.244.0.0", 16),
         ] {
             assert_eq!(text.parse(), Ok(Cidr { addr: addr.parse().expect("an address"), len }), "{text}");
         }
         for bad in ["", "10.0.0.0", "10.0.0.0/33", "::/129", "here/8", "10.0.0.0/-1"] {
             assert!(bad.parse::<Cidr>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn leading_zeros_of_addresses_mean_nothing() {
+        assert_eq!("010.000.0.012".parse(), Ok(Ip([10, 0, 0, 12].into())));
+        for bad in ["", "10.0.0", "0x0a.0.0.1", "10.0.0.256", "here"] {
+            assert!(bad.parse::<Ip>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn underscores_in_names_of_flags_are_dashes_and_in_values_are_not() {
+        for (word, expected) in [
+            ("--cluster_cidr", "--cluster-cidr"),
+            ("--pod_interface-name_prefix=a_b", "--pod-interface-name-prefix=a_b"),
+            ("my_node", "my_node"),
+            ("-v_", "-v_"),
+            ("--", "--"),
+        ] {
+            assert_eq!(with_dashes(word.into()), expected, "{word}");
         }
     }
 
@@ -194,6 +254,8 @@ mod tests {
             ("::", Some("[::]:10256")),
             ("127.0.0.1:1", Some("127.0.0.1:1")),
             ("[::1]:2", Some("[::1]:2")),
+            ("127.000.000.001:010", Some("127.0.0.1:10")),
+            ("010.0.0.1", Some("10.0.0.1:10256")),
         ] {
             let bind: Bind = text.parse().expect("valid");
             assert_eq!(

@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 
 use super::{decision::Decision, world::Claimant};
-use crate::cluster::wanted::{FrontendKind, IpAddress, ServicePortName};
+use crate::cluster::wanted::{FrontendKind, IpAddress};
 
 /// What becomes of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -93,7 +93,7 @@ impl Answer {
         Self {
             verdict: decision.verdict,
             frontend: claimant.map(|(_, frontend)| frontend.kind.into()),
-            service: claimant.map(|(port, _)| service(&port.name)),
+            service: claimant.map(|(port, _)| port.name.without_protocol()),
             source: decision.source,
             endpoints: endpoints.collect(),
             reason: decision.reason.or_else(nobodys).map(str::to_owned),
@@ -103,12 +103,6 @@ impl Answer {
 
 /// Why what is nobody's is left alone.
 const NOBODYS: &str = "No Service has this address and port; the kernel goes on with it.";
-
-/// A service port as answers name it.
-fn service(name: &ServicePortName) -> String {
-    let ServicePortName { namespace, service, port, .. } = name;
-    if port.is_empty() { format!("{namespace}/{service}") } else { format!("{namespace}/{service}:{port}") }
-}
 
 impl From<FrontendKind> for Frontend {
     fn from(kind: FrontendKind) -> Self {

@@ -4,7 +4,7 @@ use std::{net::IpAddr, str::FromStr};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use xdp_common::net::FlowKey;
+use xdp_common::net::{FlowKey, Ip6};
 
 use crate::cluster::{address::parse_ip_sloppy, wanted::Protocol};
 
@@ -17,7 +17,7 @@ pub enum Question {
     /// In IPv4.
     V4(FlowKey<[u8; 4]>),
     /// In IPv6.
-    V6(FlowKey<[u8; 16]>),
+    V6(FlowKey<Ip6>),
 }
 
 /// An address with a port or without.
@@ -43,7 +43,13 @@ pub struct Destination {
 struct Line {
     from: String,
     to: String,
+    /// As without the flag.
+    #[serde(default = "tcp")]
     proto: String,
+}
+
+fn tcp() -> String {
+    Protocol::Tcp.name().to_owned()
 }
 
 impl Question {
@@ -57,7 +63,7 @@ impl Question {
                 Ok(Self::V4(key(src.octets(), dst.octets(), from.port, to.port, protocol)))
             }
             (IpAddr::V6(src), IpAddr::V6(dst)) => {
-                Ok(Self::V6(key(src.octets(), dst.octets(), from.port, to.port, protocol)))
+                Ok(Self::V6(key(src.octets().into(), dst.octets().into(), from.port, to.port, protocol)))
             }
             (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
                 Err(format!("{} and {} are of different families", from.addr, to.addr))
@@ -65,7 +71,8 @@ impl Question {
         }
     }
 
-    /// Reads a line of a batch: `{"from": "IP[:PORT]", "to": "IP:PORT", "proto": "tcp|udp|sctp"}`.
+    /// Reads a line of a batch: `{"from": "IP[:PORT]", "to": "IP:PORT", "proto": "tcp|udp|sctp"}`, where the last one may
+    /// be left out.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -197,11 +204,15 @@ mod tests {
         let good = r#"{"from": "10.0.0.2", "to": "10.96.0.10:80", "proto": "UDP", "note": "ignored"}"#;
         let expected = key([10, 0, 0, 2], [10, 96, 0, 10], ANY_PORT, 80, Protocol::Udp);
         assert_eq!(Question::from_json(good), Ok(Question::V4(expected)));
+        let short = r#"{"from": "10.0.0.2", "to": "10.96.0.10:80"}"#;
+        let expected = key([10, 0, 0, 2], [10, 96, 0, 10], ANY_PORT, 80, Protocol::Tcp);
+        assert_eq!(Question::from_json(short), Ok(Question::V4(expected)));
         for (line, hint) in [
             ("", "EOF"),
             ("[]", "expected a map"),
             (r#"["10.0.0.2", "10.96.0.10:80", "tcp"]"#, "expected a map"),
-            (r#"{"from": "10.0.0.2", "to": "10.96.0.10:80"}"#, "missing field `proto`"),
+            (r#"{"from": "10.0.0.2"}"#, "missing field `to`"),
+            (r#"{"from": "10.0.0.2", "to": "10.96.0.10:80", "proto": null}"#, "null"),
             (r#"{"from": "x", "to": "10.96.0.10:80", "proto": "tcp"}"#, "from: "),
             (r#"{"from": "10.0.0.2", "to": "x", "proto": "tcp"}"#, "to: "),
             (r#"{"from": "10.0.0.2", "to": "10.96.0.10:80", "proto": "icmp"}"#, "proto: "),

@@ -15,6 +15,29 @@ mod golden;
 /// What kube-proxy's own unit tests expect.
 const TABLES: &str = include_str!("../cluster/testdata/kubeproxy_flows.json");
 
+/// An output that fails.
+struct Broken(io::ErrorKind);
+
+impl Write for Broken {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(self.0.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Err(self.0.into())
+    }
+}
+
+#[test]
+fn an_output_that_nobody_reads_any_more_ends_it_quietly() {
+    let respondent = Respondent::World(Box::new(World::new(Options::default())));
+    for line in ["{\"from\": \"10.0.0.2\", \"to\": \"10.96.0.10:80\"}\n", "nonsense\n"] {
+        let answer = |kind| unless_closed(answer_all(line.as_bytes(), &respondent, &mut Broken(kind)));
+        assert!(answer(io::ErrorKind::BrokenPipe).expect("quiet"), "{line}");
+        assert!(answer(io::ErrorKind::StorageFull).is_err(), "{line}");
+    }
+}
+
 fn service(value: &Value) -> Change {
     let object = serde_json::from_value(value.clone()).expect("a Service");
     Change::Service(name(value), Some(Arc::new(Service::read(&object))))

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use xdp_common::{
     net::{Address, Family, FlowKey, Port, TCP, V4, V6},
-    tables::{self, BACKENDS_V4, FRONTENDS_V4, NETWORKS_V4, RINGS},
+    tables::{self, BACKENDS_V4, FRONTENDS_V4, NETWORKS_V4, RINGS_V4},
 };
 
 use super::{
@@ -30,7 +30,7 @@ use crate::{
 const LIMITS: Limits = Limits {
     frontends: FRONTENDS_V4.entries,
     backends: BACKENDS_V4.entries,
-    ring_slots: RINGS.entries,
+    ring_slots: RINGS_V4.entries,
     networks: NETWORKS_V4.entries,
 };
 

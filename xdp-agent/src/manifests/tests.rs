@@ -3,6 +3,8 @@ use std::os::unix::fs::symlink;
 use super::*;
 use crate::cluster::wanted::Protocol;
 
+mod in_place;
+
 struct Files {
     dir: tempfile::TempDir,
 }

@@ -16,7 +16,7 @@ use notify::{
 };
 use tokio::sync::mpsc;
 
-use super::files;
+use super::{files, in_place::Written};
 
 /// How long it must be quiet before a change is reported: editors and `kubectl` write in several steps.
 const QUIET: Duration = Duration::from_millis(50);
@@ -24,6 +24,9 @@ const QUIET: Duration = Duration::from_millis(50);
 const QUIET_MAX: Duration = Duration::from_millis(500);
 /// How often the files are looked at in any case: network filesystems tell nothing.
 const POLL: Duration = Duration::from_secs(10);
+
+/// A writer has closed its file.
+const CLOSED: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
 
 /// Signals changes of files until it is dropped.
 #[derive(Debug)]
@@ -39,15 +42,15 @@ enum Wake {
 }
 
 impl Watcher {
-    /// Starts watching; each message means "read again", and changes in quick succession are one message. Never fails:
+    /// Starts watching, and notes which files their writers have closed; each message means "read again", and changes in quick succession are one message. Never fails:
     /// where the kernel tells nothing the slow poll remains, and the reason is logged.
-    pub fn start(paths: Vec<PathBuf>) -> (Self, mpsc::Receiver<()>) {
+    pub fn start(paths: Vec<PathBuf>, written: Written) -> (Self, mpsc::Receiver<()>) {
         let (wake, woken) = signals::channel();
         let (sender, receiver) = mpsc::channel(1);
         let stop = wake.clone();
         // Looking at files may block for long (NFS), so this is a thread of its own.
         let spawned = thread::Builder::new().name("manifests".to_owned()).spawn(move || {
-            let watched = watch(&paths, wake);
+            let watched = watch(&paths, wake, written);
             run(&paths, watched, &woken, &sender);
         });
         if let Err(error) = spawned {
@@ -69,11 +72,17 @@ struct Watched {
     directories: BTreeSet<PathBuf>,
 }
 
-fn watch(paths: &[PathBuf], wake: signals::Sender<Wake>) -> Watched {
+fn watch(paths: &[PathBuf], wake: signals::Sender<Wake>, written: Written) -> Watched {
     let owned = paths.to_vec();
     let notifier = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         let relevant = match event {
-            Ok(event) => event.need_rescan() || is_change(&event.kind) && is_ours(&event.paths, &owned),
+            Ok(event) => {
+                let is_relevant = is_change(&event.kind) && is_ours(&event.paths, &owned);
+                if is_relevant && event.kind == CLOSED {
+                    event.paths.iter().for_each(|path| written.note(path));
+                }
+                is_relevant || event.need_rescan()
+            }
             Err(_) => true, // events were lost
         };
         if relevant {
@@ -192,7 +201,7 @@ fn parent(path: &Path) -> (PathBuf, Option<OsString>) {
 /// Whether an event can mean new contents; reading the files must not be one, or it would never end.
 fn is_change(kind: &EventKind) -> bool {
     match kind {
-        EventKind::Access(access) => *access == AccessKind::Close(AccessMode::Write),
+        EventKind::Access(_) => *kind == CLOSED,
         EventKind::Any
         | EventKind::Create(_)
         | EventKind::Modify(_)
@@ -231,7 +240,7 @@ mod tests {
     async fn changes_of_a_file_are_signalled_however_they_are_made() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("web.yaml");
-        let (_watcher, mut changes) = Watcher::start(vec![file.clone()]);
+        let (_watcher, mut changes) = Watcher::start(vec![file.clone()], Written::default());
         // The watching thread may not be there yet, so write until it notices.
         let mut seen = false;
         for n in 0..80 {
@@ -260,7 +269,7 @@ mod tests {
         fs::write(at("..1").join("web.yaml"), "a: 1").unwrap();
         symlink("..1", at("..data")).unwrap();
         symlink("..data/web.yaml", at("web.yaml")).unwrap();
-        let (_watcher, mut changes) = Watcher::start(vec![dir.path().to_owned()]);
+        let (_watcher, mut changes) = Watcher::start(vec![dir.path().to_owned()], Written::default());
         let mut seen = false;
         for n in 2..80 {
             let next = at(&format!("..{n}"));
@@ -282,7 +291,7 @@ mod tests {
     #[tokio::test]
     async fn watching_ends_when_the_watcher_is_dropped() {
         let dir = tempfile::tempdir().unwrap();
-        let (watcher, mut changes) = Watcher::start(vec![dir.path().to_owned()]);
+        let (watcher, mut changes) = Watcher::start(vec![dir.path().to_owned()], Written::default());
         drop(watcher);
         let end =
             tokio::time::timeout(Duration::from_secs(8), async { while changes.recv().await.is_some() {} });

@@ -7,7 +7,7 @@ use aya::{
     maps::{MapData, PerCpuArray},
     util::nr_cpus,
 };
-use xdp_common::tables::{ACCOUNTS, Account};
+use xdp_common::tables::{Account, MapSpec};
 
 use super::{Raw, batch, capacity, descriptor, io_error, raw, take};
 
@@ -26,8 +26,8 @@ impl std::fmt::Debug for Accounts {
 }
 
 impl Accounts {
-    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        let map = take(ebpf, &ACCOUNTS)?;
+    pub(super) fn open(ebpf: &mut Ebpf, spec: &MapSpec) -> anyhow::Result<Self> {
+        let map = take(ebpf, spec)?;
         let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
         let cpus = nr_cpus().map_err(|(file, error)| anyhow::Error::new(error).context(file))?;
         Ok(Self { map: PerCpuArray::try_from(map)?, fd, capacity, cpus })

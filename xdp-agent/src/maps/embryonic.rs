@@ -1,44 +1,53 @@
 //! The table of new flows, as the garbage collection sees it: an array of slots, and the tags that say which are used.
 
-use std::sync::atomic::{Ordering, fence};
+use std::{
+    marker::PhantomData,
+    sync::atomic::{Ordering, fence},
+};
 
 use anyhow::Context;
 use aya::Ebpf;
 use xdp_common::{
     net::{FlowKey, Plain},
-    tables::{self, Embryo, Flow, MapSpec, WAYS},
+    tables::{Embryo, Flow, MapSpec, WAYS},
 };
 
-use super::{Addr, capacity, descriptor, mapping::Mapping, missing};
+use super::{capacity, descriptor, mapping::Mapping, missing};
+use crate::cluster::wanted::IpAddress;
 
 /// Words of the tags of a bucket: a lock, and one tag a way.
 pub(super) const TAG_WORDS: usize = WAYS as usize + 1;
-/// Words of a slot.
-const SLOT_WORDS: usize = size_of::<Embryo<Addr>>() / 8;
-const _: () = assert!(size_of::<Embryo<Addr>>().is_multiple_of(8));
+/// Words of the longest slot.
+const SLOT_WORDS_MAX: usize = 16;
+
+/// Words of a slot: the kernel keeps the values of an array at multiples of eight bytes.
+const fn slot_words<A: IpAddress>() -> usize {
+    size_of::<Embryo<A>>().div_ceil(8)
+}
 
 /// New flows.
 #[derive(Debug)]
-pub struct EmbryonicTable {
+pub struct EmbryonicTable<A> {
     tags: Mapping,
     slots: Mapping,
     buckets: u32,
+    family: PhantomData<A>,
 }
 
 /// An entry as it was found.
 #[derive(Clone, Copy, Debug)]
-pub struct Found {
+pub struct Found<A> {
     /// Its key.
-    pub key: FlowKey<Addr>,
+    pub key: FlowKey<A>,
     /// Its flow.
-    pub flow: Flow<Addr>,
+    pub flow: Flow<A>,
     /// Index of its tag.
     place: usize,
     /// Its tag, which changes with every packet.
     tag: u64,
 }
 
-impl EmbryonicTable {
+impl<A: IpAddress> EmbryonicTable<A> {
     /// Maps the table; the maps stay with the loader, because programs are loaded by their descriptors.
     pub(super) fn open(ebpf: &Ebpf) -> anyhow::Result<Self> {
         let open = |spec: &MapSpec, value_size| {
@@ -48,15 +57,15 @@ impl EmbryonicTable {
                 .with_context(|| format!("cannot map {} (it needs kernel 5.5)", spec.name))?;
             anyhow::Ok((mapping, entries))
         };
-        let (tags, buckets) = open(&tables::TAGS_V4, TAG_WORDS * 8)?;
-        let (slots, entries) = open(&tables::EMBRYONIC_V4, SLOT_WORDS * 8)?;
+        let (tags, buckets) = open(&A::MAPS.tags, TAG_WORDS * 8)?;
+        let (slots, entries) = open(&A::MAPS.embryonic, slot_words::<A>() * 8)?;
         anyhow::ensure!(
             entries == buckets * WAYS,
             "the pinned maps {} and {} do not fit each other; start with --fresh",
-            tables::EMBRYONIC_V4.name,
-            tables::TAGS_V4.name
+            A::MAPS.embryonic.name,
+            A::MAPS.tags.name
         );
-        Ok(Self { tags, slots, buckets })
+        Ok(Self { tags, slots, buckets, family: PhantomData })
     }
 
     /// Buckets, of [`WAYS`] slots each.
@@ -70,7 +79,7 @@ impl EmbryonicTable {
     }
 
     /// Every entry that did not change while it was read.
-    pub fn read(&self) -> Vec<Found> {
+    pub fn read(&self) -> Vec<Found<A>> {
         let mut found = Vec::new();
         for bucket in 0..self.buckets as usize {
             for way in 0..WAYS as usize {
@@ -90,16 +99,20 @@ impl EmbryonicTable {
     }
 
     /// Frees an entry, unless a packet has touched it since it was read.
-    pub fn remove(&mut self, found: &Found) -> bool {
+    pub fn remove(&mut self, found: &Found<A>) -> bool {
         let place = &self.tags.words()[found.place];
         place.compare_exchange(found.tag, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    fn slot(&self, index: usize) -> Embryo<Addr> {
-        let words = &self.slots.words()[index * SLOT_WORDS..(index + 1) * SLOT_WORDS];
-        let copy: [u64; SLOT_WORDS] = std::array::from_fn(|at| words[at].load(Ordering::Relaxed));
-        const { Embryo::<Addr>::PROOF };
-        // SAFETY: the array has the size of an `Embryo`, of which any bytes are a value (`Plain`).
+    fn slot(&self, index: usize) -> Embryo<A> {
+        const { assert!(slot_words::<A>() <= SLOT_WORDS_MAX) };
+        let words = &self.slots.words()[index * slot_words::<A>()..][..slot_words::<A>()];
+        let mut copy = [0u64; SLOT_WORDS_MAX];
+        for (copy, word) in copy.iter_mut().zip(words) {
+            *copy = word.load(Ordering::Relaxed);
+        }
+        const { Embryo::<A>::PROOF };
+        // SAFETY: the array is longer than an `Embryo`, of which any bytes are a value (`Plain`).
         unsafe { std::mem::transmute_copy(&copy) }
     }
 }

@@ -6,34 +6,32 @@ use aya::{
     Ebpf,
     maps::{HashMap, MapData},
 };
-use xdp_common::{
-    net::FlowKey,
-    tables::{self, Flow},
-};
+use xdp_common::{net::FlowKey, tables::Flow};
 
-use super::{Addr, Raw, batch, descriptor, io_error, known::Known, raw, take};
+use super::{Raw, batch, descriptor, io_error, known::Known, raw, take, zero};
+use crate::cluster::wanted::IpAddress;
 
 /// Flows that have been answered.
-pub struct EstablishedTable {
-    map: HashMap<MapData, Raw<FlowKey<Addr>>, Raw<Flow<Addr>>>,
+pub struct EstablishedTable<A: IpAddress> {
+    map: HashMap<MapData, Raw<FlowKey<A>>, Raw<Flow<A>>>,
     fd: OwnedFd,
     capacity: u32,
     known: Known,
 }
 
-impl std::fmt::Debug for EstablishedTable {
+impl<A: IpAddress> std::fmt::Debug for EstablishedTable<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("EstablishedTable").field("capacity", &self.capacity).finish_non_exhaustive()
     }
 }
 
-impl EstablishedTable {
+impl<A: IpAddress> EstablishedTable<A> {
     pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        let map = take(ebpf, &tables::ESTABLISHED_V4)?;
+        let map = take(ebpf, &A::MAPS.established)?;
         let fd = descriptor(&map)?;
         let capacity = super::capacity(&map)?;
         let map = HashMap::try_from(map)?;
-        let known = Known::open(ebpf, map.keys().next().is_some())?;
+        let known = Known::open(ebpf, &A::MAPS.known, map.keys().next().is_some())?;
         Ok(Self { map, fd, capacity, known })
     }
 
@@ -46,9 +44,9 @@ impl EstablishedTable {
     ///
     /// # Errors
     /// When the kernel refuses a read.
-    pub fn walk(&mut self, mut visit: impl FnMut(&FlowKey<Addr>, &Flow<Addr>)) -> io::Result<()> {
+    pub fn walk(&mut self, mut visit: impl FnMut(&FlowKey<A>, &Flow<A>)) -> io::Result<()> {
         let notes = self.known.begin();
-        let result = batch::walk(&self.fd, (raw(ZERO_KEY), raw(Flow::ZERO)), |key, flow| {
+        let result = batch::walk(&self.fd, (zero(), zero()), |key, flow| {
             if notes {
                 self.known.note(&key.0);
             }
@@ -70,7 +68,7 @@ impl EstablishedTable {
     ///
     /// # Errors
     /// When the kernel refuses the read.
-    pub fn get(&self, key: &FlowKey<Addr>) -> io::Result<Option<Flow<Addr>>> {
+    pub fn get(&self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>> {
         match self.map.get(&raw(*key), 0).map_err(io_error) {
             Ok(flow) => Ok(Some(flow.0)),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -82,14 +80,14 @@ impl EstablishedTable {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn remove(&mut self, key: &FlowKey<Addr>) -> io::Result<()> {
+    pub fn remove(&mut self, key: &FlowKey<A>) -> io::Result<()> {
         match self.map.remove(&raw(*key)).map_err(io_error) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
             _ => Ok(()),
         }
     }
 
-    fn walk_one_by_one(&self, mut visit: impl FnMut(&FlowKey<Addr>, &Flow<Addr>)) -> io::Result<()> {
+    fn walk_one_by_one(&self, mut visit: impl FnMut(&FlowKey<A>, &Flow<A>)) -> io::Result<()> {
         // A key that goes while it is the cursor sends the walk back to the start; the capacity bounds that.
         for entry in self.map.iter().take(2 * self.capacity as usize) {
             let (key, flow) = entry.map_err(io_error)?;
@@ -98,6 +96,3 @@ impl EstablishedTable {
         Ok(())
     }
 }
-
-const ZERO_KEY: FlowKey<Addr> =
-    FlowKey { src: [0; 4], dst: [0; 4], sport: [0; 2], dport: [0; 2], proto: 0, zero: [0; 3] };

@@ -8,8 +8,8 @@ use aya::{
 };
 use xdp_common::tables::NetworkKey;
 
-use super::{Addr, Raw, batch, capacity, descriptor, io_error, raw};
-use crate::cluster::wanted::Network;
+use super::{Raw, batch, capacity, descriptor, io_error, raw};
+use crate::cluster::wanted::{IpAddress, Network};
 
 /// What a group of writes has come to: how many are done, and why not the next one.
 pub(super) type Written = (usize, io::Result<()>);
@@ -122,36 +122,36 @@ impl<V: Pod> Slots<V> {
 }
 
 /// A network with its owner and its value, as the plan has it.
-pub(super) type OwnedNetwork = (u32, Network<Addr>, u32);
+pub(super) type OwnedNetwork<A> = (u32, Network<A>, u32);
 
-type TrieKey = lpm_trie::Key<Raw<NetworkKey<Addr>>>;
+type TrieKey<A> = lpm_trie::Key<Raw<NetworkKey<A>>>;
 
 /// The networks; prefix lengths in the map count the bits of the owner too.
-pub(super) struct NetworkTrie {
-    map: LpmTrie<MapData, Raw<NetworkKey<Addr>>, u32>,
+pub(super) struct NetworkTrie<A: IpAddress> {
+    map: LpmTrie<MapData, Raw<NetworkKey<A>>, u32>,
     fd: OwnedFd,
     pub(super) capacity: u32,
 }
 
 const OWNER_BITS: u32 = u32::BITS;
 
-impl NetworkTrie {
+impl<A: IpAddress> NetworkTrie<A> {
     pub(super) fn of(map: Map) -> anyhow::Result<Self> {
         let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
         Ok(Self { map: LpmTrie::try_from(map)?, fd, capacity })
     }
 
-    pub(super) fn insert(&mut self, owner: u32, network: Network<Addr>, value: u32) -> io::Result<()> {
+    pub(super) fn insert(&mut self, owner: u32, network: Network<A>, value: u32) -> io::Result<()> {
         self.map.insert(&trie_key(owner, network), value, 0).map_err(io_error)
     }
 
-    pub(super) fn remove(&mut self, owner: u32, network: Network<Addr>) -> io::Result<()> {
+    pub(super) fn remove(&mut self, owner: u32, network: Network<A>) -> io::Result<()> {
         absent_is_fine(self.map.remove(&trie_key(owner, network)).map_err(io_error))
     }
 
-    pub(super) fn read(&self) -> io::Result<Vec<OwnedNetwork>> {
+    pub(super) fn read(&self) -> io::Result<Vec<OwnedNetwork<A>>> {
         let mut found = Vec::new();
-        let zero = trie_key(0, Network { addr: [0; 4], len: 0 });
+        let zero = trie_key(0, Network { addr: A::UNSPECIFIED, len: 0 });
         match batch::walk(&self.fd, (zero, 0u32), |key, value| found.push(network(key, value))) {
             Err(error) if batch::is_missing(&error) => {
                 let entries = self.map.iter().take(2 * self.capacity as usize);
@@ -162,12 +162,12 @@ impl NetworkTrie {
     }
 }
 
-fn trie_key(owner: u32, network: Network<Addr>) -> TrieKey {
+fn trie_key<A: IpAddress>(owner: u32, network: Network<A>) -> TrieKey<A> {
     let key = NetworkKey { owner: owner.to_be_bytes(), addr: network.addr };
-    TrieKey::new(OWNER_BITS + u32::from(network.len), raw(key))
+    lpm_trie::Key::new(OWNER_BITS + u32::from(network.len), raw(key))
 }
 
-fn network(key: TrieKey, value: u32) -> OwnedNetwork {
+fn network<A: IpAddress>(key: TrieKey<A>, value: u32) -> OwnedNetwork<A> {
     let (bits, Raw(NetworkKey { owner, addr })) = (key.prefix_len(), key.data());
     // Shorter ones would span owners; nobody writes such.
     let len = bits.saturating_sub(OWNER_BITS) as u8;

@@ -7,42 +7,44 @@ use aya::maps::{Map, MapData};
 use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS, MapSpec};
 
 use super::{
-    Addr, Raw, batch,
+    Raw, batch,
     handles::{Hash, NetworkTrie, OwnedNetwork, Slots, Written},
-    io_error, raw,
+    io_error, raw, zero,
 };
-use crate::plan::{Adopted, Change};
+use crate::{
+    cluster::wanted::IpAddress,
+    plan::{Adopted, Change},
+};
 
 /// Frontends, backends, rings, networks, gates, devices and settings.
-pub struct ImageMaps {
-    frontends: Hash<Raw<FrontendKey<Addr>>, Raw<Frontend>>,
-    backends: Slots<Raw<Backend<Addr>>>,
+pub struct ImageMaps<A: IpAddress> {
+    frontends: Hash<Raw<FrontendKey<A>>, Raw<Frontend>>,
+    backends: Slots<Raw<Backend<A>>>,
     rings: Slots<u32>,
-    networks: NetworkTrie,
+    networks: NetworkTrie<A>,
     ingress_gate: Slots<u64>,
     egress_gate: Slots<u64>,
-    devices: Hash<u32, Raw<Device<Addr>>>,
-    config: Slots<Raw<Config>>,
+    devices: Hash<u32, Raw<Device<A>>>,
 }
 
-impl std::fmt::Debug for ImageMaps {
+impl<A: IpAddress> std::fmt::Debug for ImageMaps<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ImageMaps").finish_non_exhaustive()
     }
 }
 
-impl ImageMaps {
+impl<A: IpAddress> ImageMaps<A> {
     /// Handles of the maps that `find` finds.
     pub(super) fn open(mut find: impl FnMut(&MapSpec) -> anyhow::Result<Map>) -> anyhow::Result<Self> {
+        let maps = A::MAPS;
         Ok(Self {
-            frontends: Hash::of(find(&tables::FRONTENDS_V4)?)?,
-            backends: Slots::of(find(&tables::BACKENDS_V4)?)?,
-            rings: Slots::of(find(&tables::RINGS)?)?,
-            networks: NetworkTrie::of(find(&tables::NETWORKS_V4)?)?,
-            ingress_gate: Slots::of(find(&tables::GATE_INGRESS)?)?,
-            egress_gate: Slots::of(find(&tables::GATE_EGRESS)?)?,
-            devices: Hash::of(find(&tables::DEVICES_V4)?)?,
-            config: Slots::of(find(&tables::CONFIG)?)?,
+            frontends: Hash::of(find(&maps.frontends)?)?,
+            backends: Slots::of(find(&maps.backends)?)?,
+            rings: Slots::of(find(&maps.rings)?)?,
+            networks: NetworkTrie::of(find(&maps.networks)?)?,
+            ingress_gate: Slots::of(find(&maps.gate_ingress)?)?,
+            egress_gate: Slots::of(find(&maps.gate_egress)?)?,
+            devices: Hash::of(find(&maps.devices)?)?,
         })
     }
 
@@ -51,11 +53,7 @@ impl ImageMaps {
     /// # Errors
     /// When they are not there, or the kernel lets nobody but root look.
     pub fn pinned(dir: &Path) -> anyhow::Result<Self> {
-        Self::open(|spec| {
-            let path = dir.join(spec.name);
-            let map = MapData::from_pin(&path).and_then(Map::from_map_data);
-            map.with_context(|| format!("cannot open the pinned map {}", path.display()))
-        })
+        Self::open(|spec| open_pinned(dir, spec))
     }
 
     /// Entries there is room for.
@@ -82,11 +80,11 @@ impl ImageMaps {
     ///
     /// # Errors
     /// When the kernel refuses a read.
-    pub fn read(&self) -> io::Result<Adopted<Addr>> {
-        let backends = (0..).zip(self.backends.read(raw(ZERO_BACKEND))?).map(|(id, Raw(slot))| (id, slot));
+    pub fn read(&self) -> io::Result<Adopted<A>> {
+        let backends = (0..).zip(self.backends.read(zero())?).map(|(id, Raw(slot))| (id, slot));
         Ok(Adopted {
             frontends: self.read_frontends()?,
-            backends: backends.filter(|(_, backend)| *backend != ZERO_BACKEND).collect(),
+            backends: backends.filter(|(_, backend)| *backend != zero().0).collect(),
             ingress_gate: self.ingress_gate.read(0)?,
             egress_gate: self.egress_gate.read(0)?,
             rings: self.rings.read(0)?,
@@ -98,7 +96,7 @@ impl ImageMaps {
     ///
     /// # Errors
     /// What the kernel has against the first that is not made: `E2BIG` or `ENOSPC` for a full map.
-    pub fn apply(&mut self, changes: &[Change<Addr>]) -> (usize, io::Result<()>) {
+    pub fn apply(&mut self, changes: &[Change<A>]) -> (usize, io::Result<()>) {
         let mut done = 0;
         let alike = changes.chunk_by(|one, next| discriminant(one) == discriminant(next));
         for group in alike.flat_map(|group| group.chunks(batch::BATCH)) {
@@ -112,7 +110,7 @@ impl ImageMaps {
     }
 
     /// Makes changes that are all of the same kind.
-    fn apply_group(&mut self, group: &[Change<Addr>]) -> Written {
+    fn apply_group(&mut self, group: &[Change<A>]) -> Written {
         match group.first() {
             None => (0, Ok(())),
             Some(Change::Backend { .. }) => self.backends.set_all(group.iter().filter_map(|change| {
@@ -139,7 +137,7 @@ impl ImageMaps {
         }
     }
 
-    fn apply_one(&mut self, change: &Change<Addr>) -> io::Result<()> {
+    fn apply_one(&mut self, change: &Change<A>) -> io::Result<()> {
         match change {
             Change::Backend { id, value } => self.backends.set(*id, raw(*value)),
             Change::Ring { offset, slots } => self.rings.write(*offset, slots),
@@ -169,9 +167,9 @@ impl ImageMaps {
     pub fn repair_backends(
         &mut self,
         ids: Range<u32>,
-        wanted: impl Iterator<Item = (u32, Backend<Addr>)>,
+        wanted: impl Iterator<Item = (u32, Backend<A>)>,
     ) -> io::Result<u32> {
-        let there = self.backends.read_part(ids.clone(), raw(ZERO_BACKEND))?;
+        let there = self.backends.read_part(ids.clone(), zero())?;
         let mut mended = 0;
         for (id, wanted) in wanted.filter(|(id, _)| ids.contains(id)) {
             if there.get((id - ids.start) as usize).is_none_or(|Raw(there)| *there != wanted) {
@@ -188,7 +186,7 @@ impl ImageMaps {
     /// When the kernel refuses a read or a write.
     pub fn repair_frontends(
         &mut self,
-        wanted: impl Iterator<Item = (FrontendKey<Addr>, Frontend)>,
+        wanted: impl Iterator<Item = (FrontendKey<A>, Frontend)>,
     ) -> io::Result<u32> {
         let mut there: HashMap<_, _> = self.read_frontends()?.into_iter().collect();
         let mut mended = 0;
@@ -209,7 +207,7 @@ impl ImageMaps {
     ///
     /// # Errors
     /// When the kernel refuses a read or a write.
-    pub fn repair_networks(&mut self, wanted: impl Iterator<Item = OwnedNetwork>) -> io::Result<u32> {
+    pub fn repair_networks(&mut self, wanted: impl Iterator<Item = OwnedNetwork<A>>) -> io::Result<u32> {
         let there = self.networks.read()?.into_iter();
         let mut there: HashMap<_, _> =
             there.map(|(owner, network, value)| ((owner, network), value)).collect();
@@ -239,27 +237,11 @@ impl ImageMaps {
         Ok(true)
     }
 
-    /// The settings.
-    ///
-    /// # Errors
-    /// When the kernel refuses the read.
-    pub fn config(&self) -> io::Result<Config> {
-        self.config.map.get(&0, 0).map(|config| config.0).map_err(io_error)
-    }
-
-    /// Writes the settings.
-    ///
-    /// # Errors
-    /// When the kernel refuses the write.
-    pub fn set_config(&mut self, config: Config) -> io::Result<()> {
-        self.config.set(0, raw(config))
-    }
-
     /// Inserts or replaces an interface.
     ///
     /// # Errors
     /// When the kernel refuses the write.
-    pub fn set_device(&mut self, ifindex: u32, device: Device<Addr>) -> io::Result<()> {
+    pub fn set_device(&mut self, ifindex: u32, device: Device<A>) -> io::Result<()> {
         self.devices.insert(ifindex, raw(device))
     }
 
@@ -275,7 +257,7 @@ impl ImageMaps {
     ///
     /// # Errors
     /// When the kernel refuses a read.
-    pub fn devices(&self) -> io::Result<Vec<(u32, Device<Addr>)>> {
+    pub fn devices(&self) -> io::Result<Vec<(u32, Device<A>)>> {
         self.devices
             .map
             .iter()
@@ -284,8 +266,8 @@ impl ImageMaps {
             .map_err(io_error)
     }
 
-    fn read_frontends(&self) -> io::Result<Vec<(FrontendKey<Addr>, Frontend)>> {
-        let found = self.frontends.read((raw(ZERO_FRONTEND_KEY), raw(ZERO_FRONTEND)))?;
+    fn read_frontends(&self) -> io::Result<Vec<(FrontendKey<A>, Frontend)>> {
+        let found = self.frontends.read((zero(), zero()))?;
         Ok(found.into_iter().map(|(key, value)| (key.0, value.0)).collect())
     }
 }
@@ -301,10 +283,52 @@ fn mend(gate: &mut Slots<u64>, wanted: &[u64]) -> io::Result<u32> {
     Ok(mended)
 }
 
-const ZERO_BACKEND: Backend<Addr> =
-    Backend { addr: [0; 4], port: [0; 2], proto: 0, flags: 0, generation: 0, service: 0 };
-const ZERO_FRONTEND_KEY: FrontendKey<Addr> = FrontendKey { addr: [0; 4], port: [0; 2], proto: 0, zero: 0 };
-const ZERO_FRONTEND: Frontend =
-    Frontend { service: 0, ring: 0, slots: 0, inner_ring: 0, inner_slots: 0, flags: 0, affinity_seconds: 0 };
-const _: () =
-    assert!(GATE_WORDS == tables::GATE_INGRESS.entries && GATE_WORDS == tables::GATE_EGRESS.entries);
+/// The settings of the programs, which both families share.
+pub struct Settings(Slots<Raw<Config>>);
+
+impl std::fmt::Debug for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Settings").finish_non_exhaustive()
+    }
+}
+
+impl Settings {
+    pub(super) fn of(map: Map) -> anyhow::Result<Self> {
+        Slots::of(map).map(Self)
+    }
+
+    /// The settings of an agent that has pinned them in a directory, for somebody who only looks.
+    ///
+    /// # Errors
+    /// When they are not there, or the kernel lets nobody but root look.
+    pub fn pinned(dir: &Path) -> anyhow::Result<Self> {
+        Self::of(open_pinned(dir, &tables::CONFIG)?)
+    }
+
+    /// The settings as they are.
+    ///
+    /// # Errors
+    /// When the kernel refuses the read.
+    pub fn get(&self) -> io::Result<Config> {
+        self.0.map.get(&0, 0).map(|config| config.0).map_err(io_error)
+    }
+
+    /// Writes the settings.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    pub fn set(&mut self, config: Config) -> io::Result<()> {
+        self.0.set(0, raw(config))
+    }
+}
+
+pub(super) fn open_pinned(dir: &Path, spec: &MapSpec) -> anyhow::Result<Map> {
+    let path = dir.join(spec.name);
+    let map = MapData::from_pin(&path).and_then(Map::from_map_data);
+    map.with_context(|| format!("cannot open the pinned map {}", path.display()))
+}
+
+const _: () = assert!(
+    GATE_WORDS == tables::GATE_INGRESS_V4.entries && GATE_WORDS == tables::GATE_EGRESS_V4.entries,
+    "gates are as long as the decision thinks"
+);

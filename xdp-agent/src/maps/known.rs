@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::Context;
 use aya::Ebpf;
 use xdp_common::{
-    net::FlowKey,
+    net::{Address, FlowKey},
     select::known_bit,
-    tables::{self, KNOWN_WORDS},
+    tables::{KNOWN_WORDS, MapSpec},
 };
 
-use super::{Addr, capacity, descriptor, mapping::Mapping, missing};
+use super::{capacity, descriptor, mapping::Mapping, missing};
 
 /// Words in a half.
 const WORDS: usize = KNOWN_WORDS as usize;
@@ -33,10 +33,10 @@ pub(super) struct Known<W = Mapping> {
 
 impl Known {
     /// Maps the bits. New ones beside a table that holds flows, whose own were lost, say of every key that it may be known.
-    pub(super) fn open(ebpf: &Ebpf, holds_flows: bool) -> anyhow::Result<Self> {
-        let map = ebpf.map(tables::KNOWN_V4.name).with_context(|| missing(&tables::KNOWN_V4))?;
+    pub(super) fn open(ebpf: &Ebpf, spec: &MapSpec, holds_flows: bool) -> anyhow::Result<Self> {
+        let map = ebpf.map(spec.name).with_context(|| missing(spec))?;
         let mapping = Mapping::new(&descriptor(map)?, capacity(map)?, 8)
-            .with_context(|| format!("cannot map {} (it needs kernel 5.5)", tables::KNOWN_V4.name))?;
+            .with_context(|| format!("cannot map {} (it needs kernel 5.5)", spec.name))?;
         Ok(Self::new(mapping, holds_flows))
     }
 }
@@ -66,7 +66,7 @@ impl<W: AsRef<[AtomicU64]>> Known<W> {
     }
 
     /// Notes a key that a walk has found.
-    pub(super) fn note(&self, key: &FlowKey<Addr>) {
+    pub(super) fn note<A: Address>(&self, key: &FlowKey<A>) {
         let bit = known_bit(key);
         let word = &self.mapping.as_ref()[self.other() + bit as usize / 64];
         word.fetch_or(1 << (bit % 64), Ordering::SeqCst);
@@ -92,6 +92,7 @@ mod tests {
 
     use super::*;
 
+    type Addr = [u8; 4];
     type Words = Vec<AtomicU64>;
 
     fn words() -> Words {

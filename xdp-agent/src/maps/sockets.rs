@@ -7,42 +7,44 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use anyhow::Context;
 use aya::{
-    Ebpf,
-    maps::{HashMap, Map, MapData, PerCpuArray},
+    Ebpf, Pod,
+    maps::{HashMap, MapData, PerCpuArray},
 };
 use xdp_common::{
-    net::UDP,
+    net::{Address, Ip6, UDP},
     tables::{self, Backend, MapSpec, Peer, PeerKey, SocketCall, SocketSettings},
     verdict::Reason,
 };
 
-use super::{Addr, Layout, Raw, batch, descriptor, handles::Slots, io_error, of, raw, take};
+use super::{Layout, Raw, batch, descriptor, handles::Slots, image::open_pinned, io_error, of, raw, take, zero};
 
 /// Maps that outlive the agent: what sockets have been told has to be undone as long as they live.
-pub(super) const PINNED: [(&MapSpec, Layout); 5] = [
+pub(super) const PINNED: [(&MapSpec, Layout); 3] = [
     (&tables::UDP_PEERS, of::<PeerKey, Peer>()),
     (&tables::TCP_PEERS, of::<PeerKey, Peer>()),
-    (&tables::SOCKETS_V4, of::<u32, SocketSettings<Addr>>()),
-    (&tables::PODS_V4, of::<u64, Addr>()),
     (&tables::SOCKET_COUNTERS, of::<u32, u64>()),
 ];
 
 /// What the agent writes for the socket hooks.
 pub struct SocketMaps {
-    settings: Slots<Raw<SocketSettings<Addr>>>,
+    v4: Slots<Raw<SocketSettings<[u8; 4]>>>,
+    v6: Slots<Raw<SocketSettings<Ip6>>>,
 }
 
 /// What UDP sockets have been told, beside the backends of now.
 pub struct PeerMaps {
     fd: OwnedFd,
     peers: HashMap<MapData, Raw<PeerKey>, Raw<Peer>>,
-    backends: Slots<Raw<Backend<Addr>>>,
+    v4: Slots<Raw<Backend<[u8; 4]>>>,
+    v6: Slots<Raw<Backend<Ip6>>>,
 }
 
 /// Addresses of pods by network namespace, for the source ranges.
-pub struct PodMaps(HashMap<MapData, u64, Addr>);
+pub struct PodMaps {
+    v4: HashMap<MapData, u64, [u8; 4]>,
+    v6: HashMap<MapData, u64, [u32; 4]>,
+}
 
 impl std::fmt::Debug for PodMaps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -52,23 +54,37 @@ impl std::fmt::Debug for PodMaps {
 
 impl PodMaps {
     pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        Ok(Self(HashMap::try_from(take(ebpf, &tables::PODS_V4)?)?))
+        let v4 = HashMap::try_from(take(ebpf, &tables::PODS_V4)?)?;
+        Ok(Self { v4, v6: HashMap::try_from(take(ebpf, &tables::PODS_V6)?)? })
     }
 
-    /// Makes these the addresses, by cookies of namespaces; those that do not fit are not known.
+    /// Makes these the addresses of IPv4, by cookies of namespaces; those that do not fit are not known.
     ///
     /// # Errors
     /// When the kernel refuses a write.
-    pub fn set(&mut self, pods: &std::collections::HashMap<u64, Addr>) -> io::Result<()> {
-        let there: Vec<u64> = self.0.keys().collect::<Result<_, _>>().map_err(io_error)?;
-        for gone in there.iter().filter(|cookie| !pods.contains_key(cookie)) {
-            self.0.remove(gone).map_err(io_error)?;
-        }
-        for (cookie, addr) in pods.iter().take(tables::PODS_V4.entries as usize) {
-            self.0.insert(cookie, addr, 0).map_err(io_error)?;
-        }
-        Ok(())
+    pub fn set_v4(&mut self, pods: &[(u64, [u8; 4])]) -> io::Result<()> {
+        fill(&mut self.v4, pods)
     }
+
+    /// Makes these the addresses of IPv6.
+    ///
+    /// # Errors
+    /// When the kernel refuses a write.
+    pub fn set_v6(&mut self, pods: &[(u64, Ip6)]) -> io::Result<()> {
+        let pods: Vec<_> = pods.iter().map(|(cookie, addr)| (*cookie, addr.words())).collect();
+        fill(&mut self.v6, &pods)
+    }
+}
+
+fn fill<V: Pod>(map: &mut HashMap<MapData, u64, V>, pods: &[(u64, V)]) -> io::Result<()> {
+    let there: Vec<u64> = map.keys().collect::<Result<_, _>>().map_err(io_error)?;
+    for gone in there.iter().filter(|there| !pods.iter().any(|(cookie, _)| cookie == *there)) {
+        map.remove(gone).map_err(io_error)?;
+    }
+    for (cookie, addr) in pods.iter().take(tables::PODS_V4.entries as usize) {
+        map.insert(cookie, addr, 0).map_err(io_error)?;
+    }
+    Ok(())
 }
 
 /// The counters of the socket hooks.
@@ -95,26 +111,37 @@ impl std::fmt::Debug for SocketCounters {
 
 impl SocketMaps {
     pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        Ok(Self { settings: Slots::of(take(ebpf, &tables::SOCKETS_V4)?)? })
+        Ok(Self {
+            v4: Slots::of(take(ebpf, &tables::SOCKETS_V4)?)?,
+            v6: Slots::of(take(ebpf, &tables::SOCKETS_V6)?)?,
+        })
     }
 
-    /// Tells the hooks.
+    /// Tells the hooks of IPv4.
     ///
     /// # Errors
     /// When the kernel refuses the write.
-    pub fn set(&mut self, settings: SocketSettings<Addr>) -> io::Result<()> {
-        self.settings.set(0, raw(settings))
+    pub fn set_v4(&mut self, settings: SocketSettings<[u8; 4]>) -> io::Result<()> {
+        self.v4.set(0, raw(settings))
+    }
+
+    /// Tells the hooks of IPv6.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    pub fn set_v6(&mut self, settings: SocketSettings<Ip6>) -> io::Result<()> {
+        self.v6.set(0, raw(settings))
     }
 }
 
 impl PeerMaps {
-    /// Handles; that of the backends is a second one, by its pin.
-    pub(super) fn open(ebpf: &mut Ebpf, backends: &Path) -> anyhow::Result<Self> {
+    /// Handles; those of the backends are second ones, by their pins.
+    pub(super) fn open(ebpf: &mut Ebpf, dir: &Path) -> anyhow::Result<Self> {
         let peers = take(ebpf, &tables::UDP_PEERS)?;
         let fd = descriptor(&peers)?;
-        let backends = MapData::from_pin(backends).and_then(Map::from_map_data);
-        let backends = backends.context("cannot open the pinned map of backends")?;
-        Ok(Self { fd, peers: HashMap::try_from(peers)?, backends: Slots::of(backends)? })
+        let v4 = Slots::of(open_pinned(dir, &tables::BACKENDS_V4)?)?;
+        let v6 = Slots::of(open_pinned(dir, &tables::BACKENDS_V6)?)?;
+        Ok(Self { fd, peers: HashMap::try_from(peers)?, v4, v6 })
     }
 
     /// Backends, by the sockets that have been led to them, that do not serve any more.
@@ -123,7 +150,7 @@ impl PeerMaps {
     /// When the kernel refuses a read.
     pub fn stale(&self) -> io::Result<Vec<PeerKey>> {
         let mut told = Vec::new();
-        let zero = (raw(ZERO_KEY), raw(ZERO_PEER));
+        let zero = (zero::<PeerKey>(), zero::<Peer>());
         match batch::walk(&self.fd, zero, |Raw(key), Raw(peer)| told.push((key, peer))) {
             Err(error) if batch::is_missing(&error) => {
                 for entry in self.peers.iter().take(2 * tables::UDP_PEERS.entries as usize) {
@@ -136,12 +163,12 @@ impl PeerMaps {
         let mut generations = std::collections::HashMap::new();
         let mut stale = Vec::new();
         for (key, peer) in told.iter().filter(|(key, _)| key.side == tables::side::BACKEND) {
-            let now = match generations.get(&peer.backend) {
+            let is_v4 = <[u8; 4]>::from_wide(key.addr).wide() == key.addr;
+            let now = match generations.get(&(is_v4, peer.backend)) {
                 Some(now) => *now,
                 None => {
-                    let Raw(backend) = self.backends.map.get(&peer.backend, 0).map_err(io_error)?;
-                    let now = (backend.proto == UDP).then_some(backend.generation);
-                    generations.insert(peer.backend, now);
+                    let now = self.generation(is_v4, peer.backend)?;
+                    generations.insert((is_v4, peer.backend), now);
                     now
                 }
             };
@@ -150,6 +177,18 @@ impl PeerMaps {
             }
         }
         Ok(stale)
+    }
+
+    /// The generation of a backend that serves.
+    fn generation(&self, is_v4: bool, id: u32) -> io::Result<Option<u32>> {
+        let (proto, generation) = if is_v4 {
+            let Raw(backend) = self.v4.map.get(&id, 0).map_err(io_error)?;
+            (backend.proto, backend.generation)
+        } else {
+            let Raw(backend) = self.v6.map.get(&id, 0).map_err(io_error)?;
+            (backend.proto, backend.generation)
+        };
+        Ok((proto == UDP).then_some(generation))
     }
 
     /// Forgets what a socket has been told.
@@ -185,7 +224,3 @@ impl SocketCounters {
         .collect()
     }
 }
-
-const ZERO_KEY: PeerKey = PeerKey { cookie: 0, addr: [0; 16], port: [0; 2], side: 0, zero: [0; 5] };
-const ZERO_PEER: Peer =
-    Peer { addr: [0; 16], port: [0; 2], zero: [0; 2], backend: 0, generation: 0, service: 0 };

@@ -60,8 +60,8 @@ fn exported() -> String {
     });
     Sync::register(&mut registries.kube_proxy, watch::channel(SyncState::default()).1);
     metrics.flows(&FlowCounts::default());
-    metrics.fill(Fill::default());
-    metrics.capacities(&Sizes {
+    metrics.fill::<[u8; 4]>(Fill::default());
+    metrics.capacities::<[u8; 4]>(&Sizes {
         established: 0,
         embryonic: 0,
         frontends: 0,
@@ -76,7 +76,7 @@ fn exported() -> String {
         mode: Mode::Generic,
         reason: String::new(),
         xmit: Transmit { transmit: false, redirect: false },
-        address: None,
+        addresses: Vec::new(),
     }]);
     for kind in ["service", "endpointslice", "node"] {
         metrics.objects.get_or_create(&[("kind", kind)]).set(0);

@@ -23,7 +23,10 @@ use prometheus_client::{
 use tokio::sync::watch;
 
 use super::{Label, help, metrics};
-use crate::{cluster::wanted::IpAddress, status::SyncState};
+use crate::{
+    cluster::wanted::{Ip6, IpAddress},
+    status::SyncState,
+};
 
 type Seconds = Gauge<f64, AtomicU64>;
 type Histograms = Family<Label, Histogram, fn() -> Histogram>;
@@ -108,7 +111,7 @@ impl KubeProxy {
     }
 }
 
-const FAMILIES: [&str; 2] = [<[u8; 4]>::FAMILY, <[u8; 16]>::FAMILY];
+const FAMILIES: [&str; 2] = [<[u8; 4]>::FAMILY, Ip6::FAMILY];
 
 fn known(code: &str) -> &'static str {
     if code == "200" { "200" } else { "503" }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::{core::v1, networking::v1 as networking};
 
-use super::{Flaws, quoted};
+use super::{Flaw, Flaws, quoted};
 use crate::cluster::address::{parse_cidr_sloppy, parse_ip_sloppy};
 
 const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
@@ -25,7 +25,7 @@ pub struct Node {
     /// Whether it is being deleted, or the cluster autoscaler is about to remove it.
     pub is_leaving: bool,
     /// What cannot be used of it.
-    pub flaws: Box<[Box<str>]>,
+    pub flaws: Box<[Flaw]>,
 }
 
 /// What matters of a ServiceCIDR.
@@ -34,7 +34,7 @@ pub struct ServiceCidr {
     /// `spec.cidrs`.
     pub cidrs: Box<[(IpAddr, u8)]>,
     /// What cannot be used of it.
-    pub flaws: Box<[Box<str>]>,
+    pub flaws: Box<[Flaw]>,
 }
 
 impl Node {

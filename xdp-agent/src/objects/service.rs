@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use k8s_openapi::api::core::v1::{self, ServiceSpec};
 
-use super::{Flaws, quoted};
+use super::{Flaw, Flaws, quoted};
 use crate::cluster::{
     address::{parse_cidr_sloppy, parse_ip_sloppy, unreachable},
     wanted::{Policy, Protocol},
@@ -44,7 +44,7 @@ pub struct Service {
     /// Its ports, each name and protocol once.
     pub ports: Box<[ServicePort]>,
     /// What cannot be used of it.
-    pub flaws: Box<[Box<str>]>,
+    pub flaws: Box<[Flaw]>,
 }
 
 /// A port of a Service.
@@ -70,9 +70,11 @@ impl Service {
         let cluster_ips = cluster_ips(spec, &mut flaws);
         let external = spec.external_ips.iter().flatten().map(String::as_str);
         let external_ips = addresses(external, "external IP", &mut flaws);
-        let load_balancer_ips = addresses(vips(object), "load-balancer IP", &mut flaws);
+        let vips = vips(object, &mut flaws);
+        let load_balancer_ips = addresses(vips.into_iter(), "load-balancer IP", &mut flaws);
         let (source_ranges, has_bad_source_range) = source_ranges(spec, &mut flaws);
-        let external = external_policy(spec);
+        let external = external_policy(spec, &mut flaws);
+        check_type(spec, &mut flaws);
         Self {
             created_seconds: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
             cluster_ips,
@@ -80,9 +82,9 @@ impl Service {
             load_balancer_ips,
             source_ranges,
             has_bad_source_range,
-            internal: policy(spec.internal_traffic_policy.as_deref()),
+            internal: policy("internalTrafficPolicy", spec.internal_traffic_policy.as_deref(), &mut flaws),
             external,
-            affinity_seconds: affinity_seconds(spec),
+            affinity_seconds: affinity_seconds(spec, &mut flaws),
             health_check_node_port: health_check_node_port(spec, external, &mut flaws),
             ports: ports(spec, &mut flaws),
             flaws: flaws.finish(),
@@ -113,6 +115,12 @@ fn cluster_ips(spec: &ServiceSpec, flaws: &mut Flaws) -> Box<[IpAddr]> {
         }
         let Some(ip) = address(text, "clusterIP", flaws) else { continue };
         let is_named = family.is_none_or(|family| family == if ip.is_ipv4() { "IPv4" } else { "IPv6" });
+        if !is_named {
+            let family = quoted(family.map_or("", String::as_str));
+            flaws.push(|| {
+                format!("clusterIP {ip} is not of family {family} as ipFamilies says; it is not served")
+            });
+        }
         if is_named && !ips.iter().any(|other| other.is_ipv4() == ip.is_ipv4()) {
             ips.push(ip);
         }
@@ -121,11 +129,22 @@ fn cluster_ips(spec: &ServiceSpec, flaws: &mut Flaws) -> Box<[IpAddr]> {
 }
 
 /// With ipMode Proxy the balancer wants its traffic back; an entry with a host name has no address.
-fn vips(object: &v1::Service) -> impl Iterator<Item = &str> {
+fn vips<'a>(object: &'a v1::Service, flaws: &mut Flaws) -> Vec<&'a str> {
     let status = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = status.and_then(|status| status.ingress.as_deref()).unwrap_or_default();
-    let vips = ingress.iter().filter(|ingress| matches!(ingress.ip_mode.as_deref(), None | Some("VIP")));
-    vips.filter_map(|ingress| ingress.ip.as_deref()).filter(|ip| !ip.is_empty())
+    let mut vips = Vec::new();
+    for ingress in ingress {
+        let Some(ip) = ingress.ip.as_deref().filter(|ip| !ip.is_empty()) else { continue };
+        match ingress.ip_mode.as_deref() {
+            None | Some("VIP") => vips.push(ip),
+            Some("Proxy") => {}
+            Some(other) => flaws.push(|| {
+                let (ip, other) = (quoted(ip), quoted(other));
+                format!("ipMode {other} of load-balancer IP {ip} is neither VIP nor Proxy; it is not served")
+            }),
+        }
+    }
+    vips
 }
 
 fn source_ranges(spec: &ServiceSpec, flaws: &mut Flaws) -> (Box<[(IpAddr, u8)]>, bool) {
@@ -147,25 +166,62 @@ fn source_ranges(spec: &ServiceSpec, flaws: &mut Flaws) -> (Box<[(IpAddr, u8)]>,
 
 /// Ignored unless the Service can be reached from outside at all (`ExternallyAccessible` in
 /// pkg/api/v1/service/util.go).
-fn external_policy(spec: &ServiceSpec) -> Policy {
+fn external_policy(spec: &ServiceSpec, flaws: &mut Flaws) -> Policy {
     let is_reachable = match spec.type_.as_deref() {
         Some("NodePort" | "LoadBalancer") => true,
         _ => spec.external_ips.as_ref().is_some_and(|ips| !ips.is_empty()),
     };
-    if is_reachable { policy(spec.external_traffic_policy.as_deref()) } else { Policy::Cluster }
+    let policy = policy("externalTrafficPolicy", spec.external_traffic_policy.as_deref(), flaws);
+    if is_reachable { policy } else { Policy::Cluster }
 }
 
-fn policy(text: Option<&str>) -> Policy {
-    if text == Some("Local") { Policy::Local } else { Policy::Cluster }
+fn policy(field: &str, text: Option<&str>, flaws: &mut Flaws) -> Policy {
+    match text {
+        Some("Local") => Policy::Local,
+        None | Some("" | "Cluster") => Policy::Cluster,
+        Some(other) => {
+            flaws.push(|| {
+                format!("{field} {} is neither Cluster nor Local; it counts as Cluster", quoted(other))
+            });
+            Policy::Cluster
+        }
+    }
 }
 
-fn affinity_seconds(spec: &ServiceSpec) -> u32 {
-    if spec.session_affinity.as_deref() != Some("ClientIP") {
-        return 0;
+/// An unknown type opens nothing that a type opens, and the ClusterIP is served all the same.
+fn check_type(spec: &ServiceSpec, flaws: &mut Flaws) {
+    match spec.type_.as_deref() {
+        None | Some("" | "ClusterIP" | "NodePort" | "LoadBalancer") => {}
+        Some(other) => flaws.push(|| {
+            let other = quoted(other);
+            format!("type {other} is none of ClusterIP, NodePort, LoadBalancer and ExternalName; it counts as ClusterIP")
+        }),
+    }
+}
+
+fn affinity_seconds(spec: &ServiceSpec, flaws: &mut Flaws) -> u32 {
+    match spec.session_affinity.as_deref() {
+        Some("ClientIP") => {}
+        None | Some("" | "None") => return 0,
+        Some(other) => {
+            flaws.push(|| {
+                format!("sessionAffinity {} is neither None nor ClientIP; it counts as None", quoted(other))
+            });
+            return 0;
+        }
     }
     let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
-    let given = config.and_then(|config| config.timeout_seconds).and_then(|time| u32::try_from(time).ok());
-    given.unwrap_or(AFFINITY_SECONDS_DEFAULT).clamp(1, AFFINITY_SECONDS_MAX)
+    let Some(given) = config.and_then(|config| config.timeout_seconds) else {
+        return AFFINITY_SECONDS_DEFAULT;
+    };
+    let used = u32::try_from(given).unwrap_or(0).clamp(1, AFFINITY_SECONDS_MAX);
+    if i64::from(used) != i64::from(given) {
+        flaws.push(|| {
+            let field = "sessionAffinityConfig.clientIP.timeoutSeconds";
+            format!("{field} {given} is not 1 to {AFFINITY_SECONDS_MAX}; {used} is used")
+        });
+    }
+    used
 }
 
 /// `NeedsHealthCheck` in pkg/api/v1/service/util.go.
@@ -186,10 +242,7 @@ fn ports(spec: &ServiceSpec, flaws: &mut Flaws) -> Box<[ServicePort]> {
     for given in spec.ports.iter().flatten() {
         let number = given.port;
         let Some(protocol) = Protocol::parse(given.protocol.as_deref()) else {
-            flaws.push(|| {
-                let text = quoted(given.protocol.as_deref().unwrap_or_default());
-                format!("protocol {text} of port {number} is not served; only TCP, UDP and SCTP are")
-            });
+            flaws.push(|| unknown_protocol(given.protocol.as_deref(), number));
             continue;
         };
         let Some(port) = port_number(number) else {
@@ -225,6 +278,12 @@ fn address(text: &str, what: &str, flaws: &mut Flaws) -> Option<IpAddr> {
         return None;
     }
     Some(ip)
+}
+
+/// The flaw of a port whose protocol nobody knows.
+pub(super) fn unknown_protocol(protocol: Option<&str>, port: i32) -> String {
+    let protocol = quoted(protocol.unwrap_or_default());
+    format!("protocol {protocol} of port {port} is not served; only TCP, UDP and SCTP are")
 }
 
 /// A port number; none for one that no packet bears.

@@ -1,23 +1,27 @@
 //! EndpointSlices (Kubernetes: pkg/proxy/endpointslicecache.go).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use k8s_openapi::{
     api::discovery::v1::{self, EndpointSlice},
     jiff::Timestamp,
 };
 
-use super::{Flaws, quoted, service::port_number};
+use super::{
+    Flaw, Flaws, quoted,
+    service::{port_number, unknown_protocol},
+};
 use crate::cluster::{
     address::{parse_ip_sloppy, special},
-    wanted::{IpAddress, Protocol},
+    wanted::{Ip6, IpAddress, Protocol},
 };
 
 const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 const ANNOTATION_TRIGGER: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
-/// What matters of an EndpointSlice; one that no proxy uses (headless, of no Service, FQDN) reads as the default.
+/// What matters of an EndpointSlice; one that no proxy uses (headless, of no Service, FQDN) reads as the default, but for
+/// its flaws.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Slice {
     /// The Service that it belongs to, in its own namespace; empty when it is not used.
@@ -27,12 +31,12 @@ pub struct Slice {
     /// Its endpoints, when its addresses are IPv4.
     pub v4: Box<[SliceEndpoint<[u8; 4]>]>,
     /// Its endpoints, when its addresses are IPv6.
-    pub v6: Box<[SliceEndpoint<[u8; 16]>]>,
+    pub v6: Box<[SliceEndpoint<Ip6>]>,
     names: Names,
     /// When what it tells happened, in milliseconds since 1970, as its controller says.
     pub trigger_ms: Option<i64>,
     /// What cannot be used of it.
-    pub flaws: Box<[Box<str>]>,
+    pub flaws: Box<[Flaw]>,
 }
 
 /// A port that every endpoint of a slice has.
@@ -96,7 +100,18 @@ impl Slice {
         match object.address_type.as_str() {
             "IPv4" => slice.v4 = endpoints(object, &mut names, &mut flaws),
             "IPv6" => slice.v6 = endpoints(object, &mut names, &mut flaws),
-            _ => return Self::default(),
+            "FQDN" => {
+                flaws.unsupported(|| {
+                    "addressType FQDN has no addresses to forward to; it is left out".to_owned()
+                });
+                return Self { flaws: flaws.finish(), ..Self::default() };
+            }
+            other => {
+                flaws.push(|| {
+                    format!("addressType {} is neither IPv4 nor IPv6; it is left out", quoted(other))
+                });
+                return Self { flaws: flaws.finish(), ..Self::default() };
+            }
         }
         slice.ports = ports(object, &mut flaws);
         slice.names = names.finish();
@@ -128,14 +143,27 @@ impl Slice {
 fn ports(object: &EndpointSlice, flaws: &mut Flaws) -> Box<[SlicePort]> {
     let mut ports = Vec::new();
     for port in object.ports.iter().flatten() {
-        // A slice without a port number means every port, which no proxy can serve.
-        let (Some(name), Some(number)) = (&port.name, port.port) else { continue };
-        let Some(protocol) = Protocol::parse(port.protocol.as_deref()) else { continue };
-        match port_number(number) {
-            Some(port) => ports.push(SlicePort { name: name.as_str().into(), protocol, port }),
-            None if number == 0 => {}
-            None => flaws.push(|| format!("port {number} is not 1 to 65535")),
-        }
+        let Some(name) = &port.name else {
+            flaws.push(|| {
+                "a port without a name belongs to no port of the Service; it is left out".to_owned()
+            });
+            continue;
+        };
+        let Some(number) = port.port else {
+            flaws.unsupported(|| {
+                format!("port {} without a number means every port; it is left out", quoted(name))
+            });
+            continue;
+        };
+        let Some(protocol) = Protocol::parse(port.protocol.as_deref()) else {
+            flaws.push(|| unknown_protocol(port.protocol.as_deref(), number));
+            continue;
+        };
+        let Some(port) = port_number(number) else {
+            flaws.push(|| format!("port {number} is not 1 to 65535; the port is left out"));
+            continue;
+        };
+        ports.push(SlicePort { name: name.as_str().into(), protocol, port });
     }
     ports.into()
 }
@@ -146,8 +174,12 @@ fn endpoints<'a, A: IpAddress>(
     flaws: &mut Flaws,
 ) -> Box<[SliceEndpoint<A>]> {
     let mut endpoints = Vec::new();
+    let mut ready = HashSet::new();
     for endpoint in object.endpoints.iter().flatten() {
-        let Some(text) = endpoint.addresses.first() else { continue };
+        let Some(text) = endpoint.addresses.first() else {
+            flaws.push(|| "an endpoint without an address is left out".to_owned());
+            continue;
+        };
         let ip = parse_ip_sloppy(text);
         let Some((ip, addr)) = ip.and_then(|ip| Some((ip, A::from_ip(ip)?))) else {
             flaws.push(|| {
@@ -162,7 +194,12 @@ fn endpoints<'a, A: IpAddress>(
             });
             continue;
         }
-        endpoints.push(read_endpoint(endpoint, addr, names));
+        let endpoint = read_endpoint(endpoint, addr, names);
+        // While an address moves to another Pod, both may stand here, but only one of them serves.
+        if endpoint.ready && !endpoint.terminating && !ready.insert(addr) {
+            flaws.push(|| format!("endpoint address {ip} stands there twice; it counts once"));
+        }
+        endpoints.push(endpoint);
     }
     endpoints.into()
 }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::cluster::wanted::Ip6;
 
 fn slice(object: Value) -> Slice {
     Slice::read(&serde_json::from_value(object).unwrap())
@@ -36,7 +37,7 @@ fn a_slice_keeps_each_name_once() {
 #[test]
 fn an_endpoint_is_small() {
     assert_eq!(size_of::<SliceEndpoint<[u8; 4]>>(), 20);
-    assert_eq!(size_of::<SliceEndpoint<[u8; 16]>>(), 32);
+    assert_eq!(size_of::<SliceEndpoint<Ip6>>(), 32);
 }
 
 #[test]

@@ -184,6 +184,7 @@ fn bits<A: IpAddress>(addr: A) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::wanted::Ip6;
 
     #[test]
     fn an_address_is_in_a_network_when_its_leading_bits_are() {
@@ -193,7 +194,9 @@ mod tests {
         }
         let mut addr = [0; 16];
         addr[0] = 0xfd;
-        let inside = [[0xfd; 16], [0xfc; 16]].map(|other| holds(&Network { addr, len: 8 }, other));
+        let addr = Ip6::from(addr);
+        let inside =
+            [Ip6::from([0xfd; 16]), [0xfc; 16].into()].map(|other| holds(&Network { addr, len: 8 }, other));
         assert_eq!(inside, [true, false]);
     }
 
@@ -208,7 +211,7 @@ mod tests {
             assert_eq!((table.bits.len(), table.problems.len()), (bits, problems), "/{len}");
         }
         for (len, bits) in [(108, 1), (64, 1), (52, 4096), (48, 4096), (0, 4096)] {
-            assert_eq!(spanned(&Network { addr: [0u8; 16], len }).count(), bits, "/{len}");
+            assert_eq!(spanned(&Network { addr: Ip6::default(), len }).count(), bits, "/{len}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use xdp_common::tables::{ACCOUNTS, Frontend, FrontendKey, network::sources_of};
+use xdp_common::tables::{ACCOUNTS_V4, Frontend, FrontendKey, network::sources_of};
 
 use super::{
     Change, Owner, Placed, Plan, gate_bit,
@@ -150,8 +150,8 @@ impl<A: IpAddress> Plan<A> {
             return known;
         }
         let taken = (self.services.len() + self.left_ids.len()) as u32;
-        let is_crowded = taken > ACCOUNTS.entries / 8 * 7;
-        let end = if is_crowded { (2 * taken).next_power_of_two() } else { ACCOUNTS.entries };
+        let is_crowded = taken > ACCOUNTS_V4.entries / 8 * 7;
+        let end = if is_crowded { (2 * taken).next_power_of_two() } else { ACCOUNTS_V4.entries };
         let next = (self.last_id.saturating_add(1)..end).find(is_free);
         self.last_id = next.or_else(|| (1..end).find(is_free)).unwrap_or(end);
         self.last_id

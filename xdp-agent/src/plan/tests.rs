@@ -8,7 +8,7 @@ use xdp_common::{
 use self::model::Model;
 use super::*;
 use crate::cluster::wanted::{
-    DesiredFrontend, Endpoint, FrontendKind, Masquerade, Networks, Policy, Protocol, ServicePort,
+    DesiredFrontend, Endpoint, FrontendKind, Ip6, Masquerade, Networks, Policy, Protocol, ServicePort,
 };
 
 mod adopting;
@@ -21,7 +21,7 @@ mod networks;
 const LIMITS: Limits = Limits { frontends: 64, backends: 64, ring_slots: 8192, networks: 64 };
 
 type V4 = [u8; 4];
-type V6 = [u8; 16];
+type V6 = Ip6;
 
 /// Addresses by a number of a network and two more.
 trait TestAddress: IpAddress {
@@ -36,7 +36,7 @@ impl TestAddress for V4 {
 
 impl TestAddress for V6 {
     fn at(network: u8, a: u8, b: u8) -> Self {
-        [0xfd, network, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b]
+        [0xfd, network, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b].into()
     }
 }
 

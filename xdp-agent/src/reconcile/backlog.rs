@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::{
-    cluster::wanted::IpAddress,
+    cluster::wanted::{Ip6, IpAddress},
     metrics::KubeProxy,
     objects::{Change, Slice},
 };
@@ -71,11 +71,12 @@ impl Backlog {
     }
 }
 
-/// What has led to an EndpointSlice as it is, if that was after `began` and is served here: IPv6 is not.
+/// What has led to an EndpointSlice as it is, if that was after `began`, and its family.
 fn cause(slice: &Slice, began: SystemTime) -> Option<(&'static str, SystemTime)> {
     let ms = u64::try_from(slice.trigger_ms?).ok()?;
     let at = SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
-    (at > began && slice.v6.is_empty()).then_some((<[u8; 4]>::FAMILY, at))
+    let family = if slice.v6.is_empty() { <[u8; 4]>::FAMILY } else { Ip6::FAMILY };
+    (at > began).then_some((family, at))
 }
 
 #[cfg(test)]

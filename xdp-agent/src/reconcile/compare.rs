@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, io};
 use tracing::warn;
 use xdp_common::tables::Device;
 
-use super::Reconciler;
+use super::{Reconciler, side::Side};
+use crate::cluster::wanted::IpAddress;
 
 /// Rings are computed anew to be compared, so they are compared less often: at every tenth comparison.
 const RING_COMPARE_EVERY: u32 = 10;
@@ -51,19 +52,6 @@ impl Comparison {
 }
 
 impl Reconciler {
-    pub(super) fn write_devices(&mut self, wanted: &BTreeMap<u32, Device<[u8; 4]>>) -> io::Result<()> {
-        let there: BTreeMap<_, _> = self.parts.maps.devices()?.into_iter().collect();
-        for (ifindex, device) in wanted {
-            if there.get(ifindex) != Some(device) {
-                self.parts.maps.set_device(*ifindex, *device)?;
-            }
-        }
-        for ifindex in there.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            self.parts.maps.remove_device(*ifindex)?;
-        }
-        Ok(())
-    }
-
     /// Begins a comparison, which [`Reconciler::compare_step`] goes on with.
     pub(super) fn compare(&mut self) {
         self.comparisons = self.comparisons.wrapping_add(1);
@@ -74,19 +62,23 @@ impl Reconciler {
     /// Compares some more.
     pub(super) fn compare_step(&mut self) {
         // While a write waits to be repeated the maps differ from the plan on purpose.
-        let Some(mut comparison) = self.comparison.take().filter(|_| self.pending.is_empty()) else { return };
+        let Some(mut comparison) =
+            self.comparison.take().filter(|_| self.v4.is_written() && self.v6.is_written())
+        else {
+            return;
+        };
         match self.mend(comparison.step) {
             Ok(repairs) => comparison.repairs += repairs,
             Err(error) => {
-                self.parts.metrics.map_write_failures.inc();
+                self.told.metrics.map_write_failures.inc();
                 warn!(%error, "cannot compare the maps with the plan; trying again at the next comparison");
                 return;
             }
         }
-        if let Some(step) = comparison.next(self.parts.limits.backends) {
+        if let Some(step) = comparison.next(self.v4.limits.backends.max(self.v6.limits.backends)) {
             self.comparison = Some(Comparison { step, ..comparison });
         } else if comparison.repairs > 0 {
-            self.parts.metrics.repairs.inc_by(comparison.repairs.into());
+            self.told.metrics.repairs.inc_by(comparison.repairs.into());
             warn!(
                 repairs = comparison.repairs,
                 "the maps differed from the plan and were mended; something else writes to them"
@@ -95,18 +87,23 @@ impl Reconciler {
     }
 
     fn mend(&mut self, step: Step) -> io::Result<u32> {
-        let (plan, maps) = (&self.plan, &mut self.parts.maps);
+        Ok(self.v4.mend(step, &self.picture.v4.devices)? + self.v6.mend(step, &self.picture.v6.devices)?)
+    }
+}
+
+impl<A: IpAddress> Side<A> {
+    fn mend(&mut self, step: Step, devices: &BTreeMap<u32, Device<A>>) -> io::Result<u32> {
+        let (plan, maps) = (&self.plan, &mut self.maps);
         match step {
             Step::Gates => {
                 let mended = maps.repair_gates(plan.ingress_gate(), plan.egress_gate())?;
-                let devices = self.picture.devices.clone();
-                self.write_devices(&devices)?;
+                self.write_devices(devices)?;
                 Ok(mended)
             }
             Step::Frontends => maps.repair_frontends(plan.frontends()),
             Step::Networks => maps.repair_networks(plan.networks()),
             Step::Backends(first) => {
-                let ids = first..first.saturating_add(BACKENDS_PER_STEP).min(self.parts.limits.backends);
+                let ids = first..first.saturating_add(BACKENDS_PER_STEP).min(self.limits.backends);
                 maps.repair_backends(ids.clone(), plan.backends(ids))
             }
             Step::Rings(part) => {

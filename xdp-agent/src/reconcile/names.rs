@@ -1,12 +1,12 @@
 //! Which service port has which service id, for those who read accounts.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
 use crate::{
-    cluster::wanted::{Delta, ServicePortName},
+    cluster::wanted::{Delta, IpAddress, ServicePortName},
     plan::Plan,
 };
 
@@ -22,8 +22,14 @@ impl ServiceNames {
         accounts.into_iter().filter_map(named).collect()
     }
 
+    /// Every service port by its id, as `namespace/name:port`.
+    pub fn by_id(&self) -> BTreeMap<u32, String> {
+        let names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        names.iter().map(|(id, name)| (*id, name.without_protocol())).collect()
+    }
+
     /// Forgets those that are about to go.
-    pub(super) fn forget(&self, delta: &Delta<[u8; 4]>, plan: &Plan<[u8; 4]>) {
+    pub(super) fn forget<A: IpAddress>(&self, delta: &Delta<A>, plan: &Plan<A>) {
         let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for id in delta.ports.keys().filter_map(|name| plan.service_id(name)) {
             names.remove(&id);
@@ -31,7 +37,7 @@ impl ServiceNames {
     }
 
     /// Learns those that have come.
-    pub(super) fn learn(&self, delta: &Delta<[u8; 4]>, plan: &Plan<[u8; 4]>) {
+    pub(super) fn learn<A: IpAddress>(&self, delta: &Delta<A>, plan: &Plan<A>) {
         let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for name in delta.ports.keys() {
             names.extend(plan.service_id(name).map(|id| (id, name.clone())));

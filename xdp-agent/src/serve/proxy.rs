@@ -15,7 +15,11 @@ use axum::{
 };
 use serde::Serialize;
 
-use crate::{cluster::wanted::IpAddress, metrics::KubeProxy, status::Health};
+use crate::{
+    cluster::wanted::{Ip6, IpAddress},
+    metrics::KubeProxy,
+    status::Health,
+};
 
 /// What the handlers read and count.
 #[derive(Clone, Debug)]
@@ -65,7 +69,7 @@ impl Answer {
         let healthy = health.is_good(Instant::now());
         let last_synced = timestamp(health.sync.borrow().last_synced);
         let current_time = timestamp(Some(SystemTime::now()));
-        let families = [<[u8; 4]>::FAMILY, <[u8; 16]>::FAMILY];
+        let families = [<[u8; 4]>::FAMILY, Ip6::FAMILY];
         let status =
             families.map(|family| (family, Family { last_updated: last_synced.clone(), healthy })).into();
         // What is well is up to date, even if nothing has changed for long.

@@ -31,7 +31,9 @@ async fn start() -> Agent {
         shared: Arc::clone(&shared),
         health: Health { sync, heartbeat: Heartbeat::new(Instant::now()) },
         watch: None,
-        config: Arc::new(json!({ "masquerade-all": true })),
+        config: Arc::new(json!({ "masquerade-all": true, "pin-dir": "/pins" })),
+        names: (ServiceNames::default(), ServiceNames::default()),
+        slis: Slis::default(),
     };
     let address = |socket: &Socket| socket.listeners[0].local_addr().expect("bound");
     let (healthz, metrics) = (address(&servers.healthz), address(&servers.metrics));
@@ -119,8 +121,35 @@ async fn the_metrics_server_has_the_paths_of_kube_proxy_and_ours() {
     drop(image);
     assert_eq!(get(agent.metrics, "/readyz").await.0, 200);
     assert_eq!(get_json(agent.metrics, "/status").await.1["node"], "node-a");
+    assert_eq!(get_json(agent.metrics, "/services").await.1, json!({ "pin-dir": "/pins", "IPv4": {} }));
     assert!(get(agent.metrics, "/metrics").await.1.ends_with("# EOF\n"));
     assert_eq!(get(agent.healthz, "/metrics").await.0, 404, "metrics are not for load balancers");
+}
+
+#[tokio::test]
+async fn what_health_checks_have_said_is_counted_as_kubernetes_does() {
+    let agent = start().await;
+    assert_eq!(get(agent.metrics, "/metrics/slis").await, (200, "# EOF\n".to_owned()));
+    let image = agent.shared.wait_for("image");
+    for path in ["/healthz", "/healthz", "/livez", "/readyz"] {
+        get(agent.metrics, path).await;
+    }
+    drop(image);
+    get(agent.metrics, "/readyz").await;
+    let (status, text) = get(agent.metrics, "/metrics/slis").await;
+    assert_eq!(status, 200);
+    for line in [
+        "# TYPE kubernetes_healthcheck gauge",
+        "# TYPE kubernetes_healthchecks counter",
+        "kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1",
+        "kubernetes_healthcheck{name=\"start\",type=\"readyz\"} 1",
+        "kubernetes_healthchecks_total{name=\"ping\",status=\"success\",type=\"healthz\"} 2",
+        "kubernetes_healthchecks_total{name=\"maps\",status=\"success\",type=\"livez\"} 1",
+        "kubernetes_healthchecks_total{name=\"start\",status=\"error\",type=\"readyz\"} 1",
+        "kubernetes_healthchecks_total{name=\"start\",status=\"success\",type=\"readyz\"} 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
 }
 
 #[tokio::test]

@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, io};
 
-use xdp_common::{net::Address, tables::PeerKey};
+use xdp_common::{
+    net::{Address, Ip6},
+    tables::PeerKey,
+};
 
 use crate::netlink::{Message, Protocol, Requests};
 
@@ -22,7 +25,7 @@ struct Connected {
     /// Its identity, as the kernel wants it back.
     id: [u8; ID_LEN],
     cookie: u64,
-    addr: [u8; 16],
+    addr: Ip6,
     port: [u8; 2],
 }
 
@@ -71,7 +74,7 @@ fn read(message: &Message) -> Option<Connected> {
     let addr = if i32::from(family) == libc::AF_INET {
         <[u8; 4]>::try_from(&addr[..4]).ok()?.wide()
     } else {
-        addr
+        addr.into()
     };
     let cookie = u64::from(u32::from_ne_bytes(id[40..44].try_into().ok()?))
         | u64::from(u32::from_ne_bytes(id[44..48].try_into().ok()?)) << 32;

@@ -12,7 +12,10 @@ use std::{
     thread,
 };
 
-use crate::neighbours;
+use crate::{
+    cluster::wanted::{Ip6, IpAddress},
+    neighbours,
+};
 
 /// Where container runtimes and `ip netns` keep namespaces by name (CRI: /run/netns/cni-…).
 const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
@@ -46,11 +49,12 @@ pub fn own_cookie() -> io::Result<u64> {
     if result != 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
-/// The first address of global use that this thread's namespace has.
-pub(super) fn own_address() -> Option<[u8; 4]> {
+/// The addresses of global use that this thread's namespace has: the least of each family.
+pub(super) fn own_addresses() -> Option<(Option<[u8; 4]>, Option<Ip6>)> {
     let host = neighbours::read_host().ok()?;
-    let addresses = host.addresses.values().flatten().filter(|address| address.scope == 0);
-    addresses.map(|address| address.addr.octets()).min()
+    let global = || host.addresses.values().flatten().filter(|address| address.scope == 0);
+    let v4 = global().filter_map(|address| <[u8; 4]>::from_ip(address.addr)).min();
+    Some((v4, global().filter_map(|address| Ip6::from_ip(address.addr)).min()))
 }
 
 /// Calls `visit` on a thread in every network namespace that can be found and entered, the own one first; with the error

@@ -1,16 +1,17 @@
 //! Manifests as a source: what they hold, and then how it changes.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, bail};
 use tokio::{
     sync::mpsc::{self, Sender},
     task::JoinSet,
+    time::sleep_until,
 };
 use tracing::error;
 
 use super::{BATCH_MAX, Event};
-use crate::manifests::{self, Problem, ProblemKind, Snapshot, watcher::Watcher};
+use crate::manifests::{self, Problem, ProblemKind, Snapshot, in_place::Written, watcher::Watcher};
 
 /// Files that are followed; dropping it ends that.
 #[derive(Debug)]
@@ -24,13 +25,16 @@ pub struct Files {
 /// # Errors
 /// When one of the paths itself cannot be read.
 pub async fn files(paths: Vec<PathBuf>, events: Sender<Event>) -> anyhow::Result<Files> {
-    let snapshot = read(paths.clone(), None).await.context("reading the objects ended early")?;
+    let first = paths.clone();
+    let snapshot = tokio::task::spawn_blocking(move || manifests::read(&first, None)).await;
+    let snapshot = snapshot.context("reading the objects ended early")?;
     if let Some(problem) = unreadable_source(&snapshot, &paths) {
         bail!("{problem}; check --services");
     }
-    let (watcher, changes) = Watcher::start(paths.clone());
+    let written = Written::default();
+    let (watcher, changes) = Watcher::start(paths.clone(), written.clone());
     let mut task = JoinSet::new();
-    task.spawn(follow(paths, snapshot, changes, events));
+    task.spawn(follow(paths, snapshot, written, changes, events));
     Ok(Files { _watcher: watcher, _task: task })
 }
 
@@ -43,14 +47,19 @@ fn unreadable_source<'a>(snapshot: &'a Snapshot, paths: &[PathBuf]) -> Option<&'
     })
 }
 
-async fn read(paths: Vec<PathBuf>, previous: Option<Snapshot>) -> Result<Snapshot, tokio::task::JoinError> {
-    tokio::task::spawn_blocking(move || manifests::read(&paths, previous.as_ref())).await
+/// Waits for a time, or for ever without one.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Tells what there is, then what changes, until nobody listens or nothing watches the files.
 async fn follow(
     paths: Vec<PathBuf>,
     mut snapshot: Snapshot,
+    written: Written,
     mut changes: mpsc::Receiver<()>,
     events: Sender<Event>,
 ) {
@@ -58,15 +67,24 @@ async fn follow(
     if told.is_err() || events.send(Event::Synced).await.is_err() {
         return;
     }
-    while changes.recv().await.is_some() {
-        match read(paths.clone(), Some(snapshot.clone())).await {
+    loop {
+        tokio::select! {
+            changed = changes.recv() => if changed.is_none() { return },
+            () = at(snapshot.again_at) => {}
+        }
+        let (paths, previous, written) = (paths.clone(), snapshot.clone(), written.clone());
+        let read = move || manifests::read_again(&paths, &previous, &written, Instant::now());
+        match tokio::task::spawn_blocking(read).await {
             Ok(new) => {
                 if tell(&snapshot, &new, &events).await.is_err() {
                     return;
                 }
                 snapshot = new;
             }
-            Err(error) => error!(%error, "reading the objects ended early; what is served stays as it is"),
+            Err(error) => {
+                snapshot.again_at = None;
+                error!(%error, "reading the objects ended early; what is served stays as it is");
+            }
         }
     }
 }
@@ -88,7 +106,7 @@ async fn tell(
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, time::Duration};
+    use std::{fs, io::Write, time::Duration};
 
     use super::*;
     use crate::objects::Objects;
@@ -136,6 +154,42 @@ mod tests {
         assert_eq!(next(&mut events).await, Event::Problems(Vec::new()));
         drop(files);
         assert_eq!(events.recv().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_written_slowly_withdraws_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("web.yaml");
+        let names = ["a", "b", "c"];
+        let text = move |network: &str| -> String {
+            let one = |name: &&str| format!("---\n{}", service(name, &format!("{network}.{}", name.len())));
+            names.iter().map(one).collect()
+        };
+        fs::write(&file, text("10.0.0")).unwrap();
+        let (sender, mut events) = mpsc::channel(8);
+        let _files = files(vec![file.clone()], sender).await.unwrap();
+        let writer = tokio::spawn(async move {
+            // Truncates, and then gives everybody time to look at each part.
+            let mut file = fs::File::create(&file).unwrap();
+            for part in text("10.0.9").as_bytes().chunks(24) {
+                tokio::time::sleep(Duration::from_millis(60)).await;
+                file.write_all(part).unwrap();
+            }
+        });
+        let mut objects = Objects::default();
+        let has = |objects: &Objects, network: &str| {
+            let mut ips = objects.services.values().flat_map(|service| &service.cluster_ips);
+            objects.services.len() == names.len() && ips.all(|ip| ip.to_string().starts_with(network))
+        };
+        while !has(&objects, "10.0.9.") {
+            match next(&mut events).await {
+                Event::Changes(changes) => changes.into_iter().for_each(|change| objects.apply(change)),
+                Event::Synced => assert!(has(&objects, "10.0.0.")),
+                Event::Problems(problems) => panic!("{problems:?}"),
+            }
+            assert!(has(&objects, "10.0.0.") || has(&objects, "10.0.9."), "{objects:?}");
+        }
+        writer.await.unwrap();
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 
 use super::{Hook, Next, reply_of, sending::set_hop};
 use crate::{
-    conntrack::{mirror, opposite, translate, translated},
+    conntrack::{complete, mirror, opposite, point_back},
     frame::Packet,
     net::{Address, Family, FlowKey},
     select,
@@ -22,7 +22,7 @@ pub(super) enum Origin {
 }
 
 /// Opens a flow, if the packet is addressed to a frontend.
-#[inline(always)] // one caller
+#[inline(never)] // a frame of its own on a stack of 512 bytes
 pub(super) fn open<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
@@ -91,7 +91,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
             return Next::Reserve(true);
         }
     }
-    Next::Reserve(!route_new(tables, packet, &entry, &mut work.flow))
+    Next::Route
 }
 
 /// The flag by which a frontend masquerades clients from there.
@@ -196,10 +196,9 @@ fn without_endpoint<F: Family, T: Tables<F>>(tables: T, frontend: &Frontend, can
 /// A backend that is reached through an interface without our programs is treated as one of this node: its replies come
 /// back through the stack, never through a hook that could undo a SNAT.
 #[inline(never)] // a frame of its own on a stack of 512 bytes
-fn route_new<F: Family, T: Tables<F>>(
+pub(super) fn route_new<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
-    entry: &Device<F::Addr>,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
     let tag = tables.routing_tag();
@@ -208,7 +207,7 @@ fn route_new<F: Family, T: Tables<F>>(
         Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } if ifindex != packet.ifindex => {
             tables.device(ifindex)
         }
-        Route::Hop { .. } | Route::NoNeighbour { .. } | Route::Kernel => Some(*entry),
+        Route::Hop { .. } | Route::NoNeighbour { .. } | Route::Kernel => tables.device(packet.ifindex),
         Route::Local => None,
     };
     let Some(device) = out else {
@@ -299,11 +298,11 @@ enum Claim {
 /// ours if it leads back to the same client and frontend.
 #[inline(never)] // the verifier follows it once per attempt, with a frame of its own
 fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Claim {
-    let Work { flow, reply } = work;
-    let after = translated(key, flow);
-    let reply_key = &after.reversed();
-    translate(flow, key, &after);
-    translate(reply, reply_key, &key.reversed());
+    let Work { flow, reply, reply_key } = work;
+    *reply_key = opposite(key, flow);
+    complete(key, flow);
+    point_back(key, flow, reply);
+    let reply_key = &*reply_key;
     let mut inserted = tables.insert(Table::Embryonic, reply_key, reply);
     if inserted == Insertion::Exists {
         let Some(entry) = tables.flow(Table::Embryonic, reply_key) else { return Claim::Taken };

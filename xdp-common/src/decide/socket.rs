@@ -154,7 +154,8 @@ pub fn told<F: Family, T: Sockets<F>>(
 /// Whether a process of this node may bind a port: one that is a NodePort would be out of its clients' reach.
 #[inline(always)] // one caller per hook
 pub fn may_bind<F: Family, T: Sockets<F>>(tables: T, addr: F::Addr, port: Port, proto: u8) -> bool {
-    let addr = if addr == F::Addr::UNSPECIFIED { tables.settings().node } else { addr };
+    let is_any = addr.differs(F::Addr::UNSPECIFIED) == 0;
+    let addr = if is_any { tables.settings().node } else { addr };
     let at = FrontendKey { addr, port, proto, zero: 0 };
     !tables.frontend(&at).is_some_and(|found| found.flags & frontend::NODE_PORT != 0)
 }
@@ -178,7 +179,7 @@ fn find<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Found<F::A
     }
     let packet =
         FlowKey { src: addr, dst: addr, sport: [0; 2], dport: call.port, proto: call.proto, zero: [0; 3] };
-    if addr == F::Addr::UNSPECIFIED || !gate::admits_ingress(tables, &tables.config(), &packet) {
+    if addr.differs(F::Addr::UNSPECIFIED) == 0 || !gate::admits_ingress(tables, &tables.config(), &packet) {
         return Found::Other(Answer::Left);
     }
     let at = FrontendKey { addr, port: call.port, proto: call.proto, zero: 0 };
@@ -246,7 +247,7 @@ fn source<F: Family, T: Sockets<F>>(
     call: &Call<F::Addr>,
     settings: &SocketSettings<F::Addr>,
 ) -> F::Addr {
-    if call.source != F::Addr::UNSPECIFIED {
+    if call.source.differs(F::Addr::UNSPECIFIED) != 0 {
         call.source
     } else if call.is_host {
         settings.node

@@ -1,7 +1,11 @@
 //! What the socket hooks work on, beside the tables of the packets.
 
 use super::MapSpec;
-use crate::{net::Port, plain, verdict::Reason};
+use crate::{
+    net::{Ip6, Port},
+    plain,
+    verdict::Reason,
+};
 
 plain! {
     /// Key of what a socket has been told: the socket, and an address on one side of a translation.
@@ -9,7 +13,7 @@ plain! {
         /// Cookie of the socket.
         pub cookie: u64,
         /// Address; of IPv4 as IPv6 maps it (RFC 4291, 2.5.5.2), so that one table serves both.
-        pub addr: [u8; 16],
+        pub addr: Ip6,
         /// Port.
         pub port: Port,
         /// One of [`side`].
@@ -21,7 +25,7 @@ plain! {
     /// The address on the other side.
     pub struct Peer {
         /// Address, as in the key.
-        pub addr: [u8; 16],
+        pub addr: Ip6,
         /// Port.
         pub port: Port,
         /// Zero.
@@ -67,14 +71,6 @@ pub mod socket {
 pub const UDP_PEERS: MapSpec = MapSpec { name: "UDP_PEERS", entries: 1 << 16 };
 /// The same of TCP sockets, which only `getpeername` asks for.
 pub const TCP_PEERS: MapSpec = MapSpec { name: "TCP_PEERS", entries: 1 << 16 };
-/// One slot of [`SocketSettings`] for IPv4.
-pub const SOCKETS_V4: MapSpec = MapSpec { name: "SOCKETS_V4", entries: 1 };
-/// One slot of [`SocketSettings`] for IPv6.
-pub const SOCKETS_V6: MapSpec = MapSpec { name: "SOCKETS_V6", entries: 1 };
-/// Addresses of pods by the cookie of their network namespace, as far as source ranges ask for them.
-pub const PODS_V4: MapSpec = MapSpec { name: "PODS_V4", entries: 1 << 12 };
-/// The same for IPv6.
-pub const PODS_V6: MapSpec = MapSpec { name: "PODS_V6", entries: 1 << 12 };
 /// Counters of the socket hooks, per CPU.
 pub const SOCKET_COUNTERS: MapSpec = MapSpec { name: "SOCKET_COUNTERS", entries: SocketCall::COUNTERS };
 

@@ -1,8 +1,10 @@
 //! Every map: its name, its default size, and what happens when it is full.
 
-use crate::verdict;
+use super::{SOCKET_COUNTERS, TCP_PEERS, UDP_PEERS};
+use crate::{net::Ip6, verdict};
 
 /// A map of the datapath: its name in the object and in bpffs, and its size when no flag says otherwise.
+#[derive(Debug)]
 pub struct MapSpec {
     /// Name of the static in the eBPF crate.
     pub name: &'static str,
@@ -10,77 +12,110 @@ pub struct MapSpec {
     pub entries: u32,
 }
 
+/// Declares the maps that each address family has of its own.
+macro_rules! per_family {
+    ($($(#[doc = $doc:literal])* $field:ident: $v4:ident, $v6:ident = $entries:expr;)*) => {
+        $(
+            $(#[doc = $doc])*
+            pub const $v4: MapSpec = MapSpec { name: stringify!($v4), entries: $entries };
+            #[doc = concat!("[`", stringify!($v4), "`] of IPv6.")]
+            pub const $v6: MapSpec = MapSpec { name: stringify!($v6), entries: $entries };
+        )*
+
+        /// The maps of one address family.
+        #[derive(Debug)]
+        pub struct Specs {
+            $($(#[doc = $doc])* pub $field: MapSpec,)*
+        }
+
+        impl Specs {
+            /// All of them.
+            pub const fn all(&self) -> [&MapSpec; PER_FAMILY] {
+                [$(&self.$field,)*]
+            }
+        }
+
+        impl Mapped for [u8; 4] {
+            const MAPS: &'static Specs = &Specs { $($field: $v4,)* };
+        }
+
+        impl Mapped for Ip6 {
+            const MAPS: &'static Specs = &Specs { $($field: $v6,)* };
+        }
+
+        /// How many each family has.
+        pub const PER_FAMILY: usize = [$(stringify!($field),)*].len();
+    };
+}
+
+/// Addresses of a family that has maps.
+pub trait Mapped {
+    /// Their names and sizes.
+    const MAPS: &'static Specs;
+}
+
 /// Words of 64 bits in each gate.
 pub const GATE_WORDS: u32 = 1 << 14;
-
-/// Established flows; two entries a flow, 128 bytes each for IPv4.
-pub const ESTABLISHED_V4: MapSpec = MapSpec { name: "ESTABLISHED_V4", entries: 1 << 18 };
-/// Bits that say which keys the established table may hold, in two halves and a last word that names the one in use.
-/// Most packets that open a flow have no other way to learn cheaply that they do: a lookup that finds nothing costs as
-/// much as one that does, and beside many flows it is two cache misses. Programs set the bits of what they insert in both
-/// halves; the agent, who removes, fills one half anew now and then and switches to it.
-pub const KNOWN_V4: MapSpec = MapSpec { name: "KNOWN_V4", entries: 2 * KNOWN_WORDS + 1 };
-/// Words of 64 bits in each half: 128 KiB, which stays in a core's second-level cache. Beside 65,536 flows one bit in eight is
-/// set, and so many lookups are made for nothing.
+/// Words of 64 bits in each half of the known keys: 128 KiB, which stays in a core's second-level cache. Beside 65,536 flows
+/// one bit in eight is set, and so many lookups are made for nothing.
 pub const KNOWN_WORDS: u32 = 1 << 14;
-/// Embryonic flows, [`WAYS`] to a bucket: an array, because new flows come at the rate of a flood and a kernel LRU costs
-/// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones, older before newer.
-pub const EMBRYONIC_V4: MapSpec = MapSpec { name: "EMBRYONIC_V4", entries: 7 << 13 };
-/// What the slots of each bucket hold: a lock, then a tag per way.
-pub const TAGS_V4: MapSpec = MapSpec { name: "TAGS_V4", entries: 1 << 13 };
 /// Slots in a bucket of the embryonic table: with the lock, their tags fill a cache line.
 pub const WAYS: u32 = 7;
+
+per_family! {
+    /// Established flows; two entries a flow, 128 bytes each for IPv4 and 192 for IPv6.
+    established: ESTABLISHED_V4, ESTABLISHED_V6 = 1 << 18;
+    /// Bits that say which keys the established table may hold, in two halves and a last word that names the one in use.
+    /// Most packets that open a flow have no other way to learn cheaply that they do: a lookup that finds nothing costs as
+    /// much as one that does, and beside many flows it is two cache misses. Programs set the bits of what they insert in both
+    /// halves; the agent, who removes, fills one half anew now and then and switches to it.
+    known: KNOWN_V4, KNOWN_V6 = 2 * KNOWN_WORDS + 1;
+    /// Embryonic flows, [`WAYS`] to a bucket: an array, because new flows come at the rate of a flood and a kernel LRU costs
+    /// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones, older before newer.
+    embryonic: EMBRYONIC_V4, EMBRYONIC_V6 = 7 << 13;
+    /// What the slots of each bucket hold: a lock, then a tag per way.
+    tags: TAGS_V4, TAGS_V6 = 1 << 13;
+    /// Frontends.
+    frontends: FRONTENDS_V4, FRONTENDS_V6 = 1 << 16;
+    /// Backends, by id; id 0 is never used.
+    backends: BACKENDS_V4, BACKENDS_V6 = 1 << 17;
+    /// Maglev rings: backend ids, 4 bytes a slot.
+    rings: RINGS_V4, RINGS_V6 = 1 << 22;
+    /// Networks: pods, ServiceCIDRs, sources that load-balancer addresses are restricted to.
+    networks: NETWORKS_V4, NETWORKS_V6 = 1 << 14;
+    /// Which client has met which backend; the least recently used goes first.
+    affinity: AFFINITY_V4, AFFINITY_V6 = 1 << 16;
+    /// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
+    accounts: ACCOUNTS_V4, ACCOUNTS_V6 = 1 << 15;
+    /// Managed interfaces.
+    devices: DEVICES_V4, DEVICES_V6 = 256;
+    /// Filter in front of ingress.
+    gate_ingress: GATE_INGRESS_V4, GATE_INGRESS_V6 = GATE_WORDS;
+    /// Filter in front of egress.
+    gate_egress: GATE_EGRESS_V4, GATE_EGRESS_V6 = GATE_WORDS;
+    /// Per-CPU work area.
+    work: WORK_V4, WORK_V6 = 1;
+    /// Per-CPU next hops, found by a hash of their destination.
+    hops: HOPS_V4, HOPS_V6 = 1 << 10;
+    /// Per-CPU place of the packet at hand.
+    packets: PACKETS_V4, PACKETS_V6 = 1;
+    /// One slot of [`SocketSettings`](super::SocketSettings).
+    sockets: SOCKETS_V4, SOCKETS_V6 = 1;
+    /// Addresses of pods by the cookie of their network namespace, as far as source ranges ask for them.
+    pods: PODS_V4, PODS_V6 = 1 << 12;
+}
+
 const _: () = assert!(EMBRYONIC_V4.entries == TAGS_V4.entries * WAYS);
-/// Frontends.
-pub const FRONTENDS_V4: MapSpec = MapSpec { name: "FRONTENDS_V4", entries: 1 << 16 };
-/// Backends, by id; id 0 is never used.
-pub const BACKENDS_V4: MapSpec = MapSpec { name: "BACKENDS_V4", entries: 1 << 17 };
-/// Maglev rings: backend ids, 4 bytes a slot.
-pub const RINGS: MapSpec = MapSpec { name: "RINGS", entries: 1 << 22 };
-/// Networks: pods, ServiceCIDRs, sources that load-balancer addresses are restricted to.
-pub const NETWORKS_V4: MapSpec = MapSpec { name: "NETWORKS_V4", entries: 1 << 14 };
-/// Which client has met which backend; the least recently used goes first.
-pub const AFFINITY_V4: MapSpec = MapSpec { name: "AFFINITY_V4", entries: 1 << 16 };
-/// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
-pub const ACCOUNTS: MapSpec = MapSpec { name: "ACCOUNTS", entries: 1 << 15 };
+
 /// Per-CPU area of answers.
 pub const ANSWERS: MapSpec = MapSpec { name: "ANSWERS", entries: 1 };
 /// Answers that each CPU sends in a period of about a second: resets and ICMP errors to packets that are refused. The
 /// kernel's own limit for all CPUs is as high (`net.ipv4.icmp_msgs_per_sec`).
 pub const ANSWERS_PER_PERIOD_MAX: u32 = 1000;
-/// Managed interfaces.
-pub const DEVICES_V4: MapSpec = MapSpec { name: "DEVICES_V4", entries: 256 };
-/// Filter in front of ingress.
-pub const GATE_INGRESS: MapSpec = MapSpec { name: "GATE_INGRESS", entries: GATE_WORDS };
-/// Filter in front of egress.
-pub const GATE_EGRESS: MapSpec = MapSpec { name: "GATE_EGRESS", entries: GATE_WORDS };
 /// One slot of [`Config`](super::Config).
 pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
-/// Per-CPU work area.
-pub const WORK_V4: MapSpec = MapSpec { name: "WORK_V4", entries: 1 };
-/// Per-CPU next hops, found by a hash of their destination.
-pub const HOPS_V4: MapSpec = MapSpec { name: "HOPS_V4", entries: 1 << 10 };
 /// Per-CPU counters.
 pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: verdict::COUNTERS };
 
-/// Every map, in the order the agent opens them.
-pub const MAPS: [&MapSpec; 18] = [
-    &ESTABLISHED_V4,
-    &KNOWN_V4,
-    &EMBRYONIC_V4,
-    &TAGS_V4,
-    &FRONTENDS_V4,
-    &BACKENDS_V4,
-    &RINGS,
-    &NETWORKS_V4,
-    &AFFINITY_V4,
-    &ACCOUNTS,
-    &ANSWERS,
-    &DEVICES_V4,
-    &GATE_INGRESS,
-    &GATE_EGRESS,
-    &CONFIG,
-    &WORK_V4,
-    &HOPS_V4,
-    &COUNTERS,
-];
+/// The maps that both families share.
+pub const SHARED: [&MapSpec; 6] = [&ANSWERS, &CONFIG, &COUNTERS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS];

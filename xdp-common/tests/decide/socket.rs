@@ -10,7 +10,7 @@ use xdp_common::{
     decide::socket::{
         Answer, Call, ECONNREFUSED, EPERM, Outcome, Sockets, connect, errno, may_bind, send, told,
     },
-    net::{Address, TCP, UDP, V4},
+    net::{Address, Ip6, TCP, UDP, V4},
     tables::{Backend, Peer, PeerKey, SocketSettings, backend, frontend, network, socket},
     verdict::Reason,
 };
@@ -307,9 +307,17 @@ proptest! {
     }
 
     #[test]
+    fn a_namespace_stands_for_no_client(cookie: u64) {
+        prop_assert!(!<[u8; 4]>::of_namespace(cookie).is_unicast());
+        let [a, b, ..] = Ip6::of_namespace(cookie).words();
+        prop_assert_eq!((a, b), (0, 0));
+        prop_assert!(!Ip6::of_namespace(cookie).is_loopback());
+    }
+
+    #[test]
     fn a_wide_address_is_read_back(v4: [u8; 4], v6: [u8; 16]) {
         prop_assert_eq!(<[u8; 4]>::from_wide(v4.wide()), v4);
-        prop_assert_eq!(<[u8; 16]>::from_wide(v6.wide()), v6);
-        prop_assert!(std::net::Ipv6Addr::from(v4.wide()).to_ipv4_mapped() == Some(v4.into()));
+        prop_assert_eq!(Ip6::from_wide(Ip6::from(v6).wide()), Ip6::from(v6));
+        prop_assert_eq!(std::net::Ipv6Addr::from(v4.wide().octets()).to_ipv4_mapped(), Some(v4.into()));
     }
 }

@@ -3,17 +3,18 @@
 use super::File;
 
 /// Every package of ours and those of ours it may depend on.
-const ALLOWED: [(&str, &[&str]); 6] = [
+const ALLOWED: [(&str, &[&str]); 7] = [
     ("xdp-common", &[]),
     ("xdp-ebpf", &["xdp-common"]),
     ("xdp-agent", &["xdp-common"]),
     ("xtask", &[]),
+    ("image", &[]),
     ("tests", &["xdp-common", "xdp-agent"]),
     ("bench", &["xdp-common", "xdp-agent", "xdp-agent-tests"]),
 ];
 
-const OURS: [&str; 6] =
-    ["xdp-common", "xdp-ebpf", "xdp-agent", "xdp-agent-tests", "xdp-agent-bench", "xtask"];
+const OURS: [&str; 7] =
+    ["xdp-common", "xdp-ebpf", "xdp-agent", "xdp-agent-tests", "xdp-agent-bench", "xdp-agent-image", "xtask"];
 
 /// The shared crate compiles for the kernel and for the host, and so depends on neither side.
 const NOT_IN_COMMON: [&str; 6] = ["aya", "aya-ebpf", "aya-log", "aya-log-ebpf", "tokio", "libc"];

@@ -82,6 +82,7 @@ fn slice_change() -> impl Strategy<Value = Change> {
         leaving("10.0.0.1", "here"),
         hinted,
         endpoint("127.0.0.1"),
+        endpoint("10.96.0.2"),
         endpoint("fd00:2::1"),
         local("fd00:2::2"),
     ]);

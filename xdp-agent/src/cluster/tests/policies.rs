@@ -219,5 +219,5 @@ fn affinity_lasts_as_long_as_the_service_says() {
     assert_eq!(seconds(json!({})), 0);
     assert_eq!(seconds(json!({"sessionAffinity": "None"})), 0);
     assert_eq!(seconds(json!({"sessionAffinity": "ClientIP"})), 10_800);
-    assert_eq!([timeout(30), timeout(0), timeout(100_000), timeout(-1)], [30, 1, 86_400, 10_800]);
+    assert_eq!([timeout(30), timeout(0), timeout(100_000), timeout(-1)], [30, 1, 86_400, 1]);
 }

@@ -100,10 +100,10 @@ fn where_slots_are_scarce_every_service_gets_smaller_rings_and_one_problem_says_
 #[test]
 fn rings_of_thirty_thousand_services_of_ten_endpoints_fit_by_default() {
     let least = maglev::slots(10, *maglev::SCARCE_SLOTS_PER_BACKEND.last().unwrap());
-    assert!(30_000 * least <= xdp_common::tables::RINGS.entries);
+    assert!(30_000 * least <= xdp_common::tables::RINGS_V4.entries);
     // Ten thousand of them get more than the least, as they do where the array is a hundred times smaller.
     let limits = Limits {
-        ring_slots: xdp_common::tables::RINGS.entries / 100,
+        ring_slots: xdp_common::tables::RINGS_V4.entries / 100,
         frontends: 256,
         backends: 2048,
         networks: 8,

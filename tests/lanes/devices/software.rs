@@ -1,0 +1,90 @@
+//! Devices that the kernel makes of others, and what keeps a device from running natively.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Result, ensure};
+use xdp_agent::preflight::KernelVersion;
+use xdp_agent_tests::lab::agent::Mode;
+use xdp_agent_tests::lab::link::veth;
+use xdp_agent_tests::lab::pass::PassProgram;
+
+use crate::cable::Cable;
+
+const GENERIC: &str = "native: not supported by the driver";
+
+/// A node connected to the client by a veth, which has no addresses yet.
+fn veth_pair() -> Result<Cable> {
+    let cable = Cable::unplugged()?;
+    veth(&cable.node, "eth0", &cable.client, "eth0")?;
+    Ok(cable)
+}
+
+#[test]
+fn a_bridge_falls_back_and_serves() -> Result<()> {
+    let mut cable = veth_pair()?;
+    cable.node.bridge("br0")?;
+    cable.node.enslave("eth0", "br0")?;
+    cable.plug("br0", "eth0")?;
+    cable.runs("br0", "generic", GENERIC)
+}
+
+#[test]
+fn a_vlan_device_falls_back_and_serves() -> Result<()> {
+    let mut cable = veth_pair()?;
+    cable.node.vlan("eth0.70", "eth0", 70)?;
+    cable.client.vlan("eth0.70", "eth0", 70)?;
+    cable.plug("eth0.70", "eth0.70")?;
+    cable.runs("eth0.70", "generic", GENERIC)
+}
+
+#[test]
+fn a_vxlan_device_falls_back_and_serves() -> Result<()> {
+    let mut cable = veth_pair()?;
+    let [near, far] = [1, 2].map(|last| Ipv4Addr::new(172, 16, 70, last));
+    cable.node.address("eth0", near, 24)?;
+    cable.client.address("eth0", far, 24)?;
+    cable.node.vxlan("vx0", "eth0", far)?;
+    cable.client.vxlan("vx0", "eth0", near)?;
+    cable.plug("vx0", "vx0")?;
+    // Both ends know what the tunnel takes away.
+    cable.node.mtu("vx0", 1_450)?;
+    cable.client.mtu("vx0", 1_450)?;
+    cable.runs("vx0", "generic", GENERIC)
+}
+
+#[test]
+fn a_veth_of_long_frames_runs_with_several_buffers_where_the_kernel_can() -> Result<()> {
+    let mut cable = veth_pair()?;
+    cable.client.mtu("eth0", 9_000)?;
+    cable.node.mtu("eth0", 9_000)?;
+    cable.plug("eth0", "eth0")?;
+    // veth learned frames in several buffers in 5.18 (kernel commit 718a18a0c8a6).
+    let mode = if KernelVersion::current()? >= KernelVersion(5, 18) { "native-frags" } else { "generic" };
+    cable.runs("eth0", mode, "native: MTU over the driver's limit (9000)")
+}
+
+#[test]
+fn a_program_of_somebody_else_is_never_replaced() -> Result<()> {
+    let mut cable = veth_pair()?;
+    cable.plug("eth0", "eth0")?;
+    let theirs = PassProgram::attach(&cable.node, "eth0")?;
+    let said = cable.refusal("eth0", "auto")?;
+    ensure!(said.contains("already carries XDP program"), "{said}");
+    let report = cable.doctor("eth0")?;
+    ensure!(report["works"] == false, "{report}");
+    drop(theirs);
+    cable.runs("eth0", "native", "the driver takes it")
+}
+
+#[test]
+fn a_mode_that_a_device_refuses_is_not_replaced_by_another_when_it_is_asked_for() -> Result<()> {
+    let mut cable = veth_pair()?;
+    cable.node.bridge("br0")?;
+    cable.node.enslave("eth0", "br0")?;
+    cable.plug("br0", "eth0")?;
+    let said = cable.refusal("br0", "native")?;
+    ensure!(said.contains("no XDP mode works: native: not supported by the driver"), "{said}");
+    let agent = cable.start("br0", Mode::Generic)?;
+    cable.serves()?;
+    agent.stop()
+}

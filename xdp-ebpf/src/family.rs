@@ -1,0 +1,169 @@
+//! What each address family has of its own in the kernel: its maps, and its question to the routing table.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup as FibParams},
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
+};
+use xdp_common::{
+    frame::{Frame, Headers, Packet, Parsed},
+    net::{Family, FlowKey, Ip6, V4, V6},
+    tables::{
+        Account, Affinity, AffinityKey, Backend, Device, Embryo, Flow, Frontend, FrontendKey, KnownHop,
+        Mapped, NetworkKey, SocketSettings, Work,
+    },
+    verdict::{Counter, Event},
+};
+
+use crate::{embryonic::Tags, maps::count};
+
+#[cfg(feature = "trace")]
+pub(crate) use crate::trace::Traced as Logged;
+
+/// What can be logged: anything, where nothing is.
+#[cfg(not(feature = "trace"))]
+pub(crate) trait Logged {}
+#[cfg(not(feature = "trace"))]
+impl<F> Logged for F {}
+
+/// The maps of a family, and the form of its addresses in kernel structures.
+pub(crate) trait Maps: Family<Addr: Mapped> + Logged {
+    fn established() -> &'static HashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
+    fn known() -> &'static Array<u64>;
+    fn embryonic() -> &'static Array<Embryo<Self::Addr>>;
+    fn tags() -> &'static Array<Tags>;
+    fn frontends() -> &'static HashMap<FrontendKey<Self::Addr>, Frontend>;
+    fn backends() -> &'static Array<Backend<Self::Addr>>;
+    fn rings() -> &'static Array<u32>;
+    fn networks() -> &'static LpmTrie<NetworkKey<Self::Addr>, u32>;
+    fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
+    fn accounts() -> &'static PerCpuArray<Account>;
+    fn devices() -> &'static HashMap<u32, Device<Self::Addr>>;
+    fn gate_ingress() -> &'static Array<u64>;
+    fn gate_egress() -> &'static Array<u64>;
+    fn work() -> &'static PerCpuArray<Work<Self::Addr>>;
+    fn hops() -> &'static PerCpuArray<KnownHop<Self::Addr>>;
+    fn packets() -> &'static PerCpuArray<Packet<Self::Addr>>;
+    fn sockets() -> &'static Array<SocketSettings<Self::Addr>>;
+    fn pods() -> &'static HashMap<u64, Self::Addr>;
+    /// Reads the headers of a frame; false when there is nothing to decide.
+    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> bool;
+    /// Writes family, addresses and type of service into a question to the routing table.
+    fn ask(params: &mut FibParams, src: Self::Addr, dst: Self::Addr, tos: u8);
+}
+
+/// Declares the maps of a family and hands them out.
+macro_rules! family_maps {
+    ($family:ident { $($item:item)* } $($name:ident: $map:ident: $type:ident<$($of:ty),*> $flags:expr;)*) => {
+        $(
+            #[map]
+            static $map: $type<$($of),*> =
+                $type::with_max_entries(<<$family as Family>::Addr as Mapped>::MAPS.$name.entries, $flags);
+        )*
+
+        impl Maps for $family {
+            $(
+                #[inline(always)] // an address
+                fn $name() -> &'static $type<$($of),*> {
+                    &$map
+                }
+            )*
+
+            $($item)*
+        }
+    };
+}
+
+family_maps! {
+    V4 {
+    #[inline(always)] // the established path
+    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<[u8; 4]>) -> bool {
+        parse::<V4, R>(frame, ifindex, packet)
+    }
+
+    #[inline(always)] // one caller a program
+    fn ask(params: &mut FibParams, src: [u8; 4], dst: [u8; 4], tos: u8) {
+        params.family = AF_INET;
+        params.__bindgen_anon_2.tos = tos;
+        params.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(src);
+        params.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(dst);
+    }
+    }
+    established: ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> 0;
+    known: KNOWN_V4: Array<u64> BPF_F_MMAPABLE;
+    embryonic: EMBRYONIC_V4: Array<Embryo<[u8; 4]>> BPF_F_MMAPABLE;
+    tags: TAGS_V4: Array<Tags> BPF_F_MMAPABLE;
+    frontends: FRONTENDS_V4: HashMap<FrontendKey<[u8; 4]>, Frontend> 0;
+    backends: BACKENDS_V4: Array<Backend<[u8; 4]>> 0;
+    rings: RINGS_V4: Array<u32> 0;
+    networks: NETWORKS_V4: LpmTrie<NetworkKey<[u8; 4]>, u32> BPF_F_NO_PREALLOC;
+    affinity: AFFINITY_V4: LruHashMap<AffinityKey<[u8; 4]>, Affinity> 0;
+    accounts: ACCOUNTS_V4: PerCpuArray<Account> 0;
+    devices: DEVICES_V4: HashMap<u32, Device<[u8; 4]>> 0;
+    gate_ingress: GATE_INGRESS_V4: Array<u64> 0;
+    gate_egress: GATE_EGRESS_V4: Array<u64> 0;
+    work: WORK_V4: PerCpuArray<Work<[u8; 4]>> 0;
+    hops: HOPS_V4: PerCpuArray<KnownHop<[u8; 4]>> 0;
+    packets: PACKETS_V4: PerCpuArray<Packet<[u8; 4]>> 0;
+    sockets: SOCKETS_V4: Array<SocketSettings<[u8; 4]>> 0;
+    pods: PODS_V4: HashMap<u64, [u8; 4]> 0;
+}
+
+family_maps! {
+    V6 {
+    #[inline(never)] // a frame of its own on a stack of 512 bytes
+    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Ip6>) -> bool {
+        parse::<V6, R>(frame, ifindex, packet)
+    }
+
+    #[inline(always)] // one caller a program
+    fn ask(params: &mut FibParams, src: Ip6, dst: Ip6, tos: u8) {
+        params.family = AF_INET6;
+        // Where rules look for the traffic class (fl6.flowlabel, net/core/filter.c).
+        params.__bindgen_anon_2.flowinfo = ((tos as u32) << 20).to_be();
+        params.__bindgen_anon_3.ipv6_src = src.words();
+        params.__bindgen_anon_4.ipv6_dst = dst.words();
+    }
+    }
+    established: ESTABLISHED_V6: HashMap<FlowKey<Ip6>, Flow<Ip6>> 0;
+    known: KNOWN_V6: Array<u64> BPF_F_MMAPABLE;
+    embryonic: EMBRYONIC_V6: Array<Embryo<Ip6>> BPF_F_MMAPABLE;
+    tags: TAGS_V6: Array<Tags> BPF_F_MMAPABLE;
+    frontends: FRONTENDS_V6: HashMap<FrontendKey<Ip6>, Frontend> 0;
+    backends: BACKENDS_V6: Array<Backend<Ip6>> 0;
+    rings: RINGS_V6: Array<u32> 0;
+    networks: NETWORKS_V6: LpmTrie<NetworkKey<Ip6>, u32> BPF_F_NO_PREALLOC;
+    affinity: AFFINITY_V6: LruHashMap<AffinityKey<Ip6>, Affinity> 0;
+    accounts: ACCOUNTS_V6: PerCpuArray<Account> 0;
+    devices: DEVICES_V6: HashMap<u32, Device<Ip6>> 0;
+    gate_ingress: GATE_INGRESS_V6: Array<u64> 0;
+    gate_egress: GATE_EGRESS_V6: Array<u64> 0;
+    work: WORK_V6: PerCpuArray<Work<Ip6>> 0;
+    hops: HOPS_V6: PerCpuArray<KnownHop<Ip6>> 0;
+    packets: PACKETS_V6: PerCpuArray<Packet<Ip6>> 0;
+    sockets: SOCKETS_V6: Array<SocketSettings<Ip6>> 0;
+    pods: PODS_V6: HashMap<u64, Ip6> 0;
+}
+
+/// Reads the headers of a frame, and counts what they should not be.
+#[inline(always)] // bounds proofs do not survive a call
+fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::Addr>) -> bool {
+    match F::parse(frame, ifindex) {
+        Parsed::Packet(parsed) => {
+            *packet = parsed;
+            true
+        }
+        Parsed::Other => false,
+        Parsed::Fragment => {
+            count(Counter::Event(Event::Fragment));
+            false
+        }
+        Parsed::Malformed => {
+            count(Counter::Event(Event::Malformed));
+            false
+        }
+    }
+}
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;

@@ -1,0 +1,138 @@
+//! What runs in a guest: the compiled lanes, the agent and its objects, the same for every kernel of an architecture.
+
+use super::{Lane, Request, initramfs::Initramfs};
+use crate::arch::Arch;
+use crate::build;
+use crate::cross;
+use crate::dist;
+use crate::process;
+use crate::setup;
+use crate::workspace::Workspace;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Where a lane finds the programs, and that time goes slowly.
+const ENVIRONMENT: &str = "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_LAB_PATIENCE=10";
+
+/// Builds everything and packs it, with the list of what is run.
+pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Result<Vec<u8>> {
+    let objects = workspace.bpf_objects();
+    build::bpf_objects(workspace, &setup::ensure()?, None)?;
+    let programs = compile(workspace, arch, request)?;
+    let program = |name: &str| {
+        let found = executable(&programs, name);
+        found.with_context(|| format!("cargo names no program {name}"))
+    };
+    let mut archive = Initramfs::default();
+    let mut binaries = vec![program("xdp-agent")?];
+    for object in std::fs::read_dir(&objects).with_context(|| format!("cannot read {}", objects.display()))? {
+        let object = object?;
+        archive.copy(&format!("bpf/{}", object.file_name().to_string_lossy()), &object.path())?;
+    }
+    let mut list = String::new();
+    for lane in &request.lanes {
+        binaries.push(program(lane.target())?);
+        list.push_str(&format!(
+            "{} {ENVIRONMENT} /{} --test-threads={} {} 2>&1\n",
+            lane.name(),
+            lane.target(),
+            lane.threads(),
+            request.tests(*lane).join(" ")
+        ));
+    }
+    let names = std::iter::once("xdp-agent").chain(request.lanes.iter().map(|lane| lane.target()));
+    for (name, binary) in names.zip(&binaries) {
+        archive.copy(name, binary)?;
+    }
+    archive.file("run.list", list.as_bytes());
+    for library in libraries(&binaries)? {
+        archive.copy(&library.to_string_lossy(), &library)?;
+    }
+    Ok(archive.finish())
+}
+
+/// Compiles the agent and the lanes, for this machine's processor as the lanes are compiled here, for another one as
+/// released binaries are; cargo says where they are.
+fn compile(workspace: &Workspace, arch: Arch, request: &Request) -> Result<String> {
+    let call = |verb: &[&str]| -> Result<Command> {
+        let mut command = if arch == Arch::here()? {
+            process::cargo_compile(workspace)
+        } else {
+            dist::cargo(workspace, &cross::ensure(&[arch])?, arch)
+        };
+        command.args(verb).args(request.profile.flags());
+        if arch != Arch::here()? {
+            command.args(["--target", &arch.target()]);
+        }
+        Ok(command)
+    };
+    // Whichever lanes are asked for, the features are the same: nothing is compiled again for fewer.
+    let features = Lane::ALL.map(|lane| format!("xdp-agent-tests/{}", lane.name())).join(",");
+    let mut messages = run(&mut call(&["build", "--bin", "xdp-agent", FORMAT])?)?;
+    let mut tests = call(&["test", "--no-run", FORMAT, "--features", &features])?;
+    for lane in &request.lanes {
+        tests.args(["--test", lane.target()]);
+    }
+    messages.push_str(&run(&mut tests)?);
+    Ok(messages)
+}
+
+const FORMAT: &str = "--message-format=json-render-diagnostics";
+
+fn run(command: &mut Command) -> Result<String> {
+    process::show(command);
+    let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("the guests' programs do not compile");
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The program of a test target in cargo's messages, one JSON object a line.
+fn executable(messages: &str, target: &str) -> Option<PathBuf> {
+    let name = format!("\"name\":\"{target}\"");
+    let of_target =
+        messages.lines().filter(|line| line.contains("\"compiler-artifact\"") && line.contains(&name));
+    let paths = of_target.filter_map(|line| {
+        let (_, rest) = line.split_once("\"executable\":\"")?;
+        Some(PathBuf::from(rest.split('"').next()?))
+    });
+    paths.last()
+}
+
+/// The shared libraries of programs, and what loads them; none of a static one.
+fn libraries(programs: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut libraries = Vec::new();
+    for program in programs {
+        let output = process::output(Command::new("ldd").arg(program)).unwrap_or_default();
+        libraries.extend(output.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from));
+    }
+    libraries.sort();
+    libraries.dedup();
+    let missing = libraries.iter().find(|library: &&PathBuf| !Path::new(library).is_file());
+    if let Some(missing) = missing {
+        bail!("the library {} is not there", missing.display());
+    }
+    Ok(libraries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_program_is_found_in_the_messages_of_cargo() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"name":"netns"},"executable":null}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"netns"},"executable":"/t/deps/netns-1"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"prog_run"},"executable":"/t/deps/prog_run-1"}"#,
+            "\n",
+            r#"{"reason":"build-finished","success":true}"#,
+        );
+        assert_eq!(executable(messages, "netns"), Some(PathBuf::from("/t/deps/netns-1")));
+        assert_eq!(executable(messages, "watch"), None);
+    }
+}

@@ -1,0 +1,149 @@
+//! What a guest has said: results of its lanes, and everything that is missing.
+
+use super::Lane;
+use crate::test::{Tally, result_line};
+
+/// The outcome of one guest.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// The kernel, in its own words.
+    pub(crate) kernel: Option<String>,
+    /// What each lane counted.
+    pub(crate) lanes: Vec<(Lane, Tally)>,
+    /// What `xdp-agent doctor` printed, one JSON object.
+    pub(crate) doctor: Option<String>,
+    /// What went wrong, beside tests that failed.
+    pub(crate) problems: Vec<String>,
+}
+
+impl Outcome {
+    /// Reads a console.
+    pub(crate) fn read(console: &str, lanes: &[Lane]) -> Self {
+        let mut outcome = Self::default();
+        let mut running: Option<(&str, Option<Tally>)> = None;
+        let mut is_over = false;
+        for line in console.lines() {
+            if let Some(tally) = result_line(line) {
+                if let Some((_, found)) = &mut running {
+                    *found = Some(tally);
+                }
+                continue;
+            }
+            if line.starts_with('{') && running.is_some_and(|(name, _)| name == "doctor") {
+                outcome.doctor = Some(line.to_owned());
+            }
+            let Some(said) = line.strip_prefix("##vm ") else { continue };
+            match said.split_once(' ').unwrap_or((said, "")) {
+                ("kernel", release) => outcome.kernel = Some(release.to_owned()),
+                ("begin", name) => running = Some((name, None)),
+                ("end", rest) => outcome.end(running.take(), rest, lanes),
+                ("broken", what) => outcome.problems.push(what.to_owned()),
+                ("over", _) => is_over = true,
+                (other, _) => outcome.problems.push(format!("the guest said {other:?}")),
+            }
+        }
+        if let Some((name, _)) = running {
+            outcome.problems.push(format!("{name} did not end"));
+        }
+        for lane in lanes {
+            if !outcome.lanes.iter().any(|(known, _)| known == lane) {
+                outcome.problems.push(format!("no result of {}", lane.name()));
+            }
+        }
+        if !is_over {
+            outcome.problems.push("the guest did not come to its end".to_owned());
+        }
+        outcome
+    }
+
+    fn end(&mut self, running: Option<(&str, Option<Tally>)>, rest: &str, lanes: &[Lane]) {
+        let (name, status) = rest.split_once(' ').unwrap_or((rest, ""));
+        let Some((begun, tally)) = running.filter(|(begun, _)| *begun == name) else {
+            self.problems.push(format!("{name} ended and never began"));
+            return;
+        };
+        let Some(lane) = lanes.iter().find(|lane| lane.name() == begun) else { return };
+        match tally {
+            Some(tally) if (status == "0") == (tally.failed == 0) => self.lanes.push((*lane, tally)),
+            Some(tally) => {
+                self.lanes.push((*lane, tally));
+                self.problems.push(format!("{name} ended with status {status}"));
+            }
+            None => {}
+        }
+    }
+
+    /// Whether everything ran and nothing failed; a lane without a test has not run.
+    pub(crate) fn is_good(&self) -> bool {
+        let is_good = |tally: &Tally| tally.failed == 0 && tally.passed > 0;
+        self.problems.is_empty() && self.lanes.iter().all(|(_, tally)| is_good(tally))
+    }
+
+    /// A cell of the table.
+    pub(crate) fn cell(&self, lane: Lane) -> String {
+        let found = self.lanes.iter().find(|(known, _)| *known == lane);
+        match found.map(|(_, tally)| tally) {
+            Some(Tally { passed, failed: 0 }) => format!("{passed} passed"),
+            Some(Tally { passed, failed }) => format!("{failed} FAILED, {passed} passed"),
+            None => "no result".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LANES: [Lane; 2] = [Lane::ProgRun, Lane::Netns];
+    const GOOD: &str = "\
+##vm kernel 6.1.0-56-amd64
+##vm begin prog-run
+test frames::a_frame ... ok
+test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s
+##vm end prog-run 0
+##vm begin netns
+test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s
+##vm end netns 0
+##vm begin doctor
+{\"kernel\":\"6.1\"}
+##vm end doctor 1
+##vm over
+";
+
+    #[test]
+    fn a_guest_is_good_only_when_everything_ran() {
+        let outcome = Outcome::read(GOOD, &LANES);
+        assert!(outcome.is_good(), "{outcome:?}");
+        assert_eq!(outcome.kernel.as_deref(), Some("6.1.0-56-amd64"));
+        assert_eq!(outcome.doctor.as_deref(), Some("{\"kernel\":\"6.1\"}"));
+        assert_eq!(
+            (outcome.cell(Lane::ProgRun), outcome.cell(Lane::Netns)),
+            ("5 passed".into(), "7 passed".into())
+        );
+    }
+
+    #[test]
+    fn every_missing_line_is_a_failure() {
+        for line in GOOD.lines() {
+            if line.starts_with("test frames") || line.contains("kernel") || line.contains("doctor") {
+                continue;
+            }
+            let without = GOOD.replace(&format!("{line}\n"), "");
+            assert!(!Outcome::read(&without, &LANES).is_good(), "without {line:?}");
+        }
+        for end in 1..GOOD.len() {
+            assert!(!Outcome::read(&GOOD[..end - 1], &LANES).is_good(), "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn a_module_that_does_not_load_is_a_failure() {
+        let broken =
+            GOOD.replace("##vm begin netns", "##vm broken cannot load /lib/modules/igb.ko\n##vm begin netns");
+        assert!(!Outcome::read(&broken, &LANES).is_good());
+        let failed =
+            GOOD.replace("7 passed; 0 failed", "6 passed; 1 failed").replace("end netns 0", "end netns 101");
+        let outcome = Outcome::read(&failed, &LANES);
+        assert!(!outcome.is_good() && outcome.cell(Lane::Netns) == "1 FAILED, 6 passed");
+    }
+}
