@@ -37,6 +37,8 @@ mod slow_path;
 mod sockets;
 #[path = "netns/sockets_over_time.rs"]
 mod sockets_over_time;
+#[path = "netns/sockets_v6.rs"]
+mod sockets_v6;
 #[path = "netns/the_lab.rs"]
 mod the_lab;
 #[path = "netns/traffic.rs"]
