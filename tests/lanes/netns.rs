@@ -9,6 +9,8 @@ mod setup;
 
 #[path = "netns/bad_input.rs"]
 mod bad_input;
+#[path = "netns/callers.rs"]
+mod callers;
 #[path = "netns/clean_host.rs"]
 mod clean_host;
 #[path = "netns/explain.rs"]
@@ -31,6 +33,12 @@ mod same_port;
 mod shares;
 #[path = "netns/slow_path.rs"]
 mod slow_path;
+#[path = "netns/sockets.rs"]
+mod sockets;
+#[path = "netns/sockets_over_time.rs"]
+mod sockets_over_time;
+#[path = "netns/sockets_v6.rs"]
+mod sockets_v6;
 #[path = "netns/the_lab.rs"]
 mod the_lab;
 #[path = "netns/traffic.rs"]

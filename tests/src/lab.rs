@@ -2,7 +2,9 @@
 
 pub mod agent;
 pub mod api_server;
+pub mod caller;
 pub mod capture;
+pub mod cgroup;
 pub mod clients;
 pub mod devices;
 pub mod link;

@@ -13,14 +13,15 @@ use anyhow::{Context, ensure};
 use prometheus_client::registry::Registry;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
 };
 use tracing::{debug, error, info, warn};
 
 use crate::{
     attach::Attacher,
+    cgroup::Cgroup,
     cluster::wanted::{Ip6, ServicePortName},
-    config::{Config, ObjectSource},
+    config::{Config, ObjectSource, SocketLb},
     gc::{Collector, FlowTables, Outlets},
     health,
     host::Host,
@@ -31,8 +32,9 @@ use crate::{
     preflight::{self, KernelVersion, PinDir},
     reconcile::{Inlets, Parts, Reconciler, ServiceNames, SideParts, Told},
     serve,
+    sockets::{Hooks, Sweeper},
     source::{self, Event},
-    status::{Health, Heartbeat, NotReady, Shared, Status, SyncState},
+    status::{Health, Heartbeat, NotReady, Shared, SocketStatus, Status, SyncState},
     watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
@@ -53,6 +55,8 @@ struct Running {
     sources: serve::Sources,
     stop: oneshot::Sender<()>,
     not_ready: NotReady,
+    /// What ends sockets, and what tells it to.
+    sweeper: Option<(Sweeper, Arc<Notify>)>,
 }
 
 /// What tells of objects; dropping it ends it.
@@ -84,6 +88,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(follow(follower));
     tokio::spawn(serve_health_checks(running.sources.health.clone(), config.clone()));
     tokio::spawn(running.servers.run(running.sources));
+    if let Some((sweeper, gone)) = running.sweeper {
+        tokio::spawn(sweeper.run(gone));
+    }
     if let Some(access) = access(&config) {
         let node = config.cluster.node.clone();
         tokio::spawn(async move { watch_objects::event(&access, &node, &Notice::Starting).await });
@@ -124,6 +131,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         Source::Files { .. } => None,
         Source::Kubernetes { watch } => Some(watch.health.clone()),
     };
+    let cgroup = match config.sockets.scope {
+        SocketLb::Off => None,
+        SocketLb::All | SocketLb::HostOnly => Some(Cgroup::find(config.sockets.cgroup.as_deref())?),
+    };
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
     let (v4_sizes, v6_sizes) = (loaded.v4.sizes(), loaded.v6.sizes());
@@ -134,6 +145,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),
         sources: config.files().to_vec(),
+        sockets: SocketStatus {
+            scope: config.sockets.scope.label(),
+            cgroup: cgroup.as_ref().map(|cgroup| cgroup.path.clone()),
+        },
         adopted: loaded.is_adopted,
         ..Status::default()
     });
@@ -155,6 +170,17 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             summed(accounts)
         });
     }
+    let hooks = match config.sockets.scope {
+        SocketLb::Off => None,
+        scope @ (SocketLb::All | SocketLb::HostOnly) => {
+            let hooks = Hooks::new(loaded.sockets, scope, config.sockets.is_on_loopback);
+            Some(hooks.context("cannot tell the socket hooks of the node")?)
+        }
+    };
+    let sweeper = hooks.as_ref().map(|hooks| {
+        let metrics = metrics::SocketMetrics::add(&mut registries.agent, loaded.socket_counters);
+        (Sweeper::new(loaded.peers, loaded.pods, hooks, metrics), Arc::clone(&hooks.gone))
+    });
     let clock = Arc::new(AtomicU32::new(0));
     let parts = Parts {
         settings: loaded.settings,
@@ -174,10 +200,11 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             metrics: Arc::clone(&metrics),
             kube_proxy: kube_proxy.clone(),
         },
+        hooks,
     };
     let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
     let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
-    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel);
+    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup);
     let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
     let (to_in_use, in_use) = mpsc::channel(1);
     let (stop, stopped) = oneshot::channel();
@@ -204,6 +231,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         },
         stop,
         not_ready,
+        sweeper,
     })
 }
 

@@ -13,6 +13,7 @@ pub use refusal::{Refusal, RefusalKind};
 
 use crate::{
     bpf::{self, AttachType},
+    cgroup::Cgroup,
     config::ModeChoice,
     devices::Mode,
     host::Link,
@@ -23,6 +24,7 @@ use crate::{
 pub mod legacy;
 pub mod programs;
 pub mod refusal;
+mod sockets;
 pub mod trial;
 pub mod xdp;
 
@@ -58,12 +60,22 @@ pub struct Attacher {
     mode: ModeChoice,
     kernel: KernelVersion,
     attached: BTreeMap<String, Attached>,
+    /// The cgroup whose sockets are served, if any.
+    cgroup: Option<Cgroup>,
+    sockets: sockets::SocketHooks,
 }
 
 impl Attacher {
     /// An engine with nothing attached.
-    pub fn new(programs: Programs, pins: PinDir, mode: ModeChoice, kernel: KernelVersion) -> Self {
-        Self { programs, pins, mode, kernel, attached: BTreeMap::new() }
+    pub fn new(
+        programs: Programs,
+        pins: PinDir,
+        mode: ModeChoice,
+        kernel: KernelVersion,
+        cgroup: Option<Cgroup>,
+    ) -> Self {
+        let sockets = sockets::SocketHooks::default();
+        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets }
     }
 
     /// Gives the programs that every interface needs to the kernel, before anything is attached.
@@ -72,6 +84,9 @@ impl Attacher {
     /// When the kernel lacks something.
     pub fn load_programs(&mut self) -> anyhow::Result<()> {
         self.programs.load()?;
+        if self.cgroup.is_some() {
+            sockets::load(&mut self.programs)?;
+        }
         #[cfg(feature = "trace")]
         self.programs.follow_log()?;
         Ok(())
@@ -99,6 +114,16 @@ impl Attacher {
         if let Err(error) = self.check() {
             self.undo();
             return Err(error);
+        }
+        match &self.cgroup {
+            None => sockets::remove_leftovers(&self.pins),
+            Some(cgroup) => match sockets::SocketHooks::attach(&mut self.programs, &self.pins, cgroup) {
+                Ok(hooks) => self.sockets = hooks,
+                Err(error) => {
+                    self.undo();
+                    return Err(error);
+                }
+            },
         }
         self.remove_orphans();
         Ok(())
@@ -142,6 +167,7 @@ impl Attacher {
     /// # Errors
     /// When a pin cannot be removed.
     pub fn detach_all(mut self) -> anyhow::Result<()> {
+        self.sockets.detach();
         for (_, attached) in std::mem::take(&mut self.attached) {
             take_off(attached.links.into_iter());
         }
@@ -245,6 +271,7 @@ impl Attacher {
 
     /// Takes off what this agent has attached, and leaves what it found running.
     fn undo(&mut self) {
+        self.sockets.undo();
         for (_, attached) in std::mem::take(&mut self.attached) {
             take_off(attached.links.into_iter().filter(|link| !link.is_adopted));
         }
@@ -257,7 +284,7 @@ impl Attacher {
         let kept: Vec<&PathBuf> =
             self.attached.values().flat_map(|attached| &attached.links).map(|link| &link.path).collect();
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
-            if !kept.contains(&&path) {
+            if !kept.contains(&&path) && !sockets::is_pin(&path) {
                 info!(pin = %path.display(), "taking off a program of an interface that is no longer managed");
                 remove_pin(&path);
             }

@@ -36,6 +36,26 @@ pub enum AttachType {
     TcxIngress = 46,
     /// tc egress, from kernel 6.6.
     TcxEgress = 47,
+    /// A socket of IPv4 is bound.
+    Bind4 = 8,
+    /// A socket of IPv6 is bound.
+    Bind6 = 9,
+    /// A socket of IPv4 connects.
+    Connect4 = 10,
+    /// A socket of IPv6 connects.
+    Connect6 = 11,
+    /// A UDP socket names an address of IPv4 with a datagram.
+    UdpSendmsg4 = 14,
+    /// A UDP socket names an address of IPv6 with a datagram.
+    UdpSendmsg6 = 15,
+    /// A UDP socket of IPv4 is told where a datagram has come from.
+    UdpRecvmsg4 = 19,
+    /// A UDP socket of IPv6 is told where a datagram has come from.
+    UdpRecvmsg6 = 20,
+    /// A socket of IPv4 is asked for its peer.
+    Getpeername4 = 29,
+    /// A socket of IPv6 is asked for its peer.
+    Getpeername6 = 30,
 }
 
 /// What the kernel says about a link.
@@ -47,6 +67,8 @@ pub struct LinkInfo {
     pub program: u32,
     /// Interface index, 0 once the interface is gone.
     pub ifindex: u32,
+    /// Id of the cgroup, for a link of a socket hook; 0 once the cgroup is gone.
+    pub cgroup: u64,
 }
 
 /// A BPF link that this process holds open; whether it survives the process depends on its pin.
@@ -145,16 +167,21 @@ fn path_string(path: &Path) -> io::Result<CString> {
 }
 
 impl Link {
-    /// Attaches a program to an interface; `flags` are those of the attach type (XDP modes).
-    pub fn create(program: BorrowedFd<'_>, ifindex: u32, at: AttachType, flags: u32) -> io::Result<Self> {
+    /// Attaches a program to an interface (by index) or a cgroup (by descriptor); `flags` are those of the attach type (XDP modes).
+    pub fn create(program: BorrowedFd<'_>, target: u32, at: AttachType, flags: u32) -> io::Result<Self> {
         let mut attr = LinkCreate {
             prog_fd: raw(program),
-            target: ifindex,
+            target,
             attach_type: at as u32,
             flags,
             ..Default::default()
         };
         bpf(BPF_LINK_CREATE, &mut attr).map(|fd| Self(owned(fd)))
+    }
+
+    /// Attaches a program of a socket hook to a cgroup and all below it, beside those of others.
+    pub fn create_in_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<Self> {
+        Self::create(program, raw(cgroup), at, 0)
     }
 
     /// Opens a pinned link.
@@ -194,7 +221,11 @@ impl Link {
             info: &raw mut info as u64,
         };
         bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-        Ok(LinkInfo { id: info.id, program: info.prog_id, ifindex: info.ifindex })
+        // The two overlay each other (`struct bpf_link_info`): the id of a cgroup is a word of 64 bits.
+        let [a, b, c, d] = info.ifindex.to_ne_bytes();
+        let [e, f, g, h] = info.attach_type.to_ne_bytes();
+        let cgroup = u64::from_ne_bytes([a, b, c, d, e, f, g, h]);
+        Ok(LinkInfo { id: info.id, program: info.prog_id, ifindex: info.ifindex, cgroup })
     }
 }
 

@@ -260,6 +260,16 @@ impl Cluster {
         }
     }
 
+    /// The node's primary address of IPv4, and the first that NodePorts are served on, as of the last update.
+    pub fn own_v4(&self) -> [Option<[u8; 4]>; 2] {
+        self.v4.site.rules.first()
+    }
+
+    /// The same of IPv6.
+    pub fn own_v6(&self) -> [Option<Ip6>; 2] {
+        self.v6.site.rules.first()
+    }
+
     /// Computes what the changes since the last update touch, and tells what differs from what was told before.
     ///
     /// Takes time in proportion to the Services touched; a change of the node's zone, name or main addresses touches all.

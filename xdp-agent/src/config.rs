@@ -27,6 +27,7 @@ use crate::{
 
 pub use flags::{Args, ClusterArgs, DetectLocalMode, LogFormat, ModeChoice};
 pub use ports::PortRange;
+pub use sockets::{SocketLb, SocketOptions};
 
 use file::Setting;
 use flags::{ListenArgs, ObjectArgs, SizeArgs, TimeoutArgs};
@@ -39,6 +40,7 @@ pub mod flags;
 pub mod ignored;
 pub mod ports;
 mod show;
+mod sockets;
 #[cfg(test)]
 mod tests;
 mod uplinks;
@@ -181,6 +183,8 @@ pub struct Config {
     pub sizes: Sizes,
     /// When idle flows are forgotten.
     pub timeouts: Timeouts,
+    /// Whose sockets are served.
+    pub sockets: SocketOptions,
 }
 
 /// Where the HTTP servers listen; nothing for those that are off.
@@ -268,6 +272,7 @@ impl Config {
             snat_ports,
             sizes: args.sizes.into(),
             timeouts: timeouts(&args.timeouts),
+            sockets: args.sockets.into(),
         })
     }
 }

@@ -9,6 +9,7 @@
 pub mod app;
 pub mod attach;
 pub mod bpf;
+pub mod cgroup;
 pub mod cleanup;
 pub mod cluster;
 pub mod config;
@@ -34,6 +35,7 @@ pub mod preflight;
 pub mod problem;
 pub mod reconcile;
 pub mod serve;
+pub mod sockets;
 pub mod source;
 pub mod status;
 pub mod watch;

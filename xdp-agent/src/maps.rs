@@ -16,16 +16,17 @@ use xdp_common::{
     net::{FlowKey, Ip6, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey,
-        MapSpec, Mapped, NetworkKey, WAYS,
+        MapSpec, Mapped, NetworkKey, SocketSettings, WAYS,
     },
 };
 
-use crate::{attach::Programs, cluster::wanted::IpAddress, config::Sizes};
+use crate::{attach::Programs, cluster::wanted::IpAddress, config::Sizes, preflight::KernelVersion};
 
 pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use image::{ImageMaps, Settings};
+pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
 
 mod accounts;
 mod batch;
@@ -35,6 +36,7 @@ mod handles;
 pub mod image;
 mod known;
 mod mapping;
+mod sockets;
 
 /// A value of a map as the loader wants it.
 #[repr(transparent)]
@@ -49,6 +51,10 @@ pub(crate) fn raw<T: Plain>(value: T) -> Raw<T> {
     const { T::PROOF };
     Raw(value)
 }
+
+/// From this version on socket hooks may name the error that a call ends with (`bpf_set_retval`, kernel commit
+/// dea6a4e17013).
+const NAMES_ERRORS_SINCE: KernelVersion = KernelVersion(6, 0);
 
 /// The value whose bytes are all zero.
 pub(crate) fn zero<T: Plain>() -> Raw<T> {
@@ -71,6 +77,14 @@ pub struct Loaded {
     pub v6: FamilyMaps<Ip6>,
     /// Counters of the programs.
     pub counters: Counters,
+    /// What the socket hooks are told.
+    pub sockets: SocketMaps,
+    /// What they have told UDP sockets.
+    pub peers: PeerMaps,
+    /// Addresses of pods, for them.
+    pub pods: PodMaps,
+    /// Their counters.
+    pub socket_counters: SocketCounters,
     /// The programs, not yet loaded.
     pub programs: Programs,
     /// Whether an earlier agent's maps were adopted.
@@ -175,10 +189,11 @@ const fn of<K, V>() -> Layout {
 /// Maps that outlive the agent, with their layouts. The others hold nothing that the next packet could not make again.
 fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     let shared = [(&tables::CONFIG, of::<u32, Config>()), (&tables::COUNTERS, of::<u32, u64>())];
+    let shared = shared.into_iter().chain(sockets::PINNED);
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
-fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 13] {
+fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 15] {
     let maps = A::MAPS;
     [
         (&maps.established, of::<FlowKey<A>, Flow<A>>()),
@@ -194,6 +209,8 @@ fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 13] {
         (&maps.devices, of::<u32, Device<A>>()),
         (&maps.gate_ingress, of::<u32, u64>()),
         (&maps.gate_egress, of::<u32, u64>()),
+        (&maps.sockets, of::<u32, SocketSettings<A>>()),
+        (&maps.pods, of::<u64, A>()),
     ]
 }
 
@@ -222,16 +239,34 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         loader.map_max_entries(spec.name, pinned.unwrap_or(wanted));
         loader.map_pin_path(spec.name, path);
     }
+    let names_errors = u32::from(KernelVersion::current()? >= NAMES_ERRORS_SINCE);
+    loader.override_global("NAMES_ERRORS", &names_errors, true);
     let mut ebpf = loader.load(object).map_err(refused)?;
     let settings = Settings::of(take(&mut ebpf, &tables::CONFIG)?)?;
     let v4 = FamilyMaps::open(&mut ebpf)?;
     let v6 = FamilyMaps::open(&mut ebpf)?;
+    let sockets = SocketMaps::open(&mut ebpf)?;
+    let peers = PeerMaps::open(&mut ebpf, dir)?;
+    let pods = PodMaps::open(&mut ebpf)?;
+    let socket_counters = SocketCounters::open(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
     }
     let programs = Programs::new(ebpf);
-    Ok(Loaded { settings, v4, v6, counters, programs, is_adopted, pins })
+    Ok(Loaded {
+        settings,
+        v4,
+        v6,
+        counters,
+        sockets,
+        peers,
+        pods,
+        socket_counters,
+        programs,
+        is_adopted,
+        pins,
+    })
 }
 
 /// Entries of the pinned map, if there is one that can be adopted.

@@ -28,6 +28,7 @@ pub use accounts::Accounts;
 pub use datapath::Datapath;
 pub use kube_proxy::KubeProxy;
 pub use slis::Slis;
+pub use sockets::SocketMetrics;
 
 pub mod accounts;
 pub mod datapath;
@@ -36,6 +37,7 @@ mod document;
 pub mod kube_proxy;
 pub mod process;
 pub mod slis;
+pub mod sockets;
 
 /// One fact of a closed set.
 type Label = [(&'static str, &'static str); 1];

@@ -35,6 +35,8 @@ pub enum Protocol {
     Route,
     /// Families by name.
     Generic,
+    /// Sockets.
+    SockDiag,
 }
 
 /// A message without its header.
@@ -189,6 +191,7 @@ fn open(protocol: Protocol) -> io::Result<Socket> {
     let mut socket = Socket::new(match protocol {
         Protocol::Route => protocols::NETLINK_ROUTE,
         Protocol::Generic => protocols::NETLINK_GENERIC,
+        Protocol::SockDiag => protocols::NETLINK_SOCK_DIAG,
     })?;
     socket.bind_auto()?;
     Ok(socket)

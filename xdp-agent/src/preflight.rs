@@ -230,7 +230,8 @@ pub fn check_pin_dir(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn file_system(path: &Path) -> io::Result<i64> {
+/// The magic number of the file system that a path is on.
+pub(crate) fn file_system(path: &Path) -> io::Result<i64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: the path ends in a zero and the structure is writable; both live across the call.

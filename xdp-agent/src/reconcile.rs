@@ -28,6 +28,7 @@ use crate::{
     plan::InUse,
     preflight,
     problem::Problem,
+    sockets::Hooks,
     source::Event,
     status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
 };
@@ -93,6 +94,8 @@ pub struct Parts {
     pub snat_ports: PortRange,
     /// Who is told.
     pub told: Told,
+    /// The socket hooks, if there are any.
+    pub hooks: Option<Hooks>,
 }
 
 /// Whom the writer tells what.
@@ -116,6 +119,7 @@ pub struct Told {
 #[derive(Debug)]
 pub struct Reconciler {
     told: Told,
+    hooks: Option<Hooks>,
     v4: Side<[u8; 4]>,
     v6: Side<Ip6>,
     cluster: Cluster,
@@ -176,6 +180,7 @@ impl Reconciler {
         let backlog = backlog::Backlog::new(parts.told.kube_proxy.clone());
         Ok(Self {
             told: parts.told,
+            hooks: parts.hooks,
             v4,
             v6,
             cluster: Cluster::new(cluster),

@@ -53,6 +53,8 @@ pub struct Status {
     pub sources: Vec<PathBuf>,
     /// How watching the API server goes, by kind of object; empty when objects come from files.
     pub api_server: Vec<KindStatus>,
+    /// Whose sockets are served.
+    pub sockets: SocketStatus,
     /// Routing epoch.
     pub epoch: u32,
     /// Whether this agent took over from an earlier one.
@@ -74,6 +76,15 @@ pub struct InterfaceStatus {
     pub xmit: Transmit,
     /// Source addresses of translated flows that leave here, one a family.
     pub addresses: Vec<String>,
+}
+
+/// The socket hooks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SocketStatus {
+    /// Whose sockets are served: `all`, `host-only` or `off`.
+    pub scope: &'static str,
+    /// The cgroup that the hooks are attached to, if they are.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// How many flows there are; a flow has two entries.

@@ -5,6 +5,7 @@
 
 mod opening;
 mod sending;
+pub mod socket;
 
 use crate::{
     conntrack::{closing_after, is_ingress_kind, mirror, opens, opposite, rewrite},

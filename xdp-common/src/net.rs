@@ -68,6 +68,14 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Default + 'static {
     /// Whether a unicast packet that is routed can come from it: neither unspecified, multicast, broadcast, loopback nor
     /// link-local (of IPv6, where every interface has such an address and none of them is routed).
     fn is_unicast(self) -> bool;
+    /// Whether it is the node's own loopback.
+    fn is_loopback(self) -> bool;
+    /// What stands for a network namespace where clients are known by address: an address that no client has.
+    fn of_namespace(cookie: u64) -> Self;
+    /// It as an address of IPv6: that of IPv4 as IPv6 maps it (RFC 4291, 2.5.5.2).
+    fn wide(self) -> Ip6;
+    /// The address of [`Address::wide`].
+    fn from_wide(wide: Ip6) -> Self;
 }
 
 impl Address for [u8; 4] {
@@ -100,6 +108,28 @@ impl Address for [u8; 4] {
     #[inline(always)]
     fn is_unicast(self) -> bool {
         self[0] != 0 && self[0] != 127 && self[0] < 224
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self[0] == 127
+    }
+
+    #[inline(always)]
+    fn of_namespace(cookie: u64) -> Self {
+        // 0.0.0.0/8 is nobody's (RFC 6890). Cookies count up; two that share 24 bits share an affinity, no more.
+        (cookie as u32 & 0x00ff_ffff).to_be_bytes()
+    }
+
+    #[inline(always)]
+    fn wide(self) -> Ip6 {
+        Ip6::from_quads([[0; 4], [0; 4], [0, 0, 0xff, 0xff], self])
+    }
+
+    #[inline(always)]
+    fn from_wide(wide: Ip6) -> Self {
+        let [_, _, _, quad] = wide.0;
+        quad.to_ne_bytes()
     }
 }
 
@@ -196,6 +226,29 @@ impl Address for Ip6 {
         let is_low = a | b | c == 0 && u32::from_be(d) <= 1;
         let is_link_local = u32::from_be(a) >> 22 == 0xfe80 >> 6;
         u32::from_be(a) >> 24 != 0xff && !is_low && !is_link_local
+    }
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        let [a, b, c, d] = self.0;
+        a | b | c == 0 && u32::from_be(d) == 1
+    }
+
+    #[inline(always)]
+    fn of_namespace(cookie: u64) -> Self {
+        // Of ::/64 nothing but ::1 is anybody's any more (RFC 4291, 2.5.5.1).
+        let [high, low] = [(cookie >> 32) as u32 | 1 << 31, cookie as u32];
+        Self([0, 0, high.to_be(), low.to_be()])
+    }
+
+    #[inline(always)]
+    fn wide(self) -> Ip6 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_wide(wide: Ip6) -> Self {
+        wide
     }
 }
 

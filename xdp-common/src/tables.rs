@@ -13,9 +13,11 @@ use crate::{
 pub const LAYOUT_VERSION: u32 = 3;
 
 mod flags;
+mod peers;
 mod specs;
 
 pub use flags::*;
+pub use peers::*;
 pub use specs::*;
 
 plain! {
@@ -409,5 +411,9 @@ mod tests {
         prove::<Embryo<[u8; 4]>>();
         prove::<Embryo<Ip6>>();
         prove::<Config>();
+        prove::<PeerKey>();
+        prove::<Peer>();
+        prove::<SocketSettings<[u8; 4]>>();
+        prove::<SocketSettings<Ip6>>();
     }
 }

@@ -10,7 +10,7 @@ use xdp_common::{
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
         Account, Affinity, AffinityKey, Backend, Device, Embryo, Flow, Frontend, FrontendKey, KnownHop,
-        Mapped, NetworkKey, Work,
+        Mapped, NetworkKey, SocketSettings, Work,
     },
     verdict::{Counter, Event},
 };
@@ -44,6 +44,8 @@ pub(crate) trait Maps: Family<Addr: Mapped> + Logged {
     fn work() -> &'static PerCpuArray<Work<Self::Addr>>;
     fn hops() -> &'static PerCpuArray<KnownHop<Self::Addr>>;
     fn packets() -> &'static PerCpuArray<Packet<Self::Addr>>;
+    fn sockets() -> &'static Array<SocketSettings<Self::Addr>>;
+    fn pods() -> &'static HashMap<u64, Self::Addr>;
     /// Reads the headers of a frame; false when there is nothing to decide.
     fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> bool;
     /// Writes family, addresses and type of service into a question to the routing table.
@@ -103,6 +105,8 @@ family_maps! {
     work: WORK_V4: PerCpuArray<Work<[u8; 4]>> 0;
     hops: HOPS_V4: PerCpuArray<KnownHop<[u8; 4]>> 0;
     packets: PACKETS_V4: PerCpuArray<Packet<[u8; 4]>> 0;
+    sockets: SOCKETS_V4: Array<SocketSettings<[u8; 4]>> 0;
+    pods: PODS_V4: HashMap<u64, [u8; 4]> 0;
 }
 
 family_maps! {
@@ -137,6 +141,8 @@ family_maps! {
     work: WORK_V6: PerCpuArray<Work<Ip6>> 0;
     hops: HOPS_V6: PerCpuArray<KnownHop<Ip6>> 0;
     packets: PACKETS_V6: PerCpuArray<Packet<Ip6>> 0;
+    sockets: SOCKETS_V6: Array<SocketSettings<Ip6>> 0;
+    pods: PODS_V6: HashMap<u64, Ip6> 0;
 }
 
 /// Reads the headers of a frame, and counts what they should not be.

@@ -7,6 +7,8 @@ mod embryonic;
 mod family;
 mod maps;
 mod packet;
+mod socket;
+mod sockets;
 #[cfg(feature = "trace")]
 mod trace;
 

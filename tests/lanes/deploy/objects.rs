@@ -12,6 +12,10 @@ use crate::files::{self, Document};
 
 /// Everything that needs privileges of the kernel, without their common beginning.
 const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];
+/// The same of an agent that runs, which enters the network namespaces of pods too.
+const RUNNING: [&str; 4] = ["BPF", "NET_ADMIN", "PERFMON", "SYS_ADMIN"];
+/// What a pod sees of the node: an agent that runs all of it, a clean-up the first.
+const PATHS: [&str; 3] = ["/sys/fs/bpf/xdp-agent", "/sys/fs/cgroup", "/run/netns"];
 
 /// The object in its own type; a field that the type does not have is an error.
 #[track_caller]
@@ -129,6 +133,7 @@ fn the_account_may_do_what_kubernetes_grants_kube_proxy_and_nothing_else() {
 #[test]
 fn the_agent_has_the_capabilities_it_names_and_no_other_privilege() {
     for set in daemon_sets() {
+        let is_cleanup = set.metadata.name.as_deref() == Some("xdp-agent-cleanup");
         let pod = pod(&set);
         assert_eq!((pod.host_pid, pod.host_ipc, pod.host_users), (None, None, None));
         assert_eq!(pod.host_network, Some(true));
@@ -141,7 +146,8 @@ fn the_agent_has_the_capabilities_it_names_and_no_other_privilege() {
             let context = container.security_context.as_ref().expect("a security context");
             assert_eq!(context.privileged, Some(false));
             let capabilities = context.capabilities.as_ref().expect("capabilities");
-            assert_eq!(capabilities.add.as_deref().expect("some are added"), CAPABILITIES);
+            let expected = if is_cleanup { CAPABILITIES.as_slice() } else { RUNNING.as_slice() };
+            assert_eq!(capabilities.add.as_deref().expect("some are added"), expected);
         }
         for container in pod.containers.iter().chain(pod.init_containers.iter().flatten()) {
             let context = container.security_context.as_ref().expect("a security context");
@@ -156,7 +162,8 @@ fn the_agent_has_the_capabilities_it_names_and_no_other_privilege() {
             .flatten()
             .filter_map(|volume| Some(volume.host_path.as_ref()?.path.as_str()))
             .collect();
-        assert_eq!(paths, ["/sys/fs/bpf/xdp-agent"], "the only place of the node that a pod sees");
+        let expected = if is_cleanup { &PATHS[..1] } else { &PATHS[..] };
+        assert_eq!(paths, expected, "the only places of the node that a pod sees");
     }
 }
 

@@ -86,6 +86,8 @@ pub struct AgentOptions {
     pub node: String,
     /// Directory of pinned objects.
     pub pin_dir: String,
+    /// The cgroup whose sockets are served; none are without one, or the tests of a machine would serve each other.
+    pub cgroup: Option<PathBuf>,
     /// Further arguments.
     pub extra: Vec<String>,
     /// What the process may do.
@@ -101,6 +103,7 @@ impl AgentOptions {
             mode,
             node: "node".into(),
             pin_dir: PIN_DIR.into(),
+            cgroup: None,
             extra: Vec::new(),
             privileges: Privileges::All,
         }
@@ -118,6 +121,10 @@ impl AgentOptions {
         };
         command.args(["--mode", self.mode.name(), "--node", &self.node, "--pin-dir", &self.pin_dir]);
         command.args(["--metrics-address", &METRICS.to_string()]).args(&self.extra);
+        match &self.cgroup {
+            Some(cgroup) => command.arg("--cgroup").arg(cgroup),
+            None => command.args(["--socket-lb", "off"]),
+        };
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         match self.privileges {
             Privileges::All => {}

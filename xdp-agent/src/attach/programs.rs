@@ -5,7 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use anyhow::{Context, bail};
 use aya::{
     Ebpf,
-    programs::{ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs, tc::SchedClassifierLink},
+    programs::{
+        CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs, tc::SchedClassifierLink,
+    },
 };
 use tracing::debug;
 
@@ -88,6 +90,19 @@ impl Programs {
     /// When the kernel refuses it.
     pub fn classifier(&mut self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
         Ok(self.sched_classifier(name)?.fd()?.as_fd())
+    }
+
+    /// A program of a socket hook.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn socket_hook(&mut self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
+        let program: &mut CgroupSockAddr =
+            self.ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
+        if program.fd().is_err() {
+            program.load().map_err(|error| refused(name, error))?;
+        }
+        Ok(program.fd()?.as_fd())
     }
 
     pub(super) fn sched_classifier(&mut self, name: &str) -> anyhow::Result<&mut SchedClassifier> {
@@ -174,12 +189,22 @@ impl Drop for Programs {
 /// The attach type of the netlink way.
 ///
 /// # Errors
-/// For XDP, which has another way.
+/// For the others, which have other ways.
 pub(super) fn legacy_type(at: AttachType) -> anyhow::Result<TcAttachType> {
     match at {
         AttachType::TcxIngress => Ok(TcAttachType::Ingress),
         AttachType::TcxEgress => Ok(TcAttachType::Egress),
-        AttachType::Xdp => bail!("XDP is no tc filter"),
+        AttachType::Xdp
+        | AttachType::Bind4
+        | AttachType::Bind6
+        | AttachType::Connect4
+        | AttachType::Connect6
+        | AttachType::UdpSendmsg4
+        | AttachType::UdpSendmsg6
+        | AttachType::UdpRecvmsg4
+        | AttachType::UdpRecvmsg6
+        | AttachType::Getpeername4
+        | AttachType::Getpeername6 => bail!("{at:?} is no tc filter"),
     }
 }
 

@@ -33,6 +33,13 @@ pub(super) struct Rules<A> {
     pub(super) masquerade_all: bool,
 }
 
+impl<A: Copy> Rules<A> {
+    /// The primary address, and the first that NodePorts are served on.
+    pub(super) fn first(&self) -> [Option<A>; 2] {
+        [self.node_ips.first().copied(), self.node_ports.first().copied()]
+    }
+}
+
 impl<A> Default for Site<A> {
     fn default() -> Self {
         let rules = Rules {

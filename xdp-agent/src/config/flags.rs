@@ -8,6 +8,7 @@ use xdp_common::tables;
 use super::{
     PortRange,
     ignored::Given,
+    sockets::SocketArgs,
     values::{Bind, Cidr, Ip, List, NodePortAddress, entries, ip, switch, timeout},
 };
 
@@ -31,6 +32,9 @@ pub struct Args {
     /// Interfaces and programs.
     #[command(flatten, next_help_heading = "Interfaces and programs")]
     pub programs: ProgramArgs,
+    /// Pods and this node.
+    #[command(flatten, next_help_heading = "Pods and processes of this node")]
+    pub sockets: SocketArgs,
     /// Metrics and health.
     #[command(flatten, next_help_heading = "Metrics and health")]
     pub listen: ListenArgs,

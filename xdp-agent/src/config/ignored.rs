@@ -47,7 +47,7 @@ pub(super) const NO_SYNC: &str = "changes are written as they come; nothing is s
 pub(super) const NO_IPVS: &str = "there is no IPVS here";
 pub(super) const MAGLEV: &str = "backends are chosen by consistent hashing (Maglev)";
 pub(super) const NO_LOCALHOST: &str =
-    "NodePorts are not served on the loopback, as in kube-proxy's nftables mode";
+    "NodePorts are served on the loopback with --localhost-nodeports only: the default is that of the nftables mode";
 pub(super) const OWN_TABLE: &str =
     "flows are not in the kernel's conntrack table; --max-established sets the size of ours";
 pub(super) const LIBERAL: &str =

@@ -24,6 +24,7 @@ impl Config {
             snat_ports,
             sizes,
             timeouts,
+            sockets,
         } = self;
         let Options { node, detect_local, masquerade_all, nodeport_addresses, service_cidrs, node_ips, zone } =
             cluster;
@@ -35,7 +36,7 @@ impl Config {
             ObjectSource::Kubernetes { kubeconfig, master } => (None, kubeconfig.as_ref(), master.as_ref()),
         };
         let seconds = |time: &u32| format!("{time}s");
-        json!({
+        let mut all = json!({
             "services": services,
             "kubeconfig": kubeconfig,
             "master": master,
@@ -75,7 +76,11 @@ impl Config {
             "tcp-half-closed-timeout": seconds(tcp_half_closed),
             "tcp-closed-timeout": seconds(tcp_closed),
             "udp-timeout": seconds(udp),
-        })
+        });
+        for (name, value) in sockets.to_json() {
+            all[name] = value;
+        }
+        all
     }
 }
 

@@ -15,9 +15,10 @@ use super::{answer::endpoint, tables::Maps};
 use crate::cluster::wanted::{IpAddress, Network, Protocol};
 
 /// Names of the flags of a frontend.
-const FRONTEND_FLAGS: [(u32, &str); 10] = [
+const FRONTEND_FLAGS: [(u32, &str); 11] = [
     (frontend::ADDRESS, "ADDRESS"),
     (frontend::NODE_ADDRESS, "NODE_ADDRESS"),
+    (frontend::NODE_PORT, "NODE_PORT"),
     (frontend::HAS_ENDPOINTS, "HAS_ENDPOINTS"),
     (frontend::RESTRICTED, "RESTRICTED"),
     (frontend::DISTINGUISHES_PODS, "DISTINGUISHES_PODS"),

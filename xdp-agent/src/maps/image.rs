@@ -322,7 +322,7 @@ impl Settings {
     }
 }
 
-fn open_pinned(dir: &Path, spec: &MapSpec) -> anyhow::Result<Map> {
+pub(super) fn open_pinned(dir: &Path, spec: &MapSpec) -> anyhow::Result<Map> {
     let path = dir.join(spec.name);
     let map = MapData::from_pin(&path).and_then(Map::from_map_data);
     map.with_context(|| format!("cannot open the pinned map {}", path.display()))

@@ -40,7 +40,8 @@ struct Zeros;
 
 impl Collector for Zeros {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        datapath::encode_counters(&mut encoder, &vec![0; verdict::COUNTERS as usize])
+        datapath::encode_counters(&mut encoder, &vec![0; verdict::COUNTERS as usize])?;
+        sockets::encode(&mut encoder, &sockets::zeros())
     }
 }
 
@@ -49,6 +50,7 @@ fn exported() -> String {
     let (mut registries, metrics, kube_proxy) = Registries::new();
     registries.agent.register_collector(Box::new(Zeros));
     let _ = crate::watch::Metrics::register(&mut registries.agent);
+    let _ = sockets::unread(&mut registries.agent);
     Accounts::register(&mut registries.agent, || {
         let text = String::new;
         let port =
@@ -141,7 +143,11 @@ fn shown(text: &str) -> (BTreeMap<String, Shown>, BTreeMap<String, BTreeSet<Stri
 #[test]
 fn the_document_of_metrics_is_what_is_exported() {
     let (metrics, values) = shown(&exported());
-    for (prefix, names) in [("xdp_agent_", Metrics::NAMES), ("kubeproxy_", KubeProxy::NAMES)] {
+    for (prefix, names) in [
+        ("xdp_agent_", Metrics::NAMES),
+        ("xdp_agent_", SocketMetrics::NAMES),
+        ("kubeproxy_", KubeProxy::NAMES),
+    ] {
         for name in names {
             assert!(metrics.contains_key(&format!("{prefix}{name}")), "{name} has no sample here");
         }

@@ -66,6 +66,7 @@ impl<A: IpAddress> Planned<A> {
             masquerade.pod != masquerade.external || wanted.internal != wanted.external;
         let flags = [
             (wanted.is_node_address, frontend::NODE_ADDRESS),
+            (wanted.kind == FrontendKind::NodePort, frontend::NODE_PORT),
             (self.port.any_endpoint, frontend::HAS_ENDPOINTS),
             (wanted.is_restricted, frontend::RESTRICTED),
             (treats_pods_otherwise && knows_pods, frontend::DISTINGUISHES_PODS),

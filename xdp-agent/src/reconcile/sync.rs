@@ -72,6 +72,7 @@ impl Reconciler {
             if changes > 0 {
                 self.backlog.wait();
             }
+            self.tell_hooks(&v4, &v6, changes > 0);
             let took = began.elapsed();
             self.told.metrics.sync_duration.observe(took.as_secs_f64());
             self.note_written((!v4.is_empty() || !v6.is_empty()).then_some(took));
@@ -81,6 +82,19 @@ impl Reconciler {
         }
         self.report();
         self.publish();
+    }
+
+    /// Tells the socket hooks what they have to know of the node and of Services, and that backends may have gone.
+    fn tell_hooks(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<Ip6>, may_be_gone: bool) {
+        let Some(hooks) = &mut self.hooks else { return };
+        hooks.note(v4, v6);
+        if let Err(error) = hooks.set_node(self.cluster.own_v4(), self.cluster.own_v6()) {
+            self.told.metrics.map_write_failures.inc();
+            warn!(%error, "cannot tell the socket hooks of the node; trying again with the next change");
+        }
+        if may_be_gone {
+            hooks.gone.notify_one();
+        }
     }
 
     /// Says once what the datapath does not forward yet: it reads no SCTP.

@@ -15,7 +15,7 @@ use crate::{
 
 /// Where a packet has come from, as policies see it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
+pub(super) enum Origin {
     External,
     Pod,
     Host,
@@ -51,7 +51,8 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     {
         return Next::Drop(Reason::SourceRange);
     }
-    let id = choose(tables, key, &frontend, origin);
+    let client = AffinityKey { client: key.src, service: frontend.service };
+    let id = choose(tables, &client, select::flow_hash(key, 0), &frontend, origin);
     if id == 0 {
         return without_endpoint(tables, &frontend, can_answer(hook, &entry));
     }
@@ -106,9 +107,10 @@ fn masquerades(origin: Origin) -> u32 {
 /// The id of the backend for a new flow: the one its client has met before, if the frontend keeps to that and it is
 /// still to be had, or one by hash; 0 when there is none.
 #[inline(never)] // off the stack of its caller
-fn choose<F: Family, T: Tables<F>>(
+pub(super) fn choose<F: Family, T: Tables<F>>(
     tables: T,
-    key: &FlowKey<F::Addr>,
+    client: &AffinityKey<F::Addr>,
+    hash: u32,
     frontend: &Frontend,
     origin: Origin,
 ) -> u32 {
@@ -121,14 +123,13 @@ fn choose<F: Family, T: Tables<F>>(
     if slots == 0 {
         return 0;
     }
-    let by_hash = ring.wrapping_add(select::slot(select::flow_hash(key, 0), slots));
+    let by_hash = ring.wrapping_add(select::slot(hash, slots));
     if frontend.affinity_seconds == 0 {
         return tables.ring(by_hash);
     }
     let list = if is_local != 0 { backend::IN_LOCAL_LIST } else { backend::IN_CLUSTER_LIST };
-    let at = AffinityKey { client: key.src, service: frontend.service };
     let clock = tables.config().clock;
-    if let Some(known) = tables.affinity(&at)
+    if let Some(known) = tables.affinity(client)
         && clock.wrapping_sub(known.seen) < frontend.affinity_seconds
         && let Some(backend) = tables.backend(known.backend)
         && backend.generation == known.generation
@@ -137,14 +138,14 @@ fn choose<F: Family, T: Tables<F>>(
     {
         if known.seen != clock {
             // Refused, the client is remembered from its earlier connection on.
-            tables.set_affinity(&at, &Affinity { seen: clock, ..known });
+            tables.set_affinity(client, &Affinity { seen: clock, ..known });
         }
         return known.backend;
     }
     let id = tables.ring(by_hash);
     if let Some(backend) = tables.backend(id) {
         let affinity = Affinity { backend: id, generation: backend.generation, seen: clock };
-        if !tables.set_affinity(&at, &affinity) {
+        if !tables.set_affinity(client, &affinity) {
             tables.count(Counter::Event(Event::AffinityRefused));
         }
     }

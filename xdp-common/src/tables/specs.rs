@@ -1,5 +1,6 @@
 //! Every map: its name, its default size, and what happens when it is full.
 
+use super::{SOCKET_COUNTERS, TCP_PEERS, UDP_PEERS};
 use crate::{net::Ip6, verdict};
 
 /// A map of the datapath: its name in the object and in bpffs, and its size when no flag says otherwise.
@@ -98,6 +99,10 @@ per_family! {
     hops: HOPS_V4, HOPS_V6 = 1 << 10;
     /// Per-CPU place of the packet at hand.
     packets: PACKETS_V4, PACKETS_V6 = 1;
+    /// One slot of [`SocketSettings`](super::SocketSettings).
+    sockets: SOCKETS_V4, SOCKETS_V6 = 1;
+    /// Addresses of pods by the cookie of their network namespace, as far as source ranges ask for them.
+    pods: PODS_V4, PODS_V6 = 1 << 12;
 }
 
 const _: () = assert!(EMBRYONIC_V4.entries == TAGS_V4.entries * WAYS);
@@ -113,4 +118,4 @@ pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
 pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: verdict::COUNTERS };
 
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 3] = [&ANSWERS, &CONFIG, &COUNTERS];
+pub const SHARED: [&MapSpec; 6] = [&ANSWERS, &CONFIG, &COUNTERS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS];

@@ -4,3 +4,4 @@ mod model;
 mod opening;
 mod properties;
 mod sending;
+mod socket;

@@ -64,6 +64,8 @@ pub(crate) struct Model {
     /// Packets and bytes by service id.
     pub(crate) accounts: RefCell<HashMap<u32, (u64, u64)>>,
     pub(crate) counters: RefCell<HashMap<u32, u64>>,
+    /// What sockets know and have been told.
+    pub(crate) sockets: crate::socket::Told,
     ingress_gate: RefCell<HashMap<u32, u64>>,
     egress_gate: RefCell<HashMap<u32, u64>>,
     work: RefCell<Work<Addr>>,
@@ -135,6 +137,7 @@ impl Model {
             affinity_seconds: Cell::new(0),
             accounts: RefCell::default(),
             counters: RefCell::default(),
+            sockets: crate::socket::Told::default(),
             ingress_gate: RefCell::default(),
             egress_gate: RefCell::default(),
             work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, reply_key: FlowKey::ZERO }),

@@ -1,0 +1,245 @@
+//! Sockets and the hooks over time: agents that go and come, backends that go.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use xdp_agent_tests::lab::agent::{Agent, PIN_DIR};
+use xdp_agent_tests::lab::caller::Caller;
+use xdp_agent_tests::lab::cgroup::Cgroup;
+use xdp_agent_tests::lab::wait_for;
+use xdp_agent_tests::lab::world::{Pod, WorldOptions, http_frontends, udp_frontends};
+
+use crate::callers::{Place, binary};
+
+const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
+/// Answers in each phase: enough that a gap of milliseconds would show.
+const ANSWERS: u64 = 300;
+
+#[test]
+fn a_killed_agent_that_starts_again_fails_no_connection() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    for caller in [&mut place.pod, &mut place.node] {
+        caller.hammer(http_frontends()[0].1)?;
+    }
+    wait_answered(&mut place)?;
+    let Place { agent, mut pod, mut node, options, cgroup, world, _cgroups } = place;
+    agent.kill()?;
+    more(&mut pod)?;
+    more(&mut node)?;
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    more(&mut pod)?;
+    more(&mut node)?;
+    let links = world.bpffs.list(&links())?;
+    ensure!(links.iter().filter(|link| link.starts_with("socket-")).count() == 10, "{links:?}");
+    for caller in [&mut pod, &mut node] {
+        let tally = caller.tally()?;
+        ensure!(tally.failed == 0, "{tally:?}");
+    }
+    agent.stop()?;
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
+fn an_agent_stopped_with_keep_leaves_its_hooks_serving_and_cleanup_removes_them() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &["--keep"])?;
+    place.pod.hammer(http_frontends()[0].1)?;
+    wait_answered_by(&mut place.pod)?;
+    let Place { agent, mut pod, node, mut options, cgroup, world, _cgroups } = place;
+    agent.stop()?;
+    more(&mut pod)?;
+    let tally = pod.tally()?;
+    ensure!(tally.failed == 0, "{tally:?}");
+    options.extra.push("--cleanup".into());
+    let ended = Agent::refuse(&world.node, &world.bpffs, &options)?;
+    ensure!(ended.status.success(), "{}", ended.log);
+    wait_for("connections to fail without hooks", ANSWERS_TIMEOUT, || {
+        ensure!(pod.tally()?.failed > 0, "every connection is still answered");
+        Ok(())
+    })?;
+    let left = world.bpffs.list(PIN_DIR)?;
+    ensure!(left.is_empty(), "{left:?}");
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
+fn an_agent_without_socket_hooks_takes_those_of_an_earlier_one_off() -> Result<()> {
+    let place = Place::start(WorldOptions::default(), &["--keep"])?;
+    let Place { agent, mut pod, node, mut options, cgroup, world, _cgroups } = place;
+    let target = http_frontends()[0].1;
+    pod.http(target)??;
+    agent.stop()?;
+    options.cgroup = None;
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    let links = world.bpffs.list(&links())?;
+    ensure!(!links.iter().any(|link| link.starts_with("socket-")), "{links:?}");
+    ensure!(pod.http(target)?.is_err(), "a hook is still there");
+    agent.stop()?;
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
+fn hooks_move_with_the_cgroup_that_is_named() -> Result<()> {
+    let place = Place::start(WorldOptions::default(), &["--keep"])?;
+    let Place { agent, mut pod, mut node, mut options, cgroup, world, _cgroups } = place;
+    agent.stop()?;
+    let other = Cgroup::new("other")?;
+    options.cgroup = Some(other.path().to_path_buf());
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    let target = http_frontends()[0].1;
+    let mut newcomer = Caller::start(binary(), &world.node, &other)?;
+    newcomer.http(target)??;
+    ensure!(node.http(target)?.is_err() && pod.http(target)?.is_err(), "the old cgroup is still served");
+    agent.stop()?;
+    drop((newcomer, other, pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
+fn agents_of_two_nodes_on_one_kernel_serve_their_own_cgroups() -> Result<()> {
+    let options = WorldOptions { local: 1, remote: 0, ..WorldOptions::default() };
+    let (mut one, mut other) = (Place::start(options, &[])?, Place::start(options, &[])?);
+    let target = http_frontends()[0].1;
+    // The same addresses in both worlds: each caller has to meet the pod of its own.
+    for place in [&mut one, &mut other] {
+        let before = place.world.pods[0].server.http_served().len();
+        for caller in [&mut place.pod, &mut place.node] {
+            caller.http(target)??;
+        }
+        ensure!(place.world.pods[0].server.http_served().len() == before + 2);
+    }
+    one.stop()?;
+    other.pod.http(target)??;
+    other.node.http(target)??;
+    other.stop()
+}
+
+#[test]
+fn a_connected_udp_socket_learns_that_its_backend_is_gone() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = udp_frontends()[0].1;
+    let mut met = Vec::new();
+    for caller in [&mut place.pod, &mut place.node] {
+        caller.open("socket", false)?;
+        caller.connect("socket", target)?;
+        met.push(caller.ask("socket")??.backend);
+    }
+    // Who has connected to a pod itself is not the agent's to end.
+    let direct = place.world.pods.iter().find(|pod| pod.server.name() == met[0]).context("the pod")?;
+    let direct = (direct.server.address(), xdp_agent_tests::lab::servers::UDP_PORT).into();
+    place.pod.open("direct", false)?;
+    place.pod.connect("direct", direct)?;
+    place.pod.ask("direct")??;
+    let is_other = |pod: &&Pod| !met.iter().any(|met| met == pod.server.name());
+    let others: Vec<_> = place.world.pods.iter().filter(is_other).map(Pod::endpoint).collect();
+    place.world.change_endpoints(&place.agent, &others)?;
+    for is_pod in [true, false] {
+        place.wait_until("the socket to be told", |place| {
+            let caller = if is_pod { &mut place.pod } else { &mut place.node };
+            let failed = caller.ask("socket")?.err().context("the old backend still answers")?;
+            ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
+            Ok(())
+        })?;
+        let caller = if is_pod { &mut place.pod } else { &mut place.node };
+        caller.connect("socket", target)?;
+        // Where the first error was that the socket has no peer any more, the kernel's own one is still to come.
+        let now = match caller.ask("socket")? {
+            Ok(answer) => answer,
+            Err(failed) if failed.errno == libc::ECONNABORTED => caller.ask("socket")??,
+            Err(failed) => return Err(failed.into()),
+        };
+        ensure!(!met.contains(&now.backend), "{now:?} is gone");
+    }
+    place.pod.ask("direct")??;
+    ensure!(place.agent.metric("sockets_destroyed", "")? >= 2.0);
+    place.stop()
+}
+
+#[test]
+fn a_udp_socket_whose_backend_went_while_no_agent_ran_learns_it_from_the_next() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    place.pod.open("socket", false)?;
+    place.pod.connect("socket", udp_frontends()[0].1)?;
+    let met = place.pod.ask("socket")??.backend;
+    let Place { agent, mut pod, node, options, cgroup, world, _cgroups } = place;
+    agent.kill()?;
+    let others: Vec<_> = world.pods.iter().filter(|pod| pod.server.name() != met).map(Pod::endpoint).collect();
+    world.publish_endpoints(&others)?;
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    wait_for("the socket to be told", ANSWERS_TIMEOUT, || {
+        let failed = pod.ask("socket")?.err().context("the old backend still answers")?;
+        ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
+        Ok(())
+    })?;
+    agent.stop()?;
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
+fn a_udp_socket_that_names_its_target_goes_elsewhere_when_its_backend_is_gone() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = udp_frontends()[0].1;
+    place.pod.open("socket", false)?;
+    let met = place.pod.ask_at("socket", target)??.backend;
+    let others: Vec<_> =
+        place.world.pods.iter().filter(|pod| pod.server.name() != met).map(Pod::endpoint).collect();
+    place.world.change_endpoints(&place.agent, &others)?;
+    let now = place.pod.ask_at("socket", target)??;
+    ensure!(now.backend != met && now.from == target, "{now:?}");
+    place.stop()
+}
+
+#[test]
+fn a_tcp_connection_outlives_its_endpoint() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = http_frontends()[0].1;
+    place.pod.hold("long", target)?;
+    let met = place.pod.ask_held("long")??;
+    ensure!(met.from == target, "the peer is {}", met.from);
+    // Terminating first, while others are ready: new connections go elsewhere.
+    let terminating = place.world.pods.iter().map(|pod| {
+        let endpoint = pod.endpoint();
+        let is_met = pod.server.name() == met.backend;
+        if is_met { xdp_agent_tests::lab::manifests::Endpoint { ready: false, ..endpoint } } else { endpoint }
+    });
+    place.world.change_endpoints(&place.agent, &terminating.collect::<Vec<_>>())?;
+    for _ in 0..40 {
+        ensure!(place.pod.http(target)??.backend != met.backend);
+    }
+    ensure!(place.pod.ask_held("long")?? == met);
+    place.world.change_endpoints(&place.agent, &[])?;
+    ensure!(place.pod.ask_held("long")?? == met);
+    place.stop()
+}
+
+/// Where links are pinned.
+fn links() -> String {
+    format!("{PIN_DIR}/v{}/links", xdp_common::tables::LAYOUT_VERSION)
+}
+
+fn wait_answered(place: &mut Place) -> Result<()> {
+    wait_answered_by(&mut place.pod)?;
+    wait_answered_by(&mut place.node)
+}
+
+fn wait_answered_by(caller: &mut Caller) -> Result<()> {
+    wait_for("connections to be answered", ANSWERS_TIMEOUT, || {
+        let tally = caller.tally()?;
+        ensure!(tally.answered >= ANSWERS, "{tally:?}");
+        Ok(())
+    })
+}
+
+/// Waits for as many answers again.
+fn more(caller: &mut Caller) -> Result<()> {
+    let before = caller.tally()?.answered;
+    wait_for("further connections to be answered", ANSWERS_TIMEOUT, || {
+        let tally = caller.tally()?;
+        ensure!(tally.answered >= before + ANSWERS, "{tally:?}");
+        Ok(())
+    })
+}
+

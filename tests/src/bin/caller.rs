@@ -1,0 +1,168 @@
+//! Calls Services when it is asked to: a line on the input, a line on the output (see `lab::caller`).
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, Error, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use xdp_agent_tests::lab::servers::UDP_WHOAMI;
+
+/// Longest wait for a connection or an answer: silence has to show as such.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Answered, failed, and why the last of those did.
+type Tally = Arc<Mutex<(u64, u64, String)>>;
+
+#[derive(Default)]
+struct Sockets {
+    udp: HashMap<String, UdpSocket>,
+    tcp: HashMap<String, TcpStream>,
+    tally: Tally,
+}
+
+fn main() -> io::Result<()> {
+    let mut sockets = Sockets::default();
+    let (mut output, input) = (io::stdout().lock(), io::stdin().lock());
+    for line in input.lines() {
+        let line = line?;
+        match sockets.obey(&line.split(' ').collect::<Vec<_>>()) {
+            Ok(text) => writeln!(output, "ok {text}")?,
+            Err(error) => writeln!(output, "failed {} {error}", error.raw_os_error().unwrap_or(0))?,
+        }
+        output.flush()?;
+    }
+    Ok(())
+}
+
+impl Sockets {
+    fn obey(&mut self, words: &[&str]) -> io::Result<String> {
+        match *words {
+            ["http", target] => whoami(&mut connect(parse(target)?)?),
+            ["udp", target] => {
+                let target = parse(target)?;
+                let socket = open(any(&target))?;
+                socket.connect(target)?;
+                ask(&socket)
+            }
+            ["open", name, address] => {
+                self.udp.insert(name.to_owned(), open(parse(address)?)?);
+                Ok(String::new())
+            }
+            ["connect", name, target] => self.socket(name)?.connect(parse(target)?).map(|()| String::new()),
+            ["ask", name] => ask(self.socket(name)?),
+            ["echo", name, bytes] => {
+                let (socket, bytes) = (self.socket(name)?, bytes.parse().map_err(Error::other)?);
+                socket.send(&vec![7; bytes])?;
+                let mut buffer = vec![0; bytes + 1];
+                Ok(socket.recv(&mut buffer)?.to_string())
+            }
+            ["ask-at", name, target] => {
+                let socket = self.socket(name)?;
+                socket.send_to(UDP_WHOAMI, parse(target)?)?;
+                answer(socket)
+            }
+            ["hold", name, target] => {
+                self.tcp.insert(name.to_owned(), connect(parse(target)?)?);
+                Ok(String::new())
+            }
+            ["ask-held", name] => whoami(self.tcp.get_mut(name).ok_or(ErrorKind::NotFound)?),
+            ["bind", "tcp", address] => TcpListener::bind(parse(address)?).map(|_| String::new()),
+            ["bind", "udp", address] => UdpSocket::bind(parse(address)?).map(|_| String::new()),
+            ["hammer", target] => {
+                let (target, tally) = (parse(target)?, Arc::clone(&self.tally));
+                thread::spawn(move || hammer(target, &tally));
+                Ok(String::new())
+            }
+            ["tally"] => {
+                let tally = self.tally.lock().unwrap_or_else(PoisonError::into_inner);
+                let (answered, failed, why) = &*tally;
+                Ok(format!("{answered} {failed} {why}"))
+            }
+            _ => Err(Error::other("no such question")),
+        }
+    }
+
+    fn socket(&self, name: &str) -> io::Result<&UdpSocket> {
+        self.udp.get(name).ok_or_else(|| ErrorKind::NotFound.into())
+    }
+}
+
+fn hammer(target: SocketAddr, tally: &Tally) {
+    loop {
+        let result = connect(target).and_then(|mut stream| whoami(&mut stream));
+        let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok(_) => tally.0 += 1,
+            Err(error) => {
+                tally.1 += 1;
+                tally.2 = error.to_string();
+            }
+        }
+    }
+}
+
+fn parse(text: &str) -> io::Result<SocketAddr> {
+    text.parse().map_err(Error::other)
+}
+
+fn any(target: &SocketAddr) -> SocketAddr {
+    match target {
+        SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),
+        SocketAddr::V6(_) => SocketAddr::from(([0u16; 8], 0)),
+    }
+}
+
+fn open(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn connect(target: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&target, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn ask(socket: &UdpSocket) -> io::Result<String> {
+    socket.send(UDP_WHOAMI)?;
+    answer(socket)
+}
+
+/// Backend, client and source of an answer; of a connected socket its peer has to be the source.
+fn answer(socket: &UdpSocket) -> io::Result<String> {
+    let mut buffer = [0; 256];
+    let (length, from) = socket.recv_from(&mut buffer)?;
+    if let Ok(peer) = socket.peer_addr()
+        && peer != from
+    {
+        return Err(Error::other(format!("the peer is {peer}, the answer came from {from}")));
+    }
+    Ok(format!("{} {from}", String::from_utf8_lossy(&buffer[..length])))
+}
+
+/// Backend, client and peer of a connection, which stays open.
+fn whoami(stream: &mut TcpStream) -> io::Result<String> {
+    stream.write_all(b"GET /whoami HTTP/1.1\r\nhost: service\r\n\r\n")?;
+    let mut read = Vec::new();
+    let mut buffer = [0; 1024];
+    let body = loop {
+        let length = stream.read(&mut buffer)?;
+        if length == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        read.extend_from_slice(&buffer[..length]);
+        let text = String::from_utf8_lossy(&read);
+        if let Some((_, body)) = text.split_once("\r\n\r\n")
+            && body.ends_with('}')
+        {
+            break body.to_string();
+        }
+    };
+    let value: serde_json::Value = serde_json::from_str(&body).map_err(Error::other)?;
+    let field = |name: &str| value[name].as_str().map(str::to_owned).ok_or(ErrorKind::InvalidData);
+    Ok(format!("{} {} {}", field("backend")?, field("peer")?, stream.peer_addr()?))
+}

@@ -1,0 +1,146 @@
+//! The socket hooks: attached to one cgroup, and with it to every process in it and below.
+//!
+//! Links are pinned as those of interfaces are. A starting agent adopts them, and moves those of another cgroup.
+
+use std::{fs, io, os::fd::AsFd, path::PathBuf};
+
+use anyhow::{Context, bail};
+use tracing::{debug, info};
+
+use super::{PinnedLink, Programs, remove_pin, take_off};
+use crate::{
+    bpf::{self, AttachType},
+    cgroup::Cgroup,
+    preflight::PinDir,
+};
+
+/// Programs and where each is attached, in the order in which they are: what undoes a translation comes before what does
+/// one.
+const HOOKS: [(&str, AttachType); 10] = [
+    ("socket_getpeername4", AttachType::Getpeername4),
+    ("socket_getpeername6", AttachType::Getpeername6),
+    ("socket_recvmsg4", AttachType::UdpRecvmsg4),
+    ("socket_recvmsg6", AttachType::UdpRecvmsg6),
+    ("socket_sendmsg4", AttachType::UdpSendmsg4),
+    ("socket_sendmsg6", AttachType::UdpSendmsg6),
+    ("socket_connect4", AttachType::Connect4),
+    ("socket_connect6", AttachType::Connect6),
+    ("socket_bind4", AttachType::Bind4),
+    ("socket_bind6", AttachType::Bind6),
+];
+
+/// Beginning of the names of pins, by which they are told from those of interfaces.
+const PREFIX: &str = "socket-";
+
+/// The hooks that are attached.
+#[derive(Debug, Default)]
+pub(super) struct SocketHooks {
+    links: Vec<PinnedLink>,
+}
+
+impl SocketHooks {
+    /// Attaches every hook, or none that was not attached before.
+    pub(super) fn attach(programs: &mut Programs, pins: &PinDir, cgroup: &Cgroup) -> anyhow::Result<Self> {
+        let mut hooks = Self::default();
+        for (program, at) in HOOKS {
+            match attach(programs, pins, cgroup, program, at) {
+                Ok(link) => hooks.links.push(link),
+                Err(error) => {
+                    hooks.undo();
+                    return Err(error);
+                }
+            }
+        }
+        info!(cgroup = %cgroup.path.display(), "socket hooks are attached");
+        Ok(hooks)
+    }
+
+    /// Takes off what this agent has attached, and leaves what it found running.
+    pub(super) fn undo(&mut self) {
+        take_off(std::mem::take(&mut self.links).into_iter().rev().filter(|link| !link.is_adopted));
+    }
+
+    /// Takes every hook off; what does a translation goes before what undoes one.
+    pub(super) fn detach(&mut self) {
+        take_off(std::mem::take(&mut self.links).into_iter().rev());
+    }
+}
+
+/// Loads the programs, so that a kernel which refuses them does so before anything is attached.
+pub(super) fn load(programs: &mut Programs) -> anyhow::Result<()> {
+    HOOKS.iter().try_for_each(|(program, _)| programs.socket_hook(program).map(drop))
+}
+
+/// Whether a pin is that of a socket hook.
+pub(super) fn is_pin(path: &std::path::Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX))
+}
+
+/// Takes off the hooks that an earlier agent has left, when this one has none.
+pub(super) fn remove_leftovers(pins: &PinDir) {
+    for path in fs::read_dir(pins.links()).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if is_pin(&path) {
+            info!(pin = %path.display(), "taking off a socket hook of an earlier agent");
+            release(&path);
+        }
+    }
+}
+
+fn attach(
+    programs: &mut Programs,
+    pins: &PinDir,
+    cgroup: &Cgroup,
+    program: &str,
+    at: AttachType,
+) -> anyhow::Result<PinnedLink> {
+    let path = pins.links().join(program.replace('_', "-"));
+    let found = adopted(&path, cgroup)?;
+    let program_fd = programs.socket_hook(program)?;
+    if let Some(link) = found {
+        link.update(program_fd).with_context(|| format!("cannot replace {program}"))?;
+        return Ok(PinnedLink { link, path, is_adopted: true });
+    }
+    let made = match bpf::Link::create_in_cgroup(program_fd, cgroup.dir.as_fd(), at) {
+        Ok(made) => made,
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => bail!(
+            "the kernel does not permit {program} on cgroup {}: {error}; either CAP_NET_ADMIN is missing, or somebody has \
+             attached a program there that allows no other (look with `bpftool cgroup show {}`)",
+            cgroup.path.display(),
+            cgroup.path.display()
+        ),
+        Err(error) => {
+            return Err(error).with_context(|| {
+                format!(
+                    "cannot attach {program} to cgroup {}; it needs a kernel with CONFIG_CGROUP_BPF, or \
+                     --socket-lb=off, and then pods and this node do not reach Services",
+                    cgroup.path.display()
+                )
+            });
+        }
+    };
+    made.pin(&path).with_context(|| format!("cannot pin {}", path.display()))?;
+    Ok(PinnedLink { link: made, path, is_adopted: false })
+}
+
+/// A link that an earlier agent has pinned for this very cgroup; one for another cgroup is taken off.
+fn adopted(path: &PathBuf, cgroup: &Cgroup) -> anyhow::Result<Option<bpf::Link>> {
+    let found = match bpf::Link::open(path) {
+        Ok(found) => found,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
+    };
+    let info = found.info().with_context(|| format!("cannot look at {}", path.display()))?;
+    if info.cgroup == cgroup.id {
+        return Ok(Some(found));
+    }
+    debug!(pin = %path.display(), "a pinned socket hook is of another cgroup");
+    release(path);
+    Ok(None)
+}
+
+fn release(path: &PathBuf) {
+    if let Err(error) = bpf::Link::open(path).and_then(|link| link.detach()) {
+        debug!(pin = %path.display(), %error, "the link was gone already");
+    }
+    remove_pin(path);
+}

@@ -1,0 +1,126 @@
+//! The cgroup whose processes the socket hooks serve.
+//!
+//! Socket hooks work in the hierarchy of cgroup v2 only. It is there on hybrid hosts too, below the controllers of v1;
+//! in a container it has to be the host's, or the hooks would serve nobody but the container itself.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail, ensure};
+use tracing::warn;
+
+use crate::preflight::file_system;
+
+/// `CGROUP2_SUPER_MAGIC` (include/uapi/linux/magic.h).
+const CGROUP2_MAGIC: i64 = 0x6367_7270;
+const MOUNTS: &str = "/proc/self/mountinfo";
+
+/// A cgroup of the hierarchy v2.
+#[derive(Debug)]
+pub struct Cgroup {
+    /// Its directory.
+    pub path: PathBuf,
+    /// The same, open.
+    pub dir: File,
+    /// Its id in the kernel.
+    pub id: u64,
+}
+
+impl Cgroup {
+    /// The cgroup that a flag names, or the root of the hierarchy as it is mounted here.
+    ///
+    /// # Errors
+    /// When there is none, with what to do.
+    pub fn find(given: Option<&Path>) -> anyhow::Result<Self> {
+        let path = match given {
+            Some(path) => path.to_path_buf(),
+            None => {
+                let mounts = fs::read_to_string(MOUNTS).with_context(|| format!("cannot read {MOUNTS}"))?;
+                root(&mounts).context(
+                    "no cgroup v2 is mounted here, which the socket hooks need: mount one (`mount -t cgroup2 none \
+                     /sys/fs/cgroup/unified`) or name one by --cgroup; with --socket-lb=off pods and this node do not \
+                     reach Services",
+                )?
+            }
+        };
+        // Hybrid hosts have it below the controllers of v1, where a mount of all of it brings it along.
+        let unified = path.join("unified");
+        let is_v2 = |path: &Path| file_system(path).is_ok_and(|magic| magic == CGROUP2_MAGIC);
+        let path = if !is_v2(&path) && is_v2(&unified) { unified } else { path };
+        let magic = file_system(&path).with_context(|| format!("cannot look at {}", path.display()))?;
+        ensure!(
+            magic == CGROUP2_MAGIC,
+            "{} is no directory of cgroup v2; give --cgroup one, or leave it out",
+            path.display()
+        );
+        let dir = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        let id = dir.metadata().with_context(|| format!("cannot look at {}", path.display()))?.ino();
+        let cgroup = Self { path, dir, id };
+        if cgroup.is_leaf()? {
+            warn!(
+                cgroup = %cgroup.path.display(),
+                "there is no other cgroup in it: inside a container, mount the host's /sys/fs/cgroup and name it by \
+                 --cgroup, or pods do not reach Services"
+            );
+        }
+        Ok(cgroup)
+    }
+
+    /// Whether no cgroup is in it.
+    fn is_leaf(&self) -> anyhow::Result<bool> {
+        let entries =
+            fs::read_dir(&self.path).with_context(|| format!("cannot read {}", self.path.display()))?;
+        let mut is_leaf = true;
+        for entry in entries {
+            match entry.and_then(|entry| entry.file_type()) {
+                Ok(kind) => is_leaf &= !kind.is_dir(),
+                Err(error) => bail!("cannot read {}: {error}", self.path.display()),
+            }
+        }
+        Ok(is_leaf)
+    }
+}
+
+/// Where the hierarchy v2 is mounted from its root, of all mounts that the kernel lists (proc_pid_mountinfo(5)); the
+/// first, so that a private copy of somebody does not count.
+fn root(mounts: &str) -> Option<PathBuf> {
+    let of_line = |line: &str| {
+        let (mount, kind) = line.split_once(" - ")?;
+        if kind.split(' ').next()? != "cgroup2" {
+            return None;
+        }
+        let mut fields = mount.split(' ').skip(3);
+        let (root, at) = (fields.next()?, fields.next()?);
+        Some((root == "/", PathBuf::from(at)))
+    };
+    let found: Vec<_> = mounts.lines().filter_map(of_line).collect();
+    let whole = found.iter().find(|(is_whole, _)| *is_whole);
+    whole.or(found.first()).map(|(_, path)| path.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hierarchy_is_found_on_unified_and_hybrid_hosts() {
+        let unified = "26 25 0:23 / /sys rw - sysfs sysfs rw\n29 26 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw";
+        assert_eq!(root(unified), Some("/sys/fs/cgroup".into()));
+        let hybrid = "31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+                      32 30 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+        assert_eq!(root(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        let bound = "40 30 0:28 /kubepods /mnt/part rw - cgroup2 cgroup2 rw\n41 30 0:28 / /mnt/whole rw - cgroup2 none rw";
+        assert_eq!(root(bound), Some("/mnt/whole".into()));
+        assert_eq!(root("31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"), None);
+    }
+
+    #[test]
+    fn a_directory_of_another_file_system_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let error = Cgroup::find(Some(dir.path())).expect_err("no cgroup").to_string();
+        assert!(error.contains("--cgroup"), "{error}");
+    }
+}

@@ -1,0 +1,226 @@
+//! The maps of the socket hooks.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{HashMap, MapData, PerCpuArray},
+};
+use xdp_common::{
+    net::{Address, Ip6, UDP},
+    tables::{self, Backend, MapSpec, Peer, PeerKey, SocketCall, SocketSettings},
+    verdict::Reason,
+};
+
+use super::{Layout, Raw, batch, descriptor, handles::Slots, image::open_pinned, io_error, of, raw, take, zero};
+
+/// Maps that outlive the agent: what sockets have been told has to be undone as long as they live.
+pub(super) const PINNED: [(&MapSpec, Layout); 3] = [
+    (&tables::UDP_PEERS, of::<PeerKey, Peer>()),
+    (&tables::TCP_PEERS, of::<PeerKey, Peer>()),
+    (&tables::SOCKET_COUNTERS, of::<u32, u64>()),
+];
+
+/// What the agent writes for the socket hooks.
+pub struct SocketMaps {
+    v4: Slots<Raw<SocketSettings<[u8; 4]>>>,
+    v6: Slots<Raw<SocketSettings<Ip6>>>,
+}
+
+/// What UDP sockets have been told, beside the backends of now.
+pub struct PeerMaps {
+    fd: OwnedFd,
+    peers: HashMap<MapData, Raw<PeerKey>, Raw<Peer>>,
+    v4: Slots<Raw<Backend<[u8; 4]>>>,
+    v6: Slots<Raw<Backend<Ip6>>>,
+}
+
+/// Addresses of pods by network namespace, for the source ranges.
+pub struct PodMaps {
+    v4: HashMap<MapData, u64, [u8; 4]>,
+    v6: HashMap<MapData, u64, [u32; 4]>,
+}
+
+impl std::fmt::Debug for PodMaps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PodMaps").finish_non_exhaustive()
+    }
+}
+
+impl PodMaps {
+    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        let v4 = HashMap::try_from(take(ebpf, &tables::PODS_V4)?)?;
+        Ok(Self { v4, v6: HashMap::try_from(take(ebpf, &tables::PODS_V6)?)? })
+    }
+
+    /// Makes these the addresses of IPv4, by cookies of namespaces; those that do not fit are not known.
+    ///
+    /// # Errors
+    /// When the kernel refuses a write.
+    pub fn set_v4(&mut self, pods: &[(u64, [u8; 4])]) -> io::Result<()> {
+        fill(&mut self.v4, pods)
+    }
+
+    /// Makes these the addresses of IPv6.
+    ///
+    /// # Errors
+    /// When the kernel refuses a write.
+    pub fn set_v6(&mut self, pods: &[(u64, Ip6)]) -> io::Result<()> {
+        let pods: Vec<_> = pods.iter().map(|(cookie, addr)| (*cookie, addr.words())).collect();
+        fill(&mut self.v6, &pods)
+    }
+}
+
+fn fill<V: Pod>(map: &mut HashMap<MapData, u64, V>, pods: &[(u64, V)]) -> io::Result<()> {
+    let there: Vec<u64> = map.keys().collect::<Result<_, _>>().map_err(io_error)?;
+    for gone in there.iter().filter(|there| !pods.iter().any(|(cookie, _)| cookie == *there)) {
+        map.remove(gone).map_err(io_error)?;
+    }
+    for (cookie, addr) in pods.iter().take(tables::PODS_V4.entries as usize) {
+        map.insert(cookie, addr, 0).map_err(io_error)?;
+    }
+    Ok(())
+}
+
+/// The counters of the socket hooks.
+#[derive(Clone)]
+pub struct SocketCounters(Arc<Mutex<PerCpuArray<MapData, u64>>>);
+
+impl std::fmt::Debug for SocketMaps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SocketMaps").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for PeerMaps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PeerMaps").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for SocketCounters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SocketCounters").finish_non_exhaustive()
+    }
+}
+
+impl SocketMaps {
+    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        Ok(Self {
+            v4: Slots::of(take(ebpf, &tables::SOCKETS_V4)?)?,
+            v6: Slots::of(take(ebpf, &tables::SOCKETS_V6)?)?,
+        })
+    }
+
+    /// Tells the hooks of IPv4.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    pub fn set_v4(&mut self, settings: SocketSettings<[u8; 4]>) -> io::Result<()> {
+        self.v4.set(0, raw(settings))
+    }
+
+    /// Tells the hooks of IPv6.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    pub fn set_v6(&mut self, settings: SocketSettings<Ip6>) -> io::Result<()> {
+        self.v6.set(0, raw(settings))
+    }
+}
+
+impl PeerMaps {
+    /// Handles; those of the backends are second ones, by their pins.
+    pub(super) fn open(ebpf: &mut Ebpf, dir: &Path) -> anyhow::Result<Self> {
+        let peers = take(ebpf, &tables::UDP_PEERS)?;
+        let fd = descriptor(&peers)?;
+        let v4 = Slots::of(open_pinned(dir, &tables::BACKENDS_V4)?)?;
+        let v6 = Slots::of(open_pinned(dir, &tables::BACKENDS_V6)?)?;
+        Ok(Self { fd, peers: HashMap::try_from(peers)?, v4, v6 })
+    }
+
+    /// Backends, by the sockets that have been led to them, that do not serve any more.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read.
+    pub fn stale(&self) -> io::Result<Vec<PeerKey>> {
+        let mut told = Vec::new();
+        let zero = (zero::<PeerKey>(), zero::<Peer>());
+        match batch::walk(&self.fd, zero, |Raw(key), Raw(peer)| told.push((key, peer))) {
+            Err(error) if batch::is_missing(&error) => {
+                for entry in self.peers.iter().take(2 * tables::UDP_PEERS.entries as usize) {
+                    let (Raw(key), Raw(peer)) = entry.map_err(io_error)?;
+                    told.push((key, peer));
+                }
+            }
+            result => result?,
+        }
+        let mut generations = std::collections::HashMap::new();
+        let mut stale = Vec::new();
+        for (key, peer) in told.iter().filter(|(key, _)| key.side == tables::side::BACKEND) {
+            let is_v4 = <[u8; 4]>::from_wide(key.addr).wide() == key.addr;
+            let now = match generations.get(&(is_v4, peer.backend)) {
+                Some(now) => *now,
+                None => {
+                    let now = self.generation(is_v4, peer.backend)?;
+                    generations.insert((is_v4, peer.backend), now);
+                    now
+                }
+            };
+            if now != Some(peer.generation) {
+                stale.push(*key);
+            }
+        }
+        Ok(stale)
+    }
+
+    /// The generation of a backend that serves.
+    fn generation(&self, is_v4: bool, id: u32) -> io::Result<Option<u32>> {
+        let (proto, generation) = if is_v4 {
+            let Raw(backend) = self.v4.map.get(&id, 0).map_err(io_error)?;
+            (backend.proto, backend.generation)
+        } else {
+            let Raw(backend) = self.v6.map.get(&id, 0).map_err(io_error)?;
+            (backend.proto, backend.generation)
+        };
+        Ok((proto == UDP).then_some(generation))
+    }
+
+    /// Forgets what a socket has been told.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn forget(&mut self, key: &PeerKey) -> io::Result<()> {
+        match self.peers.remove(&raw(*key)).map_err(io_error) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+impl SocketCounters {
+    pub(super) fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        let map = PerCpuArray::try_from(take(ebpf, &tables::SOCKET_COUNTERS)?)?;
+        Ok(Self(Arc::new(Mutex::new(map))))
+    }
+
+    /// How often each call has ended how, over all CPUs: none for a translation, or a refusal's reason.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read.
+    pub fn read(&self) -> io::Result<Vec<(SocketCall, Option<Reason>, u64)>> {
+        let map = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let results = || std::iter::once(None).chain(Reason::ALL.iter().copied().map(Some));
+        let all = SocketCall::ALL.into_iter().flat_map(|call| results().map(move |result| (call, result)));
+        all.map(|(call, result)| {
+            let values = map.get(&call.counter(result), 0).map_err(io_error)?;
+            Ok((call, result, values.iter().sum()))
+        })
+        .collect()
+    }
+}

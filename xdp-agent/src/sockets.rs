@@ -1,0 +1,255 @@
+//! What the agent does for the socket hooks: tells them about the node, and ends what UDP sockets still have with backends
+//! that serve no more.
+//!
+//! A UDP socket that a process has connected names no address with its datagrams, so no hook sees them: it would go on
+//! sending to a vanished backend for ever. The kernel lets a socket be aborted through sock_diag, from within its network
+//! namespace; the process then gets an error at once and connects anew. BPF has a call for it too (`bpf_sock_destroy`, from
+//! kernel 6.5), but its iterators are as bound to one namespace, so nothing would be gained but a minimal version.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::Notify;
+use tracing::{debug, info, warn};
+use xdp_common::{
+    net::{Address, Ip6},
+    tables::{PeerKey, SocketSettings, socket},
+};
+
+use crate::{
+    config::SocketLb,
+    cluster::wanted::{Delta, ServicePort, ServicePortName},
+    maps::{PeerMaps, PodMaps, SocketMaps},
+    metrics::SocketMetrics,
+};
+
+mod diag;
+mod namespaces;
+
+pub use namespaces::own_cookie;
+
+/// Endpoints come and go in bursts; sockets are looked at at most this often.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Time between two looks for the addresses of pods, while source ranges ask for them.
+const PODS_PERIOD: Duration = Duration::from_secs(1);
+/// Time before a look that failed is repeated.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// What the hooks know of the node, kept as it is.
+#[derive(Debug)]
+pub struct Hooks {
+    maps: SocketMaps,
+    v4: SocketSettings<[u8; 4]>,
+    v6: SocketSettings<Ip6>,
+    is_on_loopback: bool,
+    /// Told when backends may have gone.
+    pub gone: Arc<Notify>,
+    /// Service ports that ask for their clients' addresses, by the length of those.
+    restricted: HashSet<(ServicePortName, usize)>,
+    /// Whether there are any.
+    pub asks_for_pods: Arc<AtomicBool>,
+}
+
+impl Hooks {
+    /// Tells the hooks what is known before anything else is.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write.
+    pub fn new(maps: SocketMaps, scope: SocketLb, is_on_loopback: bool) -> io::Result<Self> {
+        let flags = match scope {
+            SocketLb::HostOnly => socket::HOST_ONLY,
+            SocketLb::All | SocketLb::Off => 0,
+        };
+        // Before kernel 5.14 a process cannot ask; 0 stands for the first namespace, in which nodes usually are.
+        let host_namespace = own_cookie().unwrap_or(0);
+        let mut hooks = Self {
+            maps,
+            v4: settings(host_namespace, flags),
+            v6: settings(host_namespace, flags),
+            is_on_loopback,
+            gone: Arc::default(),
+            restricted: HashSet::new(),
+            asks_for_pods: Arc::default(),
+        };
+        hooks.maps.set_v4(hooks.v4)?;
+        hooks.maps.set_v6(hooks.v6)?;
+        Ok(hooks)
+    }
+
+    /// Notes which service ports have source ranges.
+    pub fn note(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<Ip6>) {
+        note(&mut self.restricted, v4);
+        note(&mut self.restricted, v6);
+        self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
+    }
+
+    /// Takes the node's primary address of each family and one that serves NodePorts; of IPv6 none does so on the
+    /// loopback, as in kube-proxy.
+    ///
+    /// # Errors
+    /// When the kernel refuses the write; it is made again with the next change.
+    pub fn set_node(&mut self, v4: [Option<[u8; 4]>; 2], v6: [Option<Ip6>; 2]) -> io::Result<()> {
+        let ([v4_node, node_port], [v6_node, _]) = (v4, v6);
+        let loopback = node_port.filter(|_| self.is_on_loopback).unwrap_or_default();
+        let v4 = SocketSettings { node: v4_node.unwrap_or_default(), loopback, ..self.v4 };
+        if v4 != self.v4 {
+            self.maps.set_v4(v4)?;
+            self.v4 = v4;
+        }
+        let v6 = SocketSettings { node: v6_node.unwrap_or_default(), ..self.v6 };
+        if v6 != self.v6 {
+            self.maps.set_v6(v6)?;
+            self.v6 = v6;
+        }
+        Ok(())
+    }
+}
+
+fn settings<A: Address>(host_namespace: u64, flags: u32) -> SocketSettings<A> {
+    SocketSettings { host_namespace, node: A::UNSPECIFIED, loopback: A::UNSPECIFIED, flags, zero: [0; 4] }
+}
+
+fn note<A>(restricted: &mut HashSet<(ServicePortName, usize)>, delta: &Delta<A>) {
+    for (name, port) in &delta.ports {
+        let is_restricted = |port: &ServicePort<A>| port.frontends.iter().any(|at| at.is_restricted);
+        let of_family = (name.clone(), size_of::<A>());
+        if port.as_deref().is_some_and(is_restricted) {
+            restricted.insert(of_family);
+        } else {
+            restricted.remove(&of_family);
+        }
+    }
+}
+
+/// Ends connected UDP sockets whose backend is gone.
+#[derive(Debug)]
+pub struct Sweeper {
+    peers: PeerMaps,
+    pods: PodMaps,
+    metrics: SocketMetrics,
+    /// Whether there are source ranges that ask for the addresses of pods.
+    asks_for_pods: Arc<AtomicBool>,
+    /// Whether backends may have gone since the last look.
+    is_due: bool,
+    /// Whether it has been said that pods' namespaces cannot be entered.
+    is_refusal_told: bool,
+}
+
+impl Sweeper {
+    /// A sweeper over what the hooks have told sockets.
+    pub fn new(peers: PeerMaps, pods: PodMaps, hooks: &Hooks, metrics: SocketMetrics) -> Self {
+        let asks_for_pods = Arc::clone(&hooks.asks_for_pods);
+        Self { peers, pods, metrics, asks_for_pods, is_due: true, is_refusal_told: false }
+    }
+
+    /// Looks once for what went while no agent ran, then whenever backends may have gone.
+    pub async fn run(self, gone: Arc<Notify>) {
+        let mut sweeper = self;
+        loop {
+            let task = tokio::task::spawn_blocking(move || {
+                let result = sweeper.sweep();
+                (sweeper, result)
+            });
+            let Ok((back, result)) = task.await else {
+                warn!("the look at UDP sockets ended early; those of vanished backends are not ended any more");
+                return;
+            };
+            sweeper = back;
+            match result {
+                Ok(()) => {
+                    tokio::time::sleep(PAUSE).await;
+                    // Pods come and go without a word to this node's agent.
+                    sweeper.is_due = tokio::time::timeout(PODS_PERIOD, gone.notified()).await.is_ok();
+                }
+                Err(error) => {
+                    debug!(%error, "cannot look at UDP sockets; trying again");
+                    sweeper.is_due = true;
+                    tokio::time::sleep(RETRY_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn sweep(&mut self) -> io::Result<()> {
+        if self.asks_for_pods.load(Ordering::Relaxed) {
+            self.learn_pods()?;
+        }
+        if !std::mem::take(&mut self.is_due) {
+            return Ok(());
+        }
+        let stale = self.peers.stale()?;
+        if stale.is_empty() {
+            return Ok(());
+        }
+        let began = SystemTime::now();
+        let mut wanted: HashMap<u64, Vec<PeerKey>> = HashMap::new();
+        for key in &stale {
+            wanted.entry(key.cookie).or_default().push(*key);
+        }
+        let mut destroyed = 0;
+        let mut refused = None;
+        namespaces::each(|result| match result {
+            Ok(()) => match diag::destroy(&wanted) {
+                Ok(count) => destroyed += count,
+                Err(error) => debug!(%error, "cannot end UDP sockets of a network namespace"),
+            },
+            Err(error) => refused = Some(error),
+        });
+        self.tell_refusal(refused);
+        for key in &stale {
+            self.peers.forget(key)?;
+        }
+        self.metrics.destroyed.inc_by(destroyed);
+        if destroyed > 0 {
+            let took = began.elapsed().unwrap_or_default();
+            info!(sockets = destroyed, ?took, "ended UDP sockets of backends that are gone");
+        }
+        Ok(())
+    }
+}
+
+impl Sweeper {
+    /// Learns which address each pod has, for source ranges.
+    fn learn_pods(&mut self) -> io::Result<()> {
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        let mut refused = None;
+        namespaces::each(|result| match result {
+            Ok(()) => {
+                if let (Ok(cookie), Some((own_v4, own_v6))) = (own_cookie(), namespaces::own_addresses()) {
+                    v4.extend(own_v4.map(|addr| (cookie, addr)));
+                    v6.extend(own_v6.map(|addr| (cookie, addr)));
+                }
+            }
+            Err(error) => refused = Some(error),
+        });
+        self.tell_refusal(refused);
+        self.pods.set_v4(&v4)?;
+        self.pods.set_v6(&v6)
+    }
+
+    /// Says once that pods cannot be looked into.
+    fn tell_refusal(&mut self, refused: Option<io::Error>) {
+        if let Some(error) = refused
+            && !std::mem::replace(&mut self.is_refusal_told, true)
+        {
+            warn!(
+                %error,
+                "cannot enter the network namespaces of pods: their connected UDP sockets do not notice when a backend goes, \
+                 and source ranges take them for strangers; grant CAP_SYS_ADMIN, and show them to the agent (/run/netns of \
+                 the node, or its processes)"
+            );
+        }
+    }
+}
+
+/// Whether an address and port are those of a key.
+fn is_of(key: &PeerKey, addr: Ip6, port: [u8; 2]) -> bool {
+    key.addr == addr && key.port == port
+}

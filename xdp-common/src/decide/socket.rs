@@ -1,0 +1,286 @@
+//! What becomes of a process's call: the same choice as for a packet, made once, where the address is still an argument.
+//!
+//! A pod or a process of this node that connects to a Service is given the backend's address by the socket hooks; from
+//! then on its packets are ordinary ones, and the kernel picks their source and their way. So nothing is masqueraded
+//! here and nothing is tracked but what the socket has been told, for those who ask the socket for its peer.
+
+use super::opening::{Origin, choose};
+use crate::{
+    gate,
+    net::{Address, Family, FlowKey, Port, UDP},
+    tables::{
+        AffinityKey, Backend, Frontend, FrontendKey, Peer, PeerKey, SocketSettings, Tables, frontend, network,
+        side, socket,
+    },
+    verdict::Reason,
+};
+
+/// The tables, as the socket hooks see them.
+pub trait Sockets<F: Family>: Tables<F> {
+    /// The agent's settings.
+    fn settings(self) -> SocketSettings<F::Addr>;
+    /// What a socket has been told, by protocol; entries of one protocol do not evict the other's.
+    fn peer(self, proto: u8, key: &PeerKey) -> Option<Peer>;
+    /// Notes what a socket is told; false when the table refused.
+    fn set_peer(self, proto: u8, key: &PeerKey, peer: &Peer) -> bool;
+    /// The address of the pod whose network namespace has this cookie; unspecified while it is not known.
+    fn pod_address(self, namespace: u64) -> F::Addr;
+}
+
+/// A call of a process, with its socket.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<A> {
+    /// Address it names.
+    pub addr: A,
+    /// Port it names.
+    pub port: Port,
+    /// IP protocol of the socket.
+    pub proto: u8,
+    /// Address that the socket is bound to, or unspecified.
+    pub source: A,
+    /// Cookie of the socket's network namespace.
+    pub namespace: u64,
+    /// Whether that is the namespace of the node itself.
+    pub is_host: bool,
+    /// Cookie of the socket.
+    pub cookie: u64,
+    /// A random number: what chooses the backend.
+    pub random: u32,
+}
+
+/// What becomes of a call; without a translation, address and port are those of the call.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome<A> {
+    /// What becomes of it.
+    pub answer: Answer,
+    /// Address to go on with.
+    pub addr: A,
+    /// Port to go on with.
+    pub port: Port,
+}
+
+/// What becomes of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It goes on as it is.
+    Left,
+    /// It goes on to a backend.
+    Translated,
+    /// It fails at once, with the error of [`errno`].
+    Refused(Reason),
+}
+
+/// `ECONNREFUSED` (include/uapi/asm-generic/errno.h).
+pub const ECONNREFUSED: i32 = 111;
+/// `EPERM`, as a firewall's drop on the way out: what a hook's refusal means where the kernel lets it name no other.
+pub const EPERM: i32 = 1;
+/// `EADDRINUSE`.
+pub const EADDRINUSE: i32 = 98;
+
+/// The error that a refused call ends with. What kube-proxy rejects is refused; what it drops on the wire, where the
+/// caller would wait for nothing, fails as if a local firewall had dropped it.
+pub const fn errno(reason: Reason) -> i32 {
+    match reason {
+        Reason::NoEndpoint | Reason::UnknownPort => ECONNREFUSED,
+        Reason::NoLocalEndpoint
+        | Reason::SourceRange
+        | Reason::UnknownServiceAddress
+        | Reason::SnatExhausted
+        | Reason::FlowInsert
+        | Reason::NoBackend => EPERM,
+    }
+}
+
+/// What becomes of a connect call, of a TCP socket or of a UDP socket that is to have one peer.
+#[inline(always)] // one caller per hook
+pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcome<F::Addr> {
+    let (found, settings) = match find(tables, call) {
+        Found::Frontend(found, settings) => (found, settings),
+        Found::Other(answer) => return Outcome { answer, addr: call.addr, port: call.port },
+    };
+    let (answer, id) = choose_for(tables, call, &found, &settings);
+    let backend = if id == 0 { None } else { tables.backend(id) };
+    let Some(backend) = backend else { return unserved(call, answer) };
+    note(tables, call, id, &backend);
+    Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
+}
+
+/// What becomes of a datagram to an address that a UDP socket names with it. A socket keeps the backend that it has met
+/// behind an address for as long as that serves, as a flow does.
+#[inline(always)] // one caller per hook
+pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcome<F::Addr> {
+    let (found, settings) = match find(tables, call) {
+        Found::Frontend(found, settings) => (found, settings),
+        Found::Other(answer) => return Outcome { answer, addr: call.addr, port: call.port },
+    };
+    let forward = key(call.cookie, call.addr, call.port, side::SERVICE);
+    let (mut answer, mut id) = (Answer::Left, 0);
+    if let Some(known) = tables.peer(UDP, &forward)
+        && let Some(backend) = tables.backend(known.backend)
+        && backend.generation == known.generation
+        && backend.service == found.service
+    {
+        id = known.backend;
+    }
+    let is_known = id != 0;
+    if !is_known {
+        (answer, id) = choose_for(tables, call, &found, &settings);
+    }
+    let backend = if id == 0 { None } else { tables.backend(id) };
+    let Some(backend) = backend else { return unserved(call, answer) };
+    let back = key(call.cookie, backend.addr, backend.port, side::BACKEND);
+    if !is_known || tables.peer(UDP, &back).is_none() {
+        note(tables, call, id, &backend);
+        // Refused, the next datagram is placed anew.
+        tables.set_peer(UDP, &forward, &peer(backend.addr, backend.port, id, &backend));
+    }
+    Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
+}
+
+/// The address and port that a socket has been told for a peer of its, if that is a backend it was led to.
+#[inline(always)] // a lookup
+pub fn told<F: Family, T: Sockets<F>>(
+    tables: T,
+    proto: u8,
+    cookie: u64,
+    addr: F::Addr,
+    port: Port,
+) -> Option<(F::Addr, Port)> {
+    let peer = tables.peer(proto, &key(cookie, addr, port, side::BACKEND))?;
+    Some((F::Addr::from_wide(peer.addr), peer.port))
+}
+
+/// Whether a process of this node may bind a port: one that is a NodePort would be out of its clients' reach.
+#[inline(always)] // one caller per hook
+pub fn may_bind<F: Family, T: Sockets<F>>(tables: T, addr: F::Addr, port: Port, proto: u8) -> bool {
+    let is_any = addr.differs(F::Addr::UNSPECIFIED) == 0;
+    let addr = if is_any { tables.settings().node } else { addr };
+    let at = FrontendKey { addr, port, proto, zero: 0 };
+    !tables.frontend(&at).is_some_and(|found| found.flags & frontend::NODE_PORT != 0)
+}
+
+enum Found<A> {
+    Frontend(Frontend, SocketSettings<A>),
+    Other(Answer),
+}
+
+/// The frontend that a call names.
+#[inline(always)]
+fn find<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Found<F::Addr> {
+    let settings = tables.settings();
+    if !call.is_host && settings.flags & socket::HOST_ONLY != 0 {
+        return Found::Other(Answer::Left);
+    }
+    let mut addr = call.addr;
+    let is_loopback = call.is_host && addr.is_loopback();
+    if is_loopback {
+        addr = settings.loopback;
+    }
+    let packet =
+        FlowKey { src: addr, dst: addr, sport: [0; 2], dport: call.port, proto: call.proto, zero: [0; 3] };
+    if addr.differs(F::Addr::UNSPECIFIED) == 0 || !gate::admits_ingress(tables, &tables.config(), &packet) {
+        return Found::Other(Answer::Left);
+    }
+    let at = FrontendKey { addr, port: call.port, proto: call.proto, zero: 0 };
+    match tables.frontend(&at) {
+        Some(found) if !is_loopback || found.flags & frontend::NODE_PORT != 0 => {
+            Found::Frontend(found, settings)
+        }
+        Some(_) => Found::Other(Answer::Left),
+        None if is_loopback => Found::Other(Answer::Left),
+        None => Found::Other(without_frontend(tables, addr)),
+    }
+}
+
+/// What is addressed to a ClusterIP's other ports is refused, what is addressed to a ServiceCIDR where no Service is,
+/// dropped.
+#[inline(always)]
+fn without_frontend<F: Family, T: Sockets<F>>(tables: T, addr: F::Addr) -> Answer {
+    let at = FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 };
+    if tables.frontend(&at).is_some_and(|found| found.flags & frontend::ADDRESS != 0) {
+        return Answer::Refused(Reason::UnknownPort);
+    }
+    if tables.network(network::SERVICES, addr) {
+        return Answer::Refused(Reason::UnknownServiceAddress);
+    }
+    Answer::Left
+}
+
+/// The id of the backend for a call; 0 with the reason when there is none.
+#[inline(always)]
+fn choose_for<F: Family, T: Sockets<F>>(
+    tables: T,
+    call: &Call<F::Addr>,
+    found: &Frontend,
+    settings: &SocketSettings<F::Addr>,
+) -> (Answer, u32) {
+    if found.flags & frontend::RESTRICTED != 0
+        && !tables.network(network::sources_of(found.service), source(tables, call, settings))
+    {
+        return (Answer::Refused(Reason::SourceRange), 0);
+    }
+    // Both are inside the cluster; a pod that the detect-local mode does not take for one of this node's is too.
+    let origin = if call.is_host { Origin::Host } else { Origin::Pod };
+    let client = AffinityKey { client: F::Addr::of_namespace(call.namespace), service: found.service };
+    let id = choose(tables, &client, call.random, found, origin);
+    if id != 0 {
+        // Asked only if the backend turns out to be missing: ring and backends disagree then.
+        return (Answer::Refused(Reason::NoBackend), id);
+    }
+    if found.flags & frontend::HAS_ENDPOINTS != 0 {
+        return (Answer::Refused(Reason::NoLocalEndpoint), 0);
+    }
+    // On a node's own address the kernel refuses what nobody listens to.
+    let answer = if found.flags & frontend::NODE_ADDRESS != 0 && found.flags & frontend::NODE_PORT == 0 {
+        Answer::Left
+    } else {
+        Answer::Refused(Reason::NoEndpoint)
+    };
+    (answer, 0)
+}
+
+/// The address that the first packet will come from, as far as it can be known before the kernel has chosen it.
+#[inline(always)]
+fn source<F: Family, T: Sockets<F>>(
+    tables: T,
+    call: &Call<F::Addr>,
+    settings: &SocketSettings<F::Addr>,
+) -> F::Addr {
+    if call.source.differs(F::Addr::UNSPECIFIED) != 0 {
+        call.source
+    } else if call.is_host {
+        settings.node
+    } else {
+        tables.pod_address(call.namespace)
+    }
+}
+
+#[inline(always)]
+fn unserved<A: Address>(call: &Call<A>, answer: Answer) -> Outcome<A> {
+    Outcome { answer, addr: call.addr, port: call.port }
+}
+
+/// Notes by which address a socket has come to a backend. Refused, the backend shows itself: only names are lost.
+#[inline(always)]
+fn note<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>, id: u32, backend: &Backend<F::Addr>) {
+    let at = key(call.cookie, backend.addr, backend.port, side::BACKEND);
+    tables.set_peer(call.proto, &at, &peer(call.addr, call.port, id, backend));
+}
+
+#[inline(always)]
+fn key<A: Address>(cookie: u64, addr: A, port: Port, side: u8) -> PeerKey {
+    PeerKey { cookie, addr: addr.wide(), port, side, zero: [0; 5] }
+}
+
+#[inline(always)]
+fn peer<A: Address>(addr: A, port: Port, id: u32, backend: &Backend<A>) -> Peer {
+    Peer {
+        addr: addr.wide(),
+        port,
+        zero: [0; 2],
+        backend: id,
+        generation: backend.generation,
+        service: backend.service,
+    }
+}

@@ -1,0 +1,120 @@
+//! What the socket hooks work on, beside the tables of the packets.
+
+use super::MapSpec;
+use crate::{
+    net::{Ip6, Port},
+    plain,
+    verdict::Reason,
+};
+
+plain! {
+    /// Key of what a socket has been told: the socket, and an address on one side of a translation.
+    pub struct PeerKey {
+        /// Cookie of the socket.
+        pub cookie: u64,
+        /// Address; of IPv4 as IPv6 maps it (RFC 4291, 2.5.5.2), so that one table serves both.
+        pub addr: Ip6,
+        /// Port.
+        pub port: Port,
+        /// One of [`side`].
+        pub side: u8,
+        /// Zero.
+        pub zero: [u8; 5],
+    }
+
+    /// The address on the other side.
+    pub struct Peer {
+        /// Address, as in the key.
+        pub addr: Ip6,
+        /// Port.
+        pub port: Port,
+        /// Zero.
+        pub zero: [u8; 2],
+        /// Backend id.
+        pub backend: u32,
+        /// Its generation then.
+        pub generation: u32,
+        /// Service id.
+        pub service: u32,
+    }
+
+    /// What the agent tells the socket hooks about one family.
+    pub struct SocketSettings<A> {
+        /// Cookie of the node's network namespace; 0 for the first one of the kernel.
+        pub host_namespace: u64,
+        /// The node's primary address, unspecified when it has none: where its packets come from.
+        pub node: A,
+        /// The address whose NodePorts processes of the node reach on the loopback too; unspecified for none.
+        pub loopback: A,
+        /// Bits of [`socket`].
+        pub flags: u32,
+        /// Zero.
+        pub zero: [u8; 4],
+    }
+}
+
+/// Which side of a translation a key names.
+pub mod side {
+    /// The address that the process names.
+    pub const SERVICE: u8 = 1;
+    /// The backend that it has been led to.
+    pub const BACKEND: u8 = 2;
+}
+
+/// Flags of the settings.
+pub mod socket {
+    /// Only processes of the node itself are served; pods are left to the programs on their devices.
+    pub const HOST_ONLY: u32 = 1;
+}
+
+/// What UDP sockets have been told; the least recently used goes first, and a client then sees the backend's address.
+pub const UDP_PEERS: MapSpec = MapSpec { name: "UDP_PEERS", entries: 1 << 16 };
+/// The same of TCP sockets, which only `getpeername` asks for.
+pub const TCP_PEERS: MapSpec = MapSpec { name: "TCP_PEERS", entries: 1 << 16 };
+/// Counters of the socket hooks, per CPU.
+pub const SOCKET_COUNTERS: MapSpec = MapSpec { name: "SOCKET_COUNTERS", entries: SocketCall::COUNTERS };
+
+/// A call that the socket hooks decide on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum SocketCall {
+    /// A TCP socket connects.
+    TcpConnect,
+    /// A UDP socket is given its one peer.
+    UdpConnect,
+    /// A UDP socket sends to an address that it names.
+    UdpSend,
+    /// A socket of the node is bound to a port.
+    Bind,
+}
+
+impl SocketCall {
+    /// All of them, in counter order.
+    pub const ALL: [Self; 4] = [Self::TcpConnect, Self::UdpConnect, Self::UdpSend, Self::Bind];
+
+    /// Results of a call: a translation, then the reasons of refusals.
+    const RESULTS: u32 = 1 + Reason::ALL.len() as u32;
+
+    /// Slots of the counters of all calls.
+    pub const COUNTERS: u32 = Self::ALL.len() as u32 * Self::RESULTS;
+
+    /// The metric label.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::TcpConnect => "tcp_connect",
+            Self::UdpConnect => "udp_connect",
+            Self::UdpSend => "udp_send",
+            Self::Bind => "bind",
+        }
+    }
+
+    /// Index of the counter of this call's translations (of a bind: of its refusals), or of its refusals for a reason.
+    #[inline(always)] // an addition
+    pub const fn counter(self, refused: Option<Reason>) -> u32 {
+        let result = match refused {
+            None => 0,
+            Some(reason) => 1 + reason as u32,
+        };
+        self as u32 * Self::RESULTS + result
+    }
+}
