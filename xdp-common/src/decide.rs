@@ -107,15 +107,15 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         Next::Pass | Next::Open | Next::Route | Next::Answer => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Reject(reason) => Action::Reject(reason),
-        Next::Send(table) => send(tables, packet, hook, table, &mut work.flow).action(),
+        Next::Send(table) => send(tables, packet, hook, table, &mut work).action(),
         Next::Embryo => {
             let is_established = establishes(packet, &work.flow);
             let table =
                 if is_established { establish(tables, &packet.key, &mut work) } else { Table::Embryonic };
-            send(tables, packet, hook, table, &mut work.flow).action()
+            send(tables, packet, hook, table, &mut work).action()
         }
         Next::Reserve(is_local) => match reserve(tables, &packet.key, &mut work, is_local) {
-            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work.flow).action(),
+            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work).action(),
             Err(reason) => Action::Drop(reason),
         },
     };
@@ -252,7 +252,7 @@ fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flo
 /// answers are recognised by, and packets of its initiator were placed anew by hash.
 #[inline(never)] // once per flow, from two programs
 fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) {
-    let Work { flow: reply, reply: forward, reply_key: forward_key } = work;
+    let Work { flow: reply, reply: forward, other_key: forward_key } = work;
     let exit = if reply.kind == kind::REPLY_LOCAL { exit::LOCAL } else { exit::KERNEL };
     reply.replied = 1;
     mirror(key, reply, kind::FORWARD, exit, forward);
@@ -296,7 +296,7 @@ fn establishes<A: Address>(packet: &Packet<A>, flow: &Flow<A>) -> bool {
 /// where the flow is now: when the table is full it stays where it was.
 #[inline(never)] // once per flow
 fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Table {
-    let Work { flow, reply, reply_key } = work;
+    let Work { flow, reply, other_key: reply_key } = work;
     *reply_key = opposite(key, flow);
     let reply_key = &*reply_key;
     let (reply_kind, reply_exit) = reply_of(flow);

@@ -74,8 +74,8 @@ plain! {
         pub flow: Flow<A>,
         /// The reply's half, while a flow is opened or established.
         pub reply: Flow<A>,
-        /// Its key.
-        pub reply_key: FlowKey<A>,
+        /// The key of an entry that is written along with the packet's own: of that half, or of the way up the stack.
+        pub other_key: FlowKey<A>,
     }
 
     /// Key of a frontend: where clients connect to.

@@ -96,7 +96,7 @@ impl<A: IpAddress> Maps<A> {
             events: RefCell::default(),
             asked_slot: Cell::new(None),
             answer: Cell::new(None),
-            work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, reply_key: FlowKey::ZERO }),
+            work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, other_key: FlowKey::ZERO }),
         }
     }
 

@@ -232,18 +232,9 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
 ) -> Result<(), Reason> {
     let (reply_kind, reply_exit) = reply_of(&work.flow);
     mirror(key, &work.flow, reply_kind, reply_exit, &mut work.reply);
-    let config = tables.config();
-    let (min, max) = (config.snat_port_min, config.snat_port_max);
-    let own = u16::from_be_bytes(key.sport);
-    let may_keep = is_local || (min..=max).contains(&own);
-    let hash = select::flow_hash(key, PORT_SEED);
     let mut attempt = 0;
     while attempt < SNAT_ATTEMPTS_MAX {
-        // Early attempts find this flow's own reservation again; later ones differ from second to second, so that a
-        // client that finds no port does not meet the same ones with each repetition.
-        let salt = if attempt < 2 { 0 } else { config.clock << 8 };
-        let port =
-            if attempt == 0 && may_keep { own } else { select::snat_port(hash, attempt | salt, min, max) };
+        let port = candidate(tables, key, attempt, is_local);
         work.flow.sport = port.to_be_bytes();
         match claim(tables, key, work) {
             Claim::New => {
@@ -260,6 +251,21 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
         }
     }
     Err(Reason::SnatExhausted)
+}
+
+/// The source port that an attempt tries.
+#[inline(never)] // off the stack of its caller
+fn candidate<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, attempt: u32, is_local: bool) -> u16 {
+    let config = tables.config();
+    let (min, max) = (config.snat_port_min, config.snat_port_max);
+    let own = u16::from_be_bytes(key.sport);
+    if attempt == 0 && (is_local || (min..=max).contains(&own)) {
+        return own;
+    }
+    // Early attempts find this flow's own reservation again; later ones differ from second to second, so that a
+    // client that finds no port does not meet the same ones with each repetition.
+    let salt = if attempt < 2 { 0 } else { config.clock << 8 };
+    select::snat_port(select::flow_hash(key, PORT_SEED), attempt | salt, min, max)
 }
 
 /// Whether an embryonic flow still has its source port; an evicted reply's half is put back where nobody else has it.
@@ -298,7 +304,7 @@ enum Claim {
 /// ours if it leads back to the same client and frontend.
 #[inline(never)] // the verifier follows it once per attempt, with a frame of its own
 fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Claim {
-    let Work { flow, reply, reply_key } = work;
+    let Work { flow, reply, other_key: reply_key } = work;
     *reply_key = opposite(key, flow);
     complete(key, flow);
     point_back(key, flow, reply);

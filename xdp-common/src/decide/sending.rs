@@ -5,7 +5,7 @@ use crate::{
     conntrack::{rewrite, translate, translated},
     frame::Packet,
     net::{Family, FlowKey},
-    tables::{Device, Flow, Route, Table, Tables, device, exit, kind},
+    tables::{Device, Flow, Route, Table, Tables, Work, device, exit, kind},
     verdict::{Action, Counter, Event, Reason},
 };
 
@@ -64,8 +64,9 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     packet: &Packet<F::Addr>,
     hook: Hook,
     table: Table,
-    flow: &mut Flow<F::Addr>,
+    work: &mut Work<F::Addr>,
 ) -> Way {
+    let flow = &mut work.flow;
     if flow.exit == exit::LOCAL {
         return Way::Stack;
     }
@@ -77,10 +78,10 @@ pub(super) fn send<F: Family, T: Tables<F>>(
             return way;
         }
     }
-    if !hand_up(tables, &packet.key, flow) {
+    if !hand_up(tables, &packet.key, work) {
         return Way::Refused;
     }
-    flow.exit = exit::KERNEL;
+    work.flow.exit = exit::KERNEL;
     Way::Stack
 }
 
@@ -160,21 +161,22 @@ fn way_out<F: Family, T: Tables<F>>(tables: T, from: u32, to: u32, out: &Device<
 /// left for later. The ports are chosen so that the half-translated packet still names its flow: it bears the reserved
 /// source port on the client's side.
 #[inline(never)] // the stack it goes up costs a hundred times as much
-fn hand_up<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &mut Flow<F::Addr>) -> bool {
+fn hand_up<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> bool {
+    let Work { flow, other_key: half, .. } = work;
     let whole = translated(key, flow);
-    let half = if flow.kind == kind::FORWARD {
+    *half = if flow.kind == kind::FORWARD {
         FlowKey { src: key.src, ..whole }
     } else {
         FlowKey { dst: flow.dst, ..*key }
     };
     let kind = flow.kind;
-    translate(flow, &half, &whole);
+    translate(flow, half, &whole);
     flow.kind = kind::TRANSIT;
     let is_known = tables
-        .flow(Table::Embryonic, &half)
+        .flow(Table::Embryonic, half)
         .is_some_and(|entry| entry.kind == kind::TRANSIT && rewrite(&entry) == rewrite(flow));
-    let is_stored = is_known || tables.store(Table::Embryonic, &half, flow);
+    let is_stored = is_known || tables.store(Table::Embryonic, half, flow);
     flow.kind = kind;
-    translate(flow, key, &half);
+    translate(flow, key, half);
     is_stored
 }

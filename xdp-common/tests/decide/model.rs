@@ -140,7 +140,7 @@ impl Model {
             sockets: crate::socket::Told::default(),
             ingress_gate: RefCell::default(),
             egress_gate: RefCell::default(),
-            work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, reply_key: FlowKey::ZERO }),
+            work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, other_key: FlowKey::ZERO }),
         };
         open(&model.ingress_gate, gate::snat_bit(NODE));
         model
