@@ -169,18 +169,17 @@ fn path_string(path: &Path) -> io::Result<CString> {
 impl Link {
     /// Attaches a program to an interface (by index) or a cgroup (by descriptor); `flags` are those of the attach type (XDP modes).
     pub fn create(program: BorrowedFd<'_>, target: u32, at: AttachType, flags: u32) -> io::Result<Self> {
-        let mut attr = LinkCreate {
-            prog_fd: raw(program),
-            target,
-            attach_type: at as u32,
-            flags,
-            ..Default::default()
-        };
+        let mut attr =
+            LinkCreate { prog_fd: raw(program), target, attach_type: at as u32, flags, ..Default::default() };
         bpf(BPF_LINK_CREATE, &mut attr).map(|fd| Self(owned(fd)))
     }
 
     /// Attaches a program of a socket hook to a cgroup and all below it, beside those of others.
-    pub fn create_in_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, at: AttachType) -> io::Result<Self> {
+    pub fn create_in_cgroup(
+        program: BorrowedFd<'_>,
+        cgroup: BorrowedFd<'_>,
+        at: AttachType,
+    ) -> io::Result<Self> {
         Self::create(program, raw(cgroup), at, 0)
     }
 

@@ -24,8 +24,8 @@ use xdp_common::{
 };
 
 use crate::{
-    config::SocketLb,
     cluster::wanted::{Delta, ServicePort, ServicePortName},
+    config::SocketLb,
     maps::{PeerMaps, PodMaps, SocketMaps},
     metrics::SocketMetrics,
 };
@@ -158,7 +158,9 @@ impl Sweeper {
                 (sweeper, result)
             });
             let Ok((back, result)) = task.await else {
-                warn!("the look at UDP sockets ended early; those of vanished backends are not ended any more");
+                warn!(
+                    "the look at UDP sockets ended early; those of vanished backends are not ended any more"
+                );
                 return;
             };
             sweeper = back;

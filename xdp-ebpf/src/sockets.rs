@@ -120,7 +120,8 @@ fn connect<F: Maps>(socket: Socket, addr: F::Addr, source: F::Addr, set: impl Fn
         UDP => SocketCall::UdpConnect,
         _ => return GO_ON,
     };
-    let outcome = socket::connect::<F, _>(Kernel::<F>::new(socket.context()), &call::<F>(socket, addr, source));
+    let outcome =
+        socket::connect::<F, _>(Kernel::<F>::new(socket.context()), &call::<F>(socket, addr, source));
     settle(socket, kind, &outcome, set)
 }
 
@@ -132,7 +133,13 @@ fn send<F: Maps>(socket: Socket, addr: F::Addr, source: F::Addr, set: impl Fn(So
 
 #[inline(always)]
 fn tell<F: Maps>(socket: Socket, addr: F::Addr, set: impl Fn(Socket, F::Addr)) -> i32 {
-    let told = socket::told::<F, _>(Kernel::<F>::new(socket.context()), socket.proto(), socket.cookie(), addr, socket.port());
+    let told = socket::told::<F, _>(
+        Kernel::<F>::new(socket.context()),
+        socket.proto(),
+        socket.cookie(),
+        addr,
+        socket.port(),
+    );
     if let Some((addr, port)) = told {
         set(socket, addr);
         socket.set_port(port);
@@ -169,7 +176,12 @@ fn call<F: Maps>(socket: Socket, addr: F::Addr, source: F::Addr) -> Call<F::Addr
 }
 
 #[inline(always)]
-fn settle<A: Address>(socket: Socket, kind: SocketCall, outcome: &Outcome<A>, set: impl Fn(Socket, A)) -> i32 {
+fn settle<A: Address>(
+    socket: Socket,
+    kind: SocketCall,
+    outcome: &Outcome<A>,
+    set: impl Fn(Socket, A),
+) -> i32 {
     let refused: Option<Reason> = match outcome.answer {
         Answer::Left => return GO_ON,
         Answer::Translated => None,

@@ -56,7 +56,12 @@ pub(crate) fn check(object: &Path) -> Result<()> {
 }
 
 /// Bytes of the longest chain from a function, each frame rounded, with its frames.
-fn deepest(functions: &BTreeMap<Place, Function>, at: Place, chain: &mut Vec<String>, calls: usize) -> Result<u32> {
+fn deepest(
+    functions: &BTreeMap<Place, Function>,
+    at: Place,
+    chain: &mut Vec<String>,
+    calls: usize,
+) -> Result<u32> {
     ensure!(calls < CALLS_MAX, "a chain of more than {CALLS_MAX} calls");
     let function = functions.get(&at).context("a call leads to no function")?;
     let (mut most, mut below) = (0, Vec::new());
@@ -87,8 +92,12 @@ fn functions(object: &[u8]) -> Option<BTreeMap<Place, Function>> {
     for symbol in symbols.iter().filter(|symbol| symbol.kind == SYMBOL_FUNCTION) {
         let section = sections.get(symbol.section)?;
         let code = section.content(object)?.get(symbol.offset..symbol.offset + symbol.size)?;
-        let mut function =
-            Function { name: symbol.name.clone(), frame: 0, calls: Vec::new(), is_program: section.name != ".text" };
+        let mut function = Function {
+            name: symbol.name.clone(),
+            frame: 0,
+            calls: Vec::new(),
+            is_program: section.name != ".text",
+        };
         // Registers that hold the frame pointer, until something is taken off it.
         let mut copies = [false; 16];
         for (index, instruction) in code.chunks_exact(INSTRUCTION).enumerate() {
@@ -112,7 +121,8 @@ fn functions(object: &[u8]) -> Option<BTreeMap<Place, Function>> {
             }
             if opcode == CALL && from == CALL_LOCAL {
                 let at = symbol.offset + index * INSTRUCTION;
-                let beyond = |base: usize| base.checked_add_signed((value as isize + 1) * INSTRUCTION as isize);
+                let beyond =
+                    |base: usize| base.checked_add_signed((value as isize + 1) * INSTRUCTION as isize);
                 function.calls.push(match targets.get(&(symbol.section, at)) {
                     Some(target) if target.kind == SYMBOL_FUNCTION => (target.section, target.offset),
                     // Relative to the section that the symbol stands for.
@@ -154,7 +164,8 @@ fn sections(object: &[u8]) -> Option<Vec<Section>> {
     let (table, count, names) = (number(object, 40, 8)?, number(object, 60, 2)?, number(object, 62, 2)?);
     let header = |index: u64| {
         let at = (table + index * 64) as usize;
-        let field = |offset: usize, size: usize| number(object, at + offset, size).map(|value| value as usize);
+        let field =
+            |offset: usize, size: usize| number(object, at + offset, size).map(|value| value as usize);
         Some((field(0, 4)?, field(4, 4)? as u32, field(24, 8)?, field(32, 8)?, field(40, 4)?, field(44, 4)?))
     };
     let strings = header(names)?.2;
@@ -210,7 +221,11 @@ mod tests {
         let mut chain = Vec::new();
         assert_eq!(deepest(&functions, (1, 0), &mut chain, 0).unwrap(), 192 + 224);
         assert_eq!(chain, ["184 program", "200 short"]);
-        assert_eq!(deepest(&functions, (1, 16), &mut Vec::new(), 0).unwrap(), 160 + 32, "an empty frame counts");
+        assert_eq!(
+            deepest(&functions, (1, 16), &mut Vec::new(), 0).unwrap(),
+            160 + 32,
+            "an empty frame counts"
+        );
     }
 
     #[test]

@@ -50,7 +50,17 @@ impl Agent {
         let sizes = ours::sizes(world);
         let log = tempfile::NamedTempFile::new()?;
         let mut command = Command::new(agent_binary()?);
-        command.args(["run", "--iface", "eth0", "--node", world::NODE, "--pin-dir", PIN_DIR, "--socket-lb", "off"]);
+        command.args([
+            "run",
+            "--iface",
+            "eth0",
+            "--node",
+            world::NODE,
+            "--pin-dir",
+            PIN_DIR,
+            "--socket-lb",
+            "off",
+        ]);
         command.arg("--kubeconfig").arg(kubeconfig);
         command.args(["--cluster-cidr", &format!("{}/{}", POD_CIDR.0, POD_CIDR.1)]);
         command.args(["--metrics-address", &METRICS.to_string()]);

@@ -190,5 +190,8 @@ fn the_unit_of_systemd_has_a_command_line_that_the_agent_takes_and_the_capabilit
     };
     let words: Vec<String> = value("ExecStart").split(' ').map(str::to_owned).collect();
     parse(&words[1..]);
-    assert_eq!(value("CapabilityBoundingSet"), "CAP_BPF CAP_NET_ADMIN CAP_PERFMON CAP_SYS_ADMIN CAP_SYS_PTRACE");
+    assert_eq!(
+        value("CapabilityBoundingSet"),
+        "CAP_BPF CAP_NET_ADMIN CAP_PERFMON CAP_SYS_ADMIN CAP_SYS_PTRACE"
+    );
 }

@@ -85,7 +85,10 @@ fn a_mode_that_a_device_refuses_is_not_replaced_by_another_when_it_is_asked_for(
     let said = cable.refusal("br0", Mode::Native)?;
     ensure!(said.contains("no XDP mode works: native: not supported by the driver"), "{said}");
     let said = cable.refusal("br0", Mode::Offload)?;
-    ensure!(said.contains("no XDP mode works: offload: not supported by the driver [Underlying driver"), "{said}");
+    ensure!(
+        said.contains("no XDP mode works: offload: not supported by the driver [Underlying driver"),
+        "{said}"
+    );
     let agent = cable.start("br0", Mode::Generic)?;
     cable.serves()?;
     agent.stop()

@@ -138,7 +138,8 @@ fn serve(backend: &Namespace) -> Result<()> {
 }
 
 fn ask_tcp(to: SocketAddr) -> Result<SocketAddr> {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE).with_context(|| format!("connecting to {to}"))?;
+    let mut stream =
+        TcpStream::connect_timeout(&to, PATIENCE).with_context(|| format!("connecting to {to}"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"whoam")?;
     let mut answer = String::new();

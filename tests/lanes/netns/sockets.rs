@@ -150,8 +150,10 @@ fn with_affinity_each_namespace_keeps_its_backend_over_all_frontends() -> Result
         ensure!(answer.backend != first, "still {first}");
         Ok(())
     })?;
-    let now: BTreeSet<_> =
-        repeated(|| place.pod.http(http_frontends()[0].1))?.into_iter().map(|answer| answer.backend).collect();
+    let now: BTreeSet<_> = repeated(|| place.pod.http(http_frontends()[0].1))?
+        .into_iter()
+        .map(|answer| answer.backend)
+        .collect();
     ensure!(now.len() == 1, "{now:?}");
     place.stop()
 }
@@ -201,7 +203,9 @@ fn node_ports_are_on_the_loopback_of_the_node_when_asked_for() -> Result<()> {
     let mut place = Place::start(WorldOptions::default(), &["--localhost-nodeports"])?;
     all_places(&repeated(|| place.node.http(loopback))?, loopback)?;
     refused("a pod's own loopback", libc::ECONNREFUSED, || place.pod.http(loopback))?;
-    refused("no NodePort", libc::ECONNREFUSED, || place.node.http((Ipv4Addr::LOCALHOST, SERVICE_HTTP).into()))?;
+    refused("no NodePort", libc::ECONNREFUSED, || {
+        place.node.http((Ipv4Addr::LOCALHOST, SERVICE_HTTP).into())
+    })?;
     place.stop()
 }
 
@@ -226,7 +230,10 @@ fn source_ranges_hold_for_pods_and_the_node() -> Result<()> {
         Ok(())
     })?;
     refused("pod", libc::EPERM, || place.pod.http(target))?;
-    ensure!(place.pod.http((CLUSTER_IP, SERVICE_HTTP).into())?.is_ok(), "ranges guard the balancer's address only");
+    ensure!(
+        place.pod.http((CLUSTER_IP, SERVICE_HTTP).into())?.is_ok(),
+        "ranges guard the balancer's address only"
+    );
     counted_call(&place.agent, "tcp_connect", "source_range")?;
     place.stop()
 }
@@ -293,4 +300,3 @@ fn refused<T: std::fmt::Debug>(
     ensure!(began.elapsed() < AT_ONCE, "{what}: failed after {:?}", began.elapsed());
     Ok(())
 }
-

@@ -165,7 +165,8 @@ fn a_udp_socket_whose_backend_went_while_no_agent_ran_learns_it_from_the_next() 
     let met = place.pod.ask("socket")??.backend;
     let Place { agent, mut pod, node, options, cgroup, world, _cgroups } = place;
     agent.kill()?;
-    let others: Vec<_> = world.pods.iter().filter(|pod| pod.server.name() != met).map(Pod::endpoint).collect();
+    let others: Vec<_> =
+        world.pods.iter().filter(|pod| pod.server.name() != met).map(Pod::endpoint).collect();
     world.publish_endpoints(&others)?;
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
     wait_for("the socket to be told", ANSWERS_TIMEOUT, || {
@@ -242,4 +243,3 @@ fn more(caller: &mut Caller) -> Result<()> {
         Ok(())
     })
 }
-

@@ -6,7 +6,8 @@ use anyhow::{Context, bail};
 use aya::{
     Ebpf,
     programs::{
-        CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs, tc::SchedClassifierLink,
+        CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs,
+        tc::SchedClassifierLink,
     },
 };
 use tracing::debug;

@@ -160,7 +160,9 @@ fn reason(mode: Mode, choice: ModeChoice, refusals: &[Refusal]) -> String {
     }
     match (mode, choice) {
         (Mode::Generic, _) => "asked for by --mode generic".to_owned(),
-        (Mode::Native | Mode::NativeFrags | Mode::Offload | Mode::Absent, _) => "the driver takes it".to_owned(),
+        (Mode::Native | Mode::NativeFrags | Mode::Offload | Mode::Absent, _) => {
+            "the driver takes it".to_owned()
+        }
     }
 }
 

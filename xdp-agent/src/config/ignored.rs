@@ -46,8 +46,7 @@ pub(super) const NO_NETFILTER: &str = "no packet is marked and no netfilter rule
 pub(super) const NO_SYNC: &str = "changes are written as they come; nothing is synchronised by the clock";
 pub(super) const NO_IPVS: &str = "there is no IPVS here";
 pub(super) const MAGLEV: &str = "backends are chosen by consistent hashing (Maglev)";
-pub(super) const NO_LOCALHOST: &str =
-    "NodePorts are served on the loopback with --localhost-nodeports only: the default is that of the nftables mode";
+pub(super) const NO_LOCALHOST: &str = "NodePorts are served on the loopback with --localhost-nodeports only: the default is that of the nftables mode";
 pub(super) const OWN_TABLE: &str =
     "flows are not in the kernel's conntrack table; --max-established sets the size of ours";
 pub(super) const LIBERAL: &str =

@@ -17,7 +17,9 @@ use xdp_common::{
     verdict::Reason,
 };
 
-use super::{Layout, Raw, batch, descriptor, handles::Slots, image::open_pinned, io_error, of, raw, take, zero};
+use super::{
+    Layout, Raw, batch, descriptor, handles::Slots, image::open_pinned, io_error, of, raw, take, zero,
+};
 
 /// Maps that outlive the agent: what sockets have been told has to be undone as long as they live.
 pub(super) const PINNED: [(&MapSpec, Layout); 3] = [

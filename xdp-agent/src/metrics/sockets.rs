@@ -53,7 +53,8 @@ pub(super) fn encode(
     encoder: &mut DescriptorEncoder<'_>,
     values: &[(SocketCall, Option<Reason>, u64)],
 ) -> Result<(), fmt::Error> {
-    let text = "Calls of processes to Services, by call and what became of it: translated, or refused for a reason.";
+    let text =
+        "Calls of processes to Services, by call and what became of it: translated, or refused for a reason.";
     let mut family = encoder.encode_descriptor("socket_calls", text, None, MetricType::Counter)?;
     for (call, refused, value) in values.iter().filter(|(call, refused, _)| can_be(*call, *refused)) {
         let labels = [("call", call.label()), ("result", label(*call, *refused))];

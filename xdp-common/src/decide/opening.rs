@@ -255,7 +255,12 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
 
 /// The source port that an attempt tries.
 #[inline(never)] // off the stack of its caller
-fn candidate<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, attempt: u32, is_local: bool) -> u16 {
+fn candidate<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    attempt: u32,
+    is_local: bool,
+) -> u16 {
     let config = tables.config();
     let (min, max) = (config.snat_port_min, config.snat_port_max);
     let own = u16::from_be_bytes(key.sport);

@@ -9,8 +9,8 @@ use crate::{
     gate,
     net::{Address, Family, FlowKey, Port, UDP},
     tables::{
-        AffinityKey, Backend, Frontend, FrontendKey, Peer, PeerKey, SocketSettings, Tables, frontend, network,
-        side, socket,
+        AffinityKey, Backend, Frontend, FrontendKey, Peer, PeerKey, SocketSettings, Tables, frontend,
+        network, side, socket,
     },
     verdict::Reason,
 };
@@ -157,7 +157,7 @@ pub fn may_bind<F: Family, T: Sockets<F>>(tables: T, addr: F::Addr, port: Port, 
     let is_any = addr.differs(F::Addr::UNSPECIFIED) == 0;
     let addr = if is_any { tables.settings().node } else { addr };
     let at = FrontendKey { addr, port, proto, zero: 0 };
-    !tables.frontend(&at).is_some_and(|found| found.flags & frontend::NODE_PORT != 0)
+    tables.frontend(&at).is_none_or(|found| found.flags & frontend::NODE_PORT == 0)
 }
 
 enum Found<A> {

@@ -8,8 +8,13 @@ const FILE_LINES_MAX: usize = 500;
 
 /// The kernel crate's files that may hold unsafe code: frames, maps and the table made of an array, and the lab's programs,
 /// which are no part of the product.
-const UNSAFE_FILES: [&str; 5] =
-    ["xdp-ebpf/src/packet.rs", "xdp-ebpf/src/maps.rs", "xdp-ebpf/src/embryonic.rs", "xdp-ebpf/src/socket.rs", "xdp-ebpf/src/lab.rs"];
+const UNSAFE_FILES: [&str; 5] = [
+    "xdp-ebpf/src/packet.rs",
+    "xdp-ebpf/src/maps.rs",
+    "xdp-ebpf/src/embryonic.rs",
+    "xdp-ebpf/src/socket.rs",
+    "xdp-ebpf/src/lab.rs",
+];
 
 /// The agent's files, by how their names begin, that may name aya: they load, attach and write.
 const AYA_FILES: [&str; 3] = ["attach", "maps", "reconcile"];

@@ -28,7 +28,11 @@ pub(crate) fn write(
         let answer = process::output(command.args(args).current_dir(&workspace.root));
         answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
     };
-    let when = format!("{}, {}", answer("date", &["-u", "+%F"])?, answer("git", &["rev-parse", "--short=10", "HEAD"])?);
+    let when = format!(
+        "{}, {}",
+        answer("date", &["-u", "+%F"])?,
+        answer("git", &["rev-parse", "--short=10", "HEAD"])?
+    );
     let marks = format!("{DOCUMENT} has not the comments that the table is between");
     let (before, rest) = text.split_once(START).context(marks.clone())?;
     let (table, after) = rest.split_once(END).context(marks)?;
@@ -67,7 +71,8 @@ const NOT_RUN: &str = "not run";
 
 fn render(rows: &Rows) -> String {
     let names = Lane::ALL.map(Lane::name).join(" | ");
-    let mut text = format!("| architecture | kernel | {names} |\n|---|---|{}\n", "---|".repeat(Lane::ALL.len()));
+    let mut text =
+        format!("| architecture | kernel | {names} |\n|---|---|{}\n", "---|".repeat(Lane::ALL.len()));
     for ((architecture, _, kernel), cells) in rows {
         text.push_str(&format!("| {architecture} | {kernel} |"));
         for lane in Lane::ALL {
@@ -86,8 +91,12 @@ mod tests {
     #[test]
     fn what_was_measured_before_is_kept_and_kernels_are_in_order() {
         let mut rows = Rows::new();
-        rows.entry(key("x86_64", "6.12.117-amd64")).or_default().insert("netns", "7 passed (a day)".to_owned());
-        rows.entry(key("x86_64", "6.1.0-56-amd64")).or_default().insert("prog-run", "5 passed (a day)".to_owned());
+        rows.entry(key("x86_64", "6.12.117-amd64"))
+            .or_default()
+            .insert("netns", "7 passed (a day)".to_owned());
+        rows.entry(key("x86_64", "6.1.0-56-amd64"))
+            .or_default()
+            .insert("prog-run", "5 passed (a day)".to_owned());
         let table = render(&rows);
         assert_eq!(parse(&table), rows);
         let kernels: Vec<_> = table.lines().skip(2).filter_map(|line| line.split('|').nth(2)).collect();
