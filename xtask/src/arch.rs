@@ -34,6 +34,14 @@ impl Arch {
         format!("{}-unknown-linux-gnu", self.machine())
     }
 
+    /// What loads its programs that are linked to shared libraries.
+    pub(crate) fn loader(self) -> &'static str {
+        match self {
+            Self::Amd64 => "lib64/ld-linux-x86-64.so.2",
+            Self::Arm64 => "lib/ld-linux-aarch64.so.1",
+        }
+    }
+
     /// The C compiler that links for it.
     pub(crate) fn linker(self) -> String {
         if self.is_here() { "cc".to_owned() } else { format!("{}-linux-gnu-gcc", self.machine()) }

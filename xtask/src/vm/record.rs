@@ -41,7 +41,7 @@ pub(crate) fn write(
         let Some(kernel) = &outcome.kernel else { continue };
         let cells = known.entry(key(architecture.name(), kernel)).or_default();
         for lane in lanes {
-            let amount = if is_quick { ", quick" } else { "" };
+            let amount = if is_quick && outcome.refusal.is_none() { ", quick" } else { "" };
             cells.insert(lane.name(), format!("{}{amount} ({when})", outcome.cell(*lane)));
         }
     }
