@@ -132,7 +132,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let node = Namespace::new("bench-node")?;
     let peer = Namespace::new("bench-peer")?;
     link::veth(&node, "eth0", &peer, "eth0")?;
-    node.address("eth0", NODE.into(), 24)?;
+    node.address("eth0", NODE, 24)?;
     node.route_via([0, 0, 0, 0].into(), 0, GATEWAY.into())?;
     node.static_neighbour("eth0", GATEWAY.into(), GATEWAY_MAC)?;
     node.sysctl("net/ipv4/ip_forward", "1")?;

@@ -34,7 +34,7 @@ impl Container {
         let directory = tempfile::tempdir()?;
         let name = format!("xdp-agent-image-{}", std::process::id());
         let manifest = daemonset()?;
-        let config = config(&manifest, image, world.manifests.directory())?;
+        let config = config(&manifest, image, &world.manifests.directory())?;
         std::fs::write(directory.path().join("config.json"), serde_json::to_vec_pretty(&config)?)?;
         let pins = world.bpffs.run(|| std::fs::create_dir_all(PINS))?;
         pins.with_context(|| format!("cannot make {PINS}"))?;

@@ -334,7 +334,7 @@ fn network() -> anyhow::Result<(Namespace, Namespace)> {
     let peer = Namespace::new("prog-peer")?;
     for (name, address) in [("eth0", NODE), ("eth1", NODE_TOO)] {
         link::veth(&node, name, &peer, name)?;
-        node.address(name, address.into(), 24)?;
+        node.address(name, address, 24)?;
     }
     node.mtu("eth1", MTU_TOO.into())?;
     node.route_via([0, 0, 0, 0].into(), 0, GATEWAY.into())?;

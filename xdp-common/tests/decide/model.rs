@@ -15,8 +15,8 @@ use xdp_common::{
     net::{FlowKey, TCP, UDP, V4},
     select,
     tables::{
-        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route,
-        Table, Tables, Work, backend, device, frontend,
+        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Peer,
+        PeerKey, Route, SocketSettings, Table, Tables, Work, backend, device, frontend,
     },
     verdict::{Action, Counter, Event, Reason, Verdict},
 };
@@ -36,6 +36,8 @@ pub(crate) const REMOTE: Addr = [10, 244, 2, 2];
 pub(crate) const REMOTE_TOO: Addr = [10, 244, 2, 3];
 pub(crate) const HTTP: [u8; 2] = [0, 80];
 pub(crate) const TARGET: [u8; 2] = [0x1f, 0x90]; // 8080
+/// The cookie of the node's own network namespace.
+pub(crate) const HOST_NAMESPACE: u64 = 1;
 pub(crate) const UPLINK: u32 = 2;
 pub(crate) const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 pub(crate) const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -65,10 +67,36 @@ pub(crate) struct Model {
     pub(crate) accounts: RefCell<HashMap<u32, (u64, u64)>>,
     pub(crate) counters: RefCell<HashMap<u32, u64>>,
     /// What sockets know and have been told.
-    pub(crate) sockets: crate::socket::Told,
+    pub(crate) sockets: Told,
     ingress_gate: RefCell<HashMap<u32, u64>>,
     egress_gate: RefCell<HashMap<u32, u64>>,
     work: RefCell<Work<Addr>>,
+}
+
+/// What the socket hooks have beside the other tables.
+pub(crate) struct Told {
+    pub(crate) settings: Cell<SocketSettings<Addr>>,
+    pub(crate) peers: RefCell<HashMap<(u8, PeerKey), Peer>>,
+    pub(crate) pods: RefCell<HashMap<u64, Addr>>,
+    pub(crate) is_full: Cell<bool>,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        let settings = SocketSettings {
+            host_namespace: HOST_NAMESPACE,
+            node: NODE,
+            loopback: [0; 4],
+            flags: 0,
+            zero: [0; 4],
+        };
+        Self {
+            settings: Cell::new(settings),
+            peers: RefCell::default(),
+            pods: RefCell::default(),
+            is_full: Cell::default(),
+        }
+    }
 }
 
 /// An entry that shares its place with the table; it is read as it was when it was found.
@@ -137,7 +165,7 @@ impl Model {
             affinity_seconds: Cell::new(0),
             accounts: RefCell::default(),
             counters: RefCell::default(),
-            sockets: crate::socket::Told::default(),
+            sockets: Told::default(),
             ingress_gate: RefCell::default(),
             egress_gate: RefCell::default(),
             work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, other_key: FlowKey::ZERO }),

@@ -1,9 +1,6 @@
 //! What becomes of calls at the socket.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
-};
+use std::collections::HashSet;
 
 use proptest::prelude::*;
 use xdp_common::{
@@ -18,29 +15,8 @@ use xdp_common::{
 use crate::model::*;
 
 const POD: u64 = 7;
-const HOST: u64 = 1;
+const HOST: u64 = HOST_NAMESPACE;
 const LOOPBACK: Addr = [127, 0, 0, 1];
-
-/// What the socket hooks have beside the other tables.
-pub(crate) struct Told {
-    settings: Cell<SocketSettings<Addr>>,
-    peers: RefCell<HashMap<(u8, PeerKey), Peer>>,
-    pods: RefCell<HashMap<u64, Addr>>,
-    is_full: Cell<bool>,
-}
-
-impl Default for Told {
-    fn default() -> Self {
-        let settings =
-            SocketSettings { host_namespace: HOST, node: NODE, loopback: [0; 4], flags: 0, zero: [0; 4] };
-        Self {
-            settings: Cell::new(settings),
-            peers: RefCell::default(),
-            pods: RefCell::default(),
-            is_full: Cell::default(),
-        }
-    }
-}
 
 impl Sockets<V4> for &Model {
     fn settings(self) -> SocketSettings<Addr> {

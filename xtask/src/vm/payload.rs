@@ -110,11 +110,11 @@ fn executable(messages: &str, target: &str) -> Option<PathBuf> {
     let name = format!("\"name\":\"{target}\"");
     let of_target =
         messages.lines().filter(|line| line.contains("\"compiler-artifact\"") && line.contains(&name));
-    let paths = of_target.filter_map(|line| {
+    let mut paths = of_target.filter_map(|line| {
         let (_, rest) = line.split_once("\"executable\":\"")?;
         Some(PathBuf::from(rest.split('"').next()?))
     });
-    paths.last()
+    paths.next_back()
 }
 
 /// The shared libraries of programs, and what loads them; none of a static one.
