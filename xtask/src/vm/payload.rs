@@ -4,7 +4,7 @@ use super::{Lane, Request, container, initramfs::Initramfs};
 use crate::arch::Arch;
 use crate::build;
 use crate::cross;
-use crate::dist;
+use crate::dist::{self, Commit};
 use crate::process;
 use crate::setup;
 use crate::workspace::Workspace;
@@ -72,14 +72,11 @@ pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Resu
 /// released binaries are; cargo says where they are.
 fn compile(workspace: &Workspace, arch: Arch, request: &Request) -> Result<String> {
     let call = |verb: &[&str]| -> Result<Command> {
-        let mut command = if arch == Arch::here()? {
-            process::cargo_compile(workspace)
-        } else {
-            dist::cargo(workspace, &cross::ensure(&[arch])?, arch)
-        };
+        let mut command = process::cargo_compile(workspace);
         command.args(verb).args(request.profile.flags());
         if arch != Arch::here()? {
-            command.args(["--target", &arch.target()]);
+            let commit = Commit::of(workspace)?;
+            dist::released(&mut command, workspace, &cross::ensure(&[arch])?, arch, &commit);
         }
         Ok(command)
     };
