@@ -113,10 +113,10 @@ impl Lane {
                 "full_tables::a_flood_disturbs_no_established_flow",
             ],
             Self::Netns => &[
+                "clean_host::killing_starting_and_stopping_leaves_the_host_as_it_was::native",
                 "clean_host::stopping_leaves_the_host_as_it_was",
                 "ipv6::services_answer_over_ipv6::native_with_tx",
                 "ipv6::services_answer_over_ipv6::generic_with_tx",
-                "restart::a_killed_agent_that_starts_again_loses_no_connection::native",
                 "slow_path::a_second_node_behind_a_peer_without_a_program_is_served::native_with_tx",
                 "slow_path::a_second_node_behind_a_peer_without_a_program_is_served::generic_with_tx",
                 "sockets::pods_and_the_node_reach_every_frontend_and_see_its_address",
