@@ -191,7 +191,7 @@ impl Attacher {
     fn attach_tc(&mut self, link: &Link, links: &mut Vec<PinnedLink>) -> anyhow::Result<()> {
         for (program, at) in [("tc_egress", AttachType::TcxEgress), ("tc_ingress", AttachType::TcxIngress)] {
             if self.kernel < TCX_SINCE {
-                legacy::attach(&mut self.programs, &link.name, program, at)?;
+                legacy::attach(&mut self.programs, link, program, at)?;
                 continue;
             }
             let name = program.replace('_', "-");
@@ -301,7 +301,7 @@ pub fn remove_leftovers(pins: &PinDir, kernel: KernelVersion) -> anyhow::Result<
     if kernel < TCX_SINCE {
         let host = neighbours::read_host().context("cannot read the interfaces")?;
         for link in host.links.values() {
-            legacy::remove(&link.name);
+            legacy::remove(link);
         }
     }
     pins.remove();

@@ -34,6 +34,14 @@ impl Arch {
         format!("{}-unknown-linux-gnu", self.machine())
     }
 
+    /// What loads its programs that are linked to shared libraries.
+    pub(crate) fn loader(self) -> &'static str {
+        match self {
+            Self::Amd64 => "lib64/ld-linux-x86-64.so.2",
+            Self::Arm64 => "lib/ld-linux-aarch64.so.1",
+        }
+    }
+
     /// The C compiler that links for it.
     pub(crate) fn linker(self) -> String {
         if self.is_here() { "cc".to_owned() } else { format!("{}-linux-gnu-gcc", self.machine()) }
@@ -61,6 +69,14 @@ impl Arch {
         Self::parse(std::env::consts::ARCH)
     }
 
+    /// The one that this machine is not.
+    pub(crate) fn other() -> Result<Self> {
+        Ok(match Self::here()? {
+            Self::Amd64 => Self::Arm64,
+            Self::Arm64 => Self::Amd64,
+        })
+    }
+
     fn is_here(self) -> bool {
         self.machine() == std::env::consts::ARCH
     }
@@ -81,7 +97,7 @@ mod tests {
 
     #[test]
     fn the_cross_compiler_of_debian_links_for_the_other_architecture() {
-        let other = ARCHS.into_iter().find(|arch| !arch.is_here()).unwrap();
+        let other = Arch::other().unwrap();
         assert!(other.linker().ends_with("-linux-gnu-gcc"));
         let packages = [
             ["gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"],

@@ -99,31 +99,31 @@ impl Commit {
 fn agent(workspace: &Workspace, cross: &Cross, arch: Arch, commit: &Commit) -> Result<PathBuf> {
     let target = arch.target();
     let build = workspace.dist_build();
-    let mut command = cargo(workspace, cross, arch);
-    command.env("XDP_AGENT_REVISION", &commit.revision).env("SOURCE_DATE_EPOCH", &commit.epoch).args([
-        "build",
-        "--release",
-        "--locked",
-        "--package",
-        "xdp-agent",
-        "--target",
-        &target,
-    ]);
-    process::run(&mut command)?;
+    let mut command = process::cargo_compile(workspace);
+    command.args(["build", "--release", "--locked", "--package", "xdp-agent"]);
+    process::run(released(&mut command, workspace, cross, arch, commit))?;
     Ok(build.join(target).join("release/xdp-agent"))
 }
 
-/// A cargo call that compiles static binaries of an architecture; its `--target` is left to the caller.
-pub(crate) fn cargo(workspace: &Workspace, cross: &Cross, arch: Arch) -> Command {
+/// Makes a cargo call, whose verb is there, one that compiles static binaries of an architecture.
+pub(crate) fn released<'a>(
+    command: &'a mut Command,
+    workspace: &Workspace,
+    cross: &Cross,
+    arch: Arch,
+    commit: &Commit,
+) -> &'a mut Command {
     let target = arch.target();
     let build = workspace.dist_build();
     let mut flags = remap::flags(workspace, &cross.sysroot, &build);
     flags.push(format!("--sysroot={}", cross.sysroot.display()));
     flags.push("-Ctarget-feature=+crt-static".to_owned());
     let variable = target.to_uppercase().replace('-', "_");
-    let mut command = process::cargo_compile(workspace);
     command
+        .args(["--target", &target])
         .env("CARGO_TARGET_DIR", &build)
+        .env("XDP_AGENT_REVISION", &commit.revision)
+        .env("SOURCE_DATE_EPOCH", &commit.epoch)
         .env("RUSTC", &cross.rustc)
         // By the target flag they are for the agent alone, and not for what runs while it is built.
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
@@ -133,8 +133,7 @@ pub(crate) fn cargo(workspace: &Workspace, cross: &Cross, arch: Arch) -> Command
             remap::c_flags(workspace, &cross.sysroot, &build).join(" "),
         )
         .env_remove("RUSTFLAGS")
-        .env_remove("RUSTC_WRAPPER");
-    command
+        .env_remove("RUSTC_WRAPPER")
 }
 
 /// Writes the checksums of files, by the program that checks them.

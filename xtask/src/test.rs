@@ -2,6 +2,8 @@
 
 use crate::arch::Arch;
 use crate::build;
+use crate::cross;
+use crate::dist::{self, Commit};
 use crate::host;
 use crate::image;
 use crate::process;
@@ -24,9 +26,12 @@ enum Lane {
     Kubernetes,
     /// The container image as the DaemonSet describes it, by runc: root.
     Image,
+    /// Pure logic as the other architecture has it, by an emulator of its programs.
+    Emulated,
 }
 
-const LANES: [Lane; 5] = [Lane::Host, Lane::ProgRun, Lane::Netns, Lane::Kubernetes, Lane::Image];
+const LANES: [Lane; 6] =
+    [Lane::Host, Lane::ProgRun, Lane::Netns, Lane::Kubernetes, Lane::Image, Lane::Emulated];
 
 /// Where etcd, kube-apiserver and kubectl are, by the convention of envtest; without it the tests' own server serves.
 const REAL_API_SERVER: &str = "KUBEBUILDER_ASSETS";
@@ -43,6 +48,7 @@ impl Lane {
             Self::Netns => "netns",
             Self::Kubernetes => "kubernetes",
             Self::Image => "image",
+            Self::Emulated => "emulated",
         }
     }
 
@@ -64,12 +70,13 @@ impl Lane {
                 "--test-threads=2",
             ],
             Self::Image => &["--features", "xdp-agent-tests/image", "--test", "image"],
+            Self::Emulated => &["--package", "xdp-common", "--package", "xdp-agent", "--tests"],
         }
     }
 
     fn needs_root(self) -> bool {
         match self {
-            Self::Host => false,
+            Self::Host | Self::Emulated => false,
             Self::ProgRun | Self::Netns | Self::Kubernetes | Self::Image => true,
         }
     }
@@ -135,12 +142,16 @@ fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
         );
     }
     let mut command = process::cargo(workspace);
+    command.arg("test");
     if lane == Lane::Image {
         setup::ensure_packages("runc", &["runc"])?;
         // Of this machine's architecture alone: it is what can run here.
         command.env("XDP_AGENT_IMAGE", image::layout(workspace, &[Arch::here()?], None)?);
     }
-    command.arg("test").args(PROFILE.flags()).arg("--no-fail-fast").args(lane.arguments());
+    if lane == Lane::Emulated {
+        emulate(workspace, &mut command)?;
+    }
+    command.args(PROFILE.flags()).arg("--no-fail-fast").args(lane.arguments());
     command.env("XDP_AGENT_BIN", workspace.binary(PROFILE, "xdp-agent"));
     if lane == Lane::Kubernetes && std::env::var_os(REAL_API_SERVER).is_none() {
         println!("lane kubernetes: {REAL_API_SERVER} is not set, so the API server is the tests' own alone");
@@ -155,6 +166,21 @@ fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
         return Ok(Tally { failed: 1, ..tally });
     }
     Ok(tally)
+}
+
+/// Has the tests of a cargo call compiled as released binaries of the other architecture are, and run by an emulator.
+fn emulate(workspace: &Workspace, command: &mut Command) -> Result<()> {
+    let arch = Arch::other()?;
+    let emulator = format!("qemu-{}-static", arch.machine());
+    setup::ensure_packages(&emulator, &["qemu-user-static"])?;
+    let (cross, commit) = (cross::ensure(&[arch])?, Commit::of(workspace)?);
+    let mut compile = process::cargo_compile(workspace);
+    compile.arg("test").args(PROFILE.flags()).arg("--no-run").args(Lane::Emulated.arguments());
+    process::run(dist::released(&mut compile, workspace, &cross, arch, &commit))?;
+    dist::released(command, workspace, &cross, arch, &commit);
+    let target = arch.target().to_uppercase().replace('-', "_");
+    command.env(format!("CARGO_TARGET_{target}_RUNNER"), emulator);
+    Ok(())
 }
 
 /// Runs cargo, passes on what it prints, and adds up the result lines in it.
@@ -207,6 +233,6 @@ mod tests {
         assert_eq!(parse(&["netns".into(), "host".into()]).unwrap(), [Lane::Netns, Lane::Host]);
         assert_eq!(parse(&[]).unwrap(), LANES);
         let error = parse(&["hosts".into()]).unwrap_err().to_string();
-        assert!(error.contains("host, prog-run, netns, kubernetes, image"), "{error}");
+        assert!(error.contains("host, prog-run, netns, kubernetes, image, emulated"), "{error}");
     }
 }

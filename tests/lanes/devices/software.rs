@@ -3,9 +3,10 @@
 use std::net::Ipv4Addr;
 
 use anyhow::{Result, ensure};
+use rtnetlink::packet_route::link::LinkAttribute;
 use xdp_agent::preflight::KernelVersion;
 use xdp_agent_tests::lab::agent::Mode;
-use xdp_agent_tests::lab::link::veth;
+use xdp_agent_tests::lab::link::{veth, veth_with};
 use xdp_agent_tests::lab::pass::PassProgram;
 
 use crate::cable::Cable;
@@ -61,6 +62,15 @@ fn a_veth_of_long_frames_runs_with_several_buffers_where_the_kernel_can() -> Res
     // veth learned frames in several buffers in 5.18 (kernel commit 718a18a0c8a6).
     let mode = if KernelVersion::current()? >= KernelVersion(5, 18) { "native-frags" } else { "generic" };
     cable.runs("eth0", mode, "native: MTU over the driver's limit (9000)")
+}
+
+#[test]
+fn a_veth_with_fewer_queues_than_its_peer_falls_back_and_serves() -> Result<()> {
+    let mut cable = Cable::unplugged()?;
+    // Queues to receive from remain as they are by default: one.
+    veth_with(&cable.node, "eth0", &cable.client, "eth0", &[LinkAttribute::NumTxQueues(2)])?;
+    cable.plug("eth0", "eth0")?;
+    cable.runs("eth0", "generic", "native: too few queues [veth: XDP expects number of rx queues")
 }
 
 #[test]

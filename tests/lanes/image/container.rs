@@ -46,6 +46,7 @@ impl Container {
             .arg(directory.path().join("state"))
             .args(["run", "--bundle"])
             .arg(directory.path())
+            .args(on_first_root()?.then_some("--no-pivot"))
             .arg(&name)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -92,11 +93,15 @@ impl Drop for Container {
     }
 }
 
+/// Whether the root is the one that the kernel has begun with, as in an emulated machine: it cannot be exchanged for another.
+fn on_first_root() -> Result<bool> {
+    let mounts = std::fs::read_to_string("/proc/mounts").context("cannot read /proc/mounts")?;
+    Ok(mounts.lines().any(|line| line.starts_with("rootfs / ")))
+}
+
 /// The pod of `deploy/base/daemonset.yaml`.
 fn daemonset() -> Result<Value> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base/daemonset.yaml");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let manifest: Value = serde_saphyr::from_str(&text)?;
+    let manifest: Value = serde_saphyr::from_str(include_str!("../../../deploy/base/daemonset.yaml"))?;
     Ok(manifest["spec"]["template"]["spec"].clone())
 }
 

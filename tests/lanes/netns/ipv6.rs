@@ -14,6 +14,7 @@ use xdp_agent_tests::lab::agent::{Agent, AgentOptions, METRICS, Mode, PIN_DIR, a
 use xdp_agent_tests::lab::link::veth;
 use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
 use xdp_agent_tests::lab::pass::PassProgram;
+use xdp_agent_tests::lab::patient;
 
 use crate::setup::Setup;
 
@@ -100,7 +101,7 @@ fn services_answer_over_ipv6(setup: Setup) -> Result<()> {
             ensure!(peer.ip() == NODE_INSIDE, "{address}: the backend has seen {peer}");
         }
     }
-    let refused = client.run(|| TcpStream::connect_timeout(&(EMPTY, 80).into(), PATIENCE));
+    let refused = client.run(|| TcpStream::connect_timeout(&(EMPTY, 80).into(), patient(PATIENCE)));
     ensure!(refused.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused), "{refused:?}");
     let refused = client.run(|| ask_udp((EMPTY, 53).into()));
     let kind = refused.as_ref().err().and_then(|error| error.downcast_ref::<std::io::Error>());
@@ -152,8 +153,8 @@ fn serve(backend: &Namespace) -> Result<()> {
 
 fn ask_tcp(to: SocketAddr) -> Result<SocketAddr> {
     let mut stream =
-        TcpStream::connect_timeout(&to, PATIENCE).with_context(|| format!("connecting to {to}"))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+        TcpStream::connect_timeout(&to, patient(PATIENCE)).with_context(|| format!("connecting to {to}"))?;
+    stream.set_read_timeout(Some(patient(PATIENCE)))?;
     stream.write_all(b"whoam")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
@@ -162,7 +163,7 @@ fn ask_tcp(to: SocketAddr) -> Result<SocketAddr> {
 
 fn ask_udp(to: SocketAddr) -> Result<SocketAddr> {
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patient(PATIENCE)))?;
     socket.connect(to)?;
     socket.send(b"whoami")?;
     let mut answer = [0; 64];

@@ -18,14 +18,25 @@ const ETHTOOL_STXCSUM: u32 = 0x17;
 
 /// Makes a veth pair with one end in each namespace, both up.
 pub fn veth(left: &Namespace, left_name: &str, right: &Namespace, right_name: &str) -> Result<()> {
+    veth_with(left, left_name, right, right_name, &[])
+}
+
+/// As [`veth`], with further attributes for both ends.
+pub fn veth_with(
+    left: &Namespace,
+    left_name: &str,
+    right: &Namespace,
+    right_name: &str,
+    attributes: &[LinkAttribute],
+) -> Result<()> {
     use std::os::fd::AsFd;
     let peer = LinkMessageBuilder::<LinkUnspec>::new()
         .name(right_name)
-        .setns_by_fd(right.as_fd().as_raw_fd())
-        .build();
+        .setns_by_fd(right.as_fd().as_raw_fd());
+    let peer = attributes.iter().cloned().fold(peer, LinkMessageBuilder::append_extra_attribute).build();
     let message = LinkMessageBuilder::<LinkVeth>::new(left_name, right_name)
-        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-        .build();
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
+    let message = attributes.iter().cloned().fold(message, LinkMessageBuilder::append_extra_attribute).build();
     block_on(left.netlink().link().add(message).execute())
         .with_context(|| format!("veth {left_name} in {left:?} to {right_name} in {right:?}"))?;
     left.up(left_name)?;

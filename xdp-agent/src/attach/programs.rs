@@ -1,6 +1,9 @@
 //! The loaded programs: each is given to the kernel when it is first needed.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    collections::BTreeSet,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use anyhow::{Context, bail};
 use aya::{
@@ -12,6 +15,7 @@ use aya::{
 };
 use tracing::debug;
 
+use super::legacy;
 use crate::{
     bpf::{self, AttachType},
     host::Link,
@@ -30,6 +34,8 @@ pub struct Programs {
 pub(super) struct LegacyFilter {
     // Held, because the filter goes with it.
     pub(super) _link: SchedClassifierLink,
+    /// Index of its interface.
+    pub(super) interface: u32,
     /// Left behind by an earlier agent.
     pub(super) is_adopted: bool,
 }
@@ -117,13 +123,17 @@ impl Programs {
 
     /// Takes the filters of kernels without TCX off.
     pub(super) fn detach_legacy(&mut self) {
-        // A filter goes with its handle.
-        self.legacy.clear();
+        // A filter goes with its handle; the qdisc of an interface then, once its last filter has gone.
+        let interfaces: BTreeSet<u32> = self.legacy.drain(..).map(|filter| filter.interface).collect();
+        interfaces.into_iter().for_each(legacy::remove_qdisc_without_filters);
     }
 
     /// Takes those off that this agent has attached, and leaves what it found running.
     pub(super) fn undo_legacy(&mut self) {
-        self.legacy.drain(..).filter(|filter| filter.is_adopted).for_each(std::mem::forget);
+        let (adopted, ours): (Vec<_>, Vec<_>) = self.legacy.drain(..).partition(|filter| filter.is_adopted);
+        adopted.into_iter().for_each(std::mem::forget);
+        self.legacy = ours;
+        self.detach_legacy();
     }
 
     /// Leaves them on.

@@ -30,6 +30,9 @@ const MODULES: [&str; 14] = [
 /// The word for the highest version there is.
 pub(crate) const NEWEST: &str = "newest";
 
+/// The first kernel that the programs run on (`KERNEL_MIN` in the agent, which refuses those before it).
+const OLDEST: [u64; 2] = [5, 12];
+
 /// A kernel, unpacked.
 pub(crate) struct Kernel {
     /// As `uname -r` says it.
@@ -60,6 +63,11 @@ impl Kernel {
             }
         }
         bail!("no kernel {version} can be had:\n  {}", refused.join("\n  "))
+    }
+
+    /// Whether the agent is to refuse it.
+    pub(crate) fn is_too_old(&self) -> bool {
+        numbers(&self.release) < OLDEST.to_vec()
     }
 
     fn fetch(apt: &Apt, names: &[String], package: &str) -> Result<Self> {

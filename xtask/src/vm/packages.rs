@@ -96,7 +96,7 @@ impl Apt {
         if process::on_path(program).is_none() || !Path::new(KEYRING).is_file() {
             bail!("kernels are Debian packages: this needs {program}, dpkg and {KEYRING}, as on Debian");
         }
-        let mut command = Command::new(program);
+        let mut command = process::in_outer_netns(program.as_ref());
         command.args(&self.options).env("DEBIAN_FRONTEND", "noninteractive");
         Ok(command)
     }

@@ -1,10 +1,10 @@
 //! What runs in a guest: the compiled lanes, the agent and its objects, the same for every kernel of an architecture.
 
-use super::{Lane, Request, initramfs::Initramfs};
+use super::{Lane, Request, container, initramfs::Initramfs};
 use crate::arch::Arch;
 use crate::build;
 use crate::cross;
-use crate::dist;
+use crate::dist::{self, Commit};
 use crate::process;
 use crate::setup;
 use crate::workspace::Workspace;
@@ -13,7 +13,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Where a lane finds the programs, and that time goes slowly.
-const ENVIRONMENT: &str = "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_LAB_PATIENCE=10";
+const ENVIRONMENT: &str =
+    "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_IMAGE=/image XDP_AGENT_LAB_PATIENCE=10";
+
+/// The list of what is run where the kernel is too old for the programs: the agent has to refuse it.
+pub(crate) fn refusal() -> Vec<u8> {
+    let mut archive = Initramfs::default();
+    archive.file("run.list", b"refusal /xdp-agent run --services /tmp --iface lo 2>&1\n");
+    archive.finish()
+}
 
 /// Builds everything and packs it, with the list of what is run.
 pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Result<Vec<u8>> {
@@ -46,6 +54,14 @@ pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Resu
         archive.copy(name, binary)?;
     }
     archive.file("run.list", list.as_bytes());
+    if request.lanes.contains(&Lane::Netns) {
+        // It is started by tests of that lane, at the path where cargo has built it.
+        let caller = program("caller")?;
+        archive.copy(&caller.to_string_lossy(), &caller)?;
+    }
+    if request.lanes.contains(&Lane::Image) {
+        binaries.extend(container::pack(workspace, arch, &mut archive)?);
+    }
     for library in libraries(&binaries)? {
         archive.copy(&library.to_string_lossy(), &library)?;
     }
@@ -56,14 +72,11 @@ pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Resu
 /// released binaries are; cargo says where they are.
 fn compile(workspace: &Workspace, arch: Arch, request: &Request) -> Result<String> {
     let call = |verb: &[&str]| -> Result<Command> {
-        let mut command = if arch == Arch::here()? {
-            process::cargo_compile(workspace)
-        } else {
-            dist::cargo(workspace, &cross::ensure(&[arch])?, arch)
-        };
+        let mut command = process::cargo_compile(workspace);
         command.args(verb).args(request.profile.flags());
         if arch != Arch::here()? {
-            command.args(["--target", &arch.target()]);
+            let commit = Commit::of(workspace)?;
+            dist::released(&mut command, workspace, &cross::ensure(&[arch])?, arch, &commit);
         }
         Ok(command)
     };

@@ -40,8 +40,11 @@ pub(crate) fn write(
     for (architecture, _, outcome) in rows {
         let Some(kernel) = &outcome.kernel else { continue };
         let cells = known.entry(key(architecture.name(), kernel)).or_default();
+        // What is refused is so in every lane.
+        let is_refused = outcome.refusal.is_some();
+        let lanes = if is_refused { &Lane::ALL } else { lanes };
         for lane in lanes {
-            let amount = if is_quick { ", quick" } else { "" };
+            let amount = if is_quick && !is_refused { ", quick" } else { "" };
             cells.insert(lane.name(), format!("{}{amount} ({when})", outcome.cell(*lane)));
         }
     }

@@ -3,6 +3,9 @@
 use super::Lane;
 use crate::test::{Tally, result_line};
 
+/// In the agent's words to a kernel that lacks what the programs need.
+const REFUSAL: &str = "is too old";
+
 /// The outcome of one guest.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
@@ -10,8 +13,8 @@ pub(crate) struct Outcome {
     pub(crate) kernel: Option<String>,
     /// What each lane counted.
     pub(crate) lanes: Vec<(Lane, Tally)>,
-    /// What `xdp-agent doctor` printed, one JSON object.
-    pub(crate) doctor: Option<String>,
+    /// What the agent said to a kernel that is too old.
+    pub(crate) refusal: Option<String>,
     /// What went wrong, beside tests that failed.
     pub(crate) problems: Vec<String>,
 }
@@ -29,8 +32,8 @@ impl Outcome {
                 }
                 continue;
             }
-            if line.starts_with('{') && running.is_some_and(|(name, _)| name == "doctor") {
-                outcome.doctor = Some(line.to_owned());
+            if line.contains(REFUSAL) && running.is_some_and(|(name, _)| name == "refusal") {
+                outcome.refusal = Some(line.to_owned());
             }
             let Some(said) = line.strip_prefix("##vm ") else { continue };
             match said.split_once(' ').unwrap_or((said, "")) {
@@ -62,6 +65,9 @@ impl Outcome {
             self.problems.push(format!("{name} ended and never began"));
             return;
         };
+        if name == "refusal" && status == "0" {
+            self.problems.push("the agent has started".to_owned());
+        }
         let Some(lane) = lanes.iter().find(|lane| lane.name() == begun) else { return };
         match tally {
             Some(tally) if (status == "0") == (tally.failed == 0) => self.lanes.push((*lane, tally)),
@@ -85,6 +91,7 @@ impl Outcome {
         match found.map(|(_, tally)| tally) {
             Some(Tally { passed, failed: 0 }) => format!("{passed} passed"),
             Some(Tally { passed, failed }) => format!("{failed} FAILED, {passed} passed"),
+            None if self.refusal.is_some() => "refused".to_owned(),
             None => "no result".to_owned(),
         }
     }
@@ -104,9 +111,6 @@ test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
 ##vm begin netns
 test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.1s
 ##vm end netns 0
-##vm begin doctor
-{\"kernel\":\"6.1\"}
-##vm end doctor 1
 ##vm over
 ";
 
@@ -115,7 +119,6 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         let outcome = Outcome::read(GOOD, &LANES);
         assert!(outcome.is_good(), "{outcome:?}");
         assert_eq!(outcome.kernel.as_deref(), Some("6.1.0-56-amd64"));
-        assert_eq!(outcome.doctor.as_deref(), Some("{\"kernel\":\"6.1\"}"));
         assert_eq!(
             (outcome.cell(Lane::ProgRun), outcome.cell(Lane::Netns)),
             ("5 passed".into(), "7 passed".into())
@@ -125,7 +128,7 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
     #[test]
     fn every_missing_line_is_a_failure() {
         for line in GOOD.lines() {
-            if line.starts_with("test frames") || line.contains("kernel") || line.contains("doctor") {
+            if line.starts_with("test frames") || line.contains("kernel") {
                 continue;
             }
             let without = GOOD.replace(&format!("{line}\n"), "");
@@ -134,6 +137,16 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         for end in 1..GOOD.len() {
             assert!(!Outcome::read(&GOOD[..end - 1], &LANES).is_good(), "cut at {end}");
         }
+    }
+
+    #[test]
+    fn a_refusal_takes_the_agents_words_and_its_status() {
+        let refused = "##vm kernel 5.10.0-30-arm64\n##vm begin refusal\nError: kernel 5.10 is too old: the programs need\n\
+                       ##vm end refusal 1\n##vm over\n";
+        let outcome = Outcome::read(refused, &[]);
+        assert!(outcome.is_good() && outcome.cell(Lane::Netns) == "refused", "{outcome:?}");
+        assert!(Outcome::read(&refused.replace("is too old", "has no BPF"), &[]).refusal.is_none());
+        assert!(!Outcome::read(&refused.replace("refusal 1", "refusal 0"), &[]).is_good());
     }
 
     #[test]
