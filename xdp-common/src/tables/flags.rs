@@ -56,6 +56,8 @@ pub mod frontend {
     pub const INNER_LOCAL: u32 = 1 << 8;
     /// Not a frontend but the address of one, under port 0 and protocol 0: other ports of it are refused.
     pub const ADDRESS: u32 = 1 << 9;
+    /// Not a frontend but the address of one, under port 0 and protocol 0: echo requests to it are answered.
+    pub const ECHO: u32 = 1 << 11;
     /// A NodePort: processes of the node may reach it on the loopback, and must not bind it.
     pub const NODE_PORT: u32 = 1 << 10;
 }
