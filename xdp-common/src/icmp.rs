@@ -89,10 +89,12 @@ pub trait Icmp: Answer {
     const ADDRS: usize;
     /// Offset of the number of what an IP header is followed by.
     const PROTO: usize;
-    /// Offset of the time to live, or hop limit, in an IP header.
+    /// Offset of the word that holds the time to live, or hop limit, in an IP header; the protocol is the rest of it.
     const TTL: usize;
     /// Offset of the checksum of the IP header, where there is one.
     const CHECK: Option<usize>;
+    /// The word at that offset, of an ICMP packet.
+    fn ttl(ttl: u8) -> [u8; 2];
     /// Whether a type is that of an error that quotes a packet.
     fn is_error(kind: u8) -> bool;
     /// Reads an IP header; nothing for later fragments, which have no ports.
@@ -114,6 +116,11 @@ impl Icmp for V4 {
     const PROTO: usize = offset_of!(Ipv4Hdr, proto);
     const TTL: usize = offset_of!(Ipv4Hdr, ttl);
     const CHECK: Option<usize> = Some(offset_of!(Ipv4Hdr, check));
+
+    #[inline(always)] // a constant
+    fn ttl(ttl: u8) -> [u8; 2] {
+        [ttl, Self::ICMP]
+    }
 
     #[inline(always)] // three comparisons
     fn is_error(kind: u8) -> bool {
@@ -153,10 +160,15 @@ impl Icmp for V6 {
     const ECHO_REPLY: u8 = 129;
     const ADDRS: usize = offset_of!(Ipv6Hdr, src_addr);
     const PROTO: usize = offset_of!(Ipv6Hdr, next_hdr);
-    const TTL: usize = offset_of!(Ipv6Hdr, hop_limit);
+    const TTL: usize = offset_of!(Ipv6Hdr, next_hdr);
     const CHECK: Option<usize> = None;
 
-    #[inline(always)] // four comparisons
+    #[inline(always)] // a constant
+    fn ttl(ttl: u8) -> [u8; 2] {
+        [Self::ICMP, ttl]
+    }
+
+    #[inline(always)] // two comparisons
     fn is_error(kind: u8) -> bool {
         let [first, .., last] = ERRORS_V6;
         kind >= first && kind <= last
@@ -345,14 +357,13 @@ pub fn translate<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>, trans
 #[inline(always)] // one caller
 pub fn reply<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>) {
     let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return };
-    let Some(ttl) = frame.view::<2>(IP + F::TTL) else { return };
     let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
     let ([s0, s1], [s2, s3, s4, s5]) = (eth.pair(6), eth.quad(8));
     frame.put_quad(0, [s0, s1, s2, s3]);
     frame.put_quad(4, [s4, s5, d0, d1]);
     frame.put_quad(8, [d2, d3, d4, d5]);
     put_addrs::<F, P>(frame, IP, message.packet.key.dst, message.packet.key.src);
-    let (before, after) = ([message.packet.ttl, ttl.u8(1)], [answer::TTL, ttl.u8(1)]);
+    let (before, after) = (F::ttl(message.packet.ttl), F::ttl(answer::TTL));
     frame.put_pair(IP + F::TTL, after);
     if let Some(check) = F::CHECK {
         update(frame, IP + check, word_delta(before, after));
