@@ -140,6 +140,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
             embryonic_buckets: 0,
             masquerade_wire: 1,
             policy_routing: 1,
+            echo: 0,
         })
     }
 

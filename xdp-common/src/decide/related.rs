@@ -115,11 +115,12 @@ pub fn egress<F: Family, T: Tables<F>>(
 #[inline(always)] // one caller
 pub fn echoes<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
     let at = FrontendKey { addr: packet.key.dst, port: [0; 2], proto: 0, zero: 0 };
-    gate::admits_echo(tables, at.addr)
+    tables.config().echo != 0
+        && gate::admits_echo(tables, at.addr)
         && is_ours(tables, packet)
         && packet.key.src.is_unicast()
         && tables.device(packet.ifindex).is_some_and(|entry| entry.flags & device::TRANSMIT != 0)
-        && tables.frontend(&at).is_some_and(|address| address.flags & frontend::ECHO != 0)
+        && tables.frontend(&at).is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)
 }
 
 /// Whether a frame is for this station: a promiscuous interface picks up others.
