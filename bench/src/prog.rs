@@ -346,6 +346,7 @@ fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
         embryonic_buckets: tables::TAGS_V4.entries,
         masquerade_wire: 1,
         policy_routing: 0,
+        echo: 1,
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
     let device = Device {

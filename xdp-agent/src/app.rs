@@ -192,6 +192,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         expects_node: matches!(config.source, ObjectSource::Kubernetes { .. }),
         names: config.interfaces.clone(),
         snat_ports: config.snat_ports,
+        echo: config.echo,
         told: Told {
             clock: Arc::clone(&clock),
             origin,

@@ -179,6 +179,8 @@ pub struct Config {
     pub fresh: bool,
     /// Source ports for translated flows.
     pub snat_ports: PortRange,
+    /// Whether echo requests to the addresses of Services are answered.
+    pub echo: bool,
     /// Map sizes.
     pub sizes: Sizes,
     /// When idle flows are forgotten.
@@ -270,6 +272,7 @@ impl Config {
             keep: args.programs.keep,
             fresh: args.programs.fresh,
             snat_ports,
+            echo: args.programs.echo,
             sizes: args.sizes.into(),
             timeouts: timeouts(&args.timeouts),
             sockets: args.sockets.into(),

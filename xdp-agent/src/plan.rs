@@ -19,7 +19,7 @@ use self::{
     networks::NetworkTable,
     pass::Pass,
     refused::{Refused, Room},
-    service::Planned,
+    service::{Claims, Planned},
     slices::Slices,
 };
 pub use self::{
@@ -59,7 +59,7 @@ enum Owner {
     Adopted,
     /// A service port's, by its id.
     Service(u32),
-    /// An address of ClusterIPs as such.
+    /// An address of Services as such.
     Address,
 }
 
@@ -77,8 +77,8 @@ pub struct Plan<A> {
     /// Service ids given up in the current update, which are not given out in it.
     left_ids: HashSet<u32>,
     last_id: u32,
-    /// How many service ports have a ClusterIP at an address.
-    addresses: HashMap<A, u32>,
+    /// Whose addresses as such are.
+    addresses: HashMap<A, Claims>,
     backends: Backends<A>,
     slices: Slices,
     /// How many backends all rings together should have room for.
@@ -239,7 +239,7 @@ impl<A: IpAddress> Plan<A> {
         self.services.len()
     }
 
-    /// Every frontend as it should be, with the addresses of ClusterIPs; there must be no other.
+    /// Every frontend as it should be, with the addresses as such; there must be no other.
     pub fn frontends(&self) -> impl Iterator<Item = (FrontendKey<A>, Frontend)> {
         self.frontends.iter().map(|(key, placed)| (*key, placed.value))
     }

@@ -92,6 +92,8 @@ pub struct Parts {
     pub names: Vec<String>,
     /// Source ports of translated flows.
     pub snat_ports: PortRange,
+    /// Whether echo requests to the addresses of Services are answered.
+    pub echo: bool,
     /// Who is told.
     pub told: Told,
     /// The socket hooks, if there are any.
@@ -173,6 +175,7 @@ impl Reconciler {
             masquerade_wire: 1,
             // Until the rules are known.
             policy_routing: 1,
+            echo: u32::from(parts.echo),
         };
         settings.set(config)?;
         parts.told.clock.store(config.clock, Ordering::Relaxed);

@@ -29,7 +29,7 @@ pub type AnswerFrame = [u8; unreachable_len::<V6>().next_multiple_of(4)];
 
 const IP: usize = EthHdr::LEN;
 /// Time to live of what is sent here (RFC 1700).
-const TTL: u8 = 64;
+pub(crate) const TTL: u8 = 64;
 
 /// What answers of a family look like.
 pub trait Answer: Headers {

@@ -4,6 +4,7 @@
 //! any other may open one. What cannot be finished here goes up the stack half-translated, and `egress` finishes it.
 
 mod opening;
+pub mod related;
 mod sending;
 pub mod socket;
 

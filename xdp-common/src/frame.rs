@@ -197,10 +197,10 @@ impl Headers for V4 {
 /// Extension headers (RFC 8200, section 4) that can stand between the IPv6 header and what is translated. A routing header
 /// names another destination than the packet's, and an authentication header forbids translation: such packets are the
 /// kernel's.
-mod extension {
-    pub(super) const HOP_BY_HOP: u8 = 0;
-    pub(super) const FRAGMENT: u8 = 44;
-    pub(super) const DESTINATION: u8 = 60;
+pub(crate) mod extension {
+    pub(crate) const HOP_BY_HOP: u8 = 0;
+    pub(crate) const FRAGMENT: u8 = 44;
+    pub(crate) const DESTINATION: u8 = 60;
 }
 
 /// Extension headers that are walked; a packet with more is the kernel's.
@@ -285,7 +285,7 @@ impl Headers for V6 {
 }
 
 /// The shortest extension header, and the unit of their lengths, in bytes (RFC 8200, section 4.3).
-const EXTENSION_LEN_MIN: usize = 8;
+pub(crate) const EXTENSION_LEN_MIN: usize = 8;
 
 /// The shortest header of a transport, in bytes.
 #[inline(always)]
@@ -294,14 +294,14 @@ fn l4_len_min(proto: u8) -> usize {
 }
 
 #[inline(always)]
-fn dmac<W: View>(eth: &W) -> [u8; 6] {
+pub(crate) fn dmac<W: View>(eth: &W) -> [u8; 6] {
     let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
     [d0, d1, d2, d3, d4, d5]
 }
 
 /// The IPv6 address at an offset.
 #[inline(always)]
-fn address<W: View>(ip: &W, at: usize) -> Ip6 {
+pub(crate) fn address<W: View>(ip: &W, at: usize) -> Ip6 {
     Ip6::from_quads([ip.quad(at), ip.quad(at + 4), ip.quad(at + 8), ip.quad(at + 12)])
 }
 

@@ -84,6 +84,13 @@ pub fn admits_ingress<F: Family, T: Tables<F>>(tables: T, config: &Config, key: 
     is_set(tables.ingress_gate(at / 64), at)
 }
 
+/// Whether an address may be that of a service, by the bit of its network or by its own.
+#[inline(always)] // one caller
+pub fn admits_echo<F: Family, T: Tables<F>>(tables: T, addr: F::Addr) -> bool {
+    let (network, own) = (service_network_bit(addr.network()), frontend_bit(addr, [0; 2], 0));
+    is_set(tables.ingress_gate(network / 64), network) || is_set(tables.ingress_gate(own / 64), own)
+}
+
 /// Whether a packet may be ours at egress: from a backend, or half-translated toward one.
 #[inline(always)]
 pub fn admits_egress<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> bool {

@@ -18,6 +18,7 @@ pub mod conntrack;
 pub mod decide;
 pub mod frame;
 pub mod gate;
+pub mod icmp;
 pub mod net;
 pub mod select;
 pub mod tables;

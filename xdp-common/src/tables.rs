@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 mod flags;
 mod peers;
@@ -92,8 +92,7 @@ plain! {
 
     /// A frontend: which rings answer for it, and how.
     ///
-    /// Under port 0 and protocol 0 stands the address of a ClusterIP as such: its other ports are refused
-    /// ([`frontend::ADDRESS`]).
+    /// Under port 0 and protocol 0 stands an address as such ([`frontend::ADDRESS`], [`frontend::ECHO`]).
     pub struct Frontend {
         /// Service id; 0 for an address as such.
         pub service: u32,
@@ -232,6 +231,8 @@ plain! {
         /// 1 when rules of the routing policy look at more than the destination: next hops are then not shared between
         /// flows.
         pub policy_routing: u32,
+        /// 1 when echo requests to the addresses of Services are answered.
+        pub echo: u32,
     }
 }
 

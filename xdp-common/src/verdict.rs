@@ -109,6 +109,8 @@ counted! {
         FlowInsert = "flow_insert",
         /// The ring named a backend that does not exist: the agent's image and the maps disagree.
         NoBackend = "no_backend",
+        /// An echo request to the address of a service, beyond those that are answered in a second.
+        EchoLimit = "echo_limit",
     }
 }
 
@@ -160,6 +162,10 @@ counted! {
         AffinityRefused = "affinity_refused",
         /// Another CPU held the bucket of a new entry, and the insert was repeated.
         InsertRetried = "insert_retried",
+        /// An ICMP error about a packet of ours was translated, and goes to the client or to the backend.
+        Related = "related",
+        /// An echo request to the address of a service was answered.
+        EchoAnswered = "echo_answered",
     }
 }
 

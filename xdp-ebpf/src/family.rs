@@ -7,6 +7,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     frame::{Frame, Headers, Packet, Parsed},
+    icmp::{Message, Translation},
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
         Account, Affinity, AffinityKey, Backend, Device, Embryo, Flow, Frontend, FrontendKey, KnownHop,
@@ -44,6 +45,8 @@ pub(crate) trait Maps: Family<Addr: Mapped> + Logged {
     fn work() -> &'static PerCpuArray<Work<Self::Addr>>;
     fn hops() -> &'static PerCpuArray<KnownHop<Self::Addr>>;
     fn packets() -> &'static PerCpuArray<Packet<Self::Addr>>;
+    fn messages() -> &'static PerCpuArray<Message<Self::Addr>>;
+    fn translations() -> &'static PerCpuArray<Translation<Self::Addr>>;
     fn sockets() -> &'static Array<SocketSettings<Self::Addr>>;
     fn pods() -> &'static HashMap<u64, Self::Addr>;
     /// Reads the headers of a frame; false when there is nothing to decide.
@@ -105,6 +108,8 @@ family_maps! {
     work: WORK_V4: PerCpuArray<Work<[u8; 4]>> 0;
     hops: HOPS_V4: PerCpuArray<KnownHop<[u8; 4]>> 0;
     packets: PACKETS_V4: PerCpuArray<Packet<[u8; 4]>> 0;
+    messages: MESSAGES_V4: PerCpuArray<Message<[u8; 4]>> 0;
+    translations: TRANSLATIONS_V4: PerCpuArray<Translation<[u8; 4]>> 0;
     sockets: SOCKETS_V4: Array<SocketSettings<[u8; 4]>> 0;
     pods: PODS_V4: HashMap<u64, [u8; 4]> 0;
 }
@@ -141,6 +146,8 @@ family_maps! {
     work: WORK_V6: PerCpuArray<Work<Ip6>> 0;
     hops: HOPS_V6: PerCpuArray<KnownHop<Ip6>> 0;
     packets: PACKETS_V6: PerCpuArray<Packet<Ip6>> 0;
+    messages: MESSAGES_V6: PerCpuArray<Message<Ip6>> 0;
+    translations: TRANSLATIONS_V6: PerCpuArray<Translation<Ip6>> 0;
     sockets: SOCKETS_V6: Array<SocketSettings<Ip6>> 0;
     pods: PODS_V6: HashMap<u64, Ip6> 0;
 }

@@ -5,6 +5,7 @@
 
 mod embryonic;
 mod family;
+mod icmp;
 mod maps;
 mod packet;
 mod socket;
@@ -22,6 +23,7 @@ use xdp_common::{
     answer::AnswerFrame,
     decide::{self, Hook},
     frame,
+    icmp::Icmp,
     net::{Family, V4, V6},
     tables,
     verdict::{Action, Counter, Event, Verdict},
@@ -54,17 +56,27 @@ pub(crate) fn xdp_ingress_frags(ctx: XdpContext) -> u32 {
 
 #[inline(always)] // the two entry points differ in their section only
 fn xdp<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    // What is no TCP or UDP goes on beside their functions, not below: those need the whole stack.
     match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
-        V4::ETHERTYPE => xdp_of::<V4, FRAGS>(ctx),
-        V6::ETHERTYPE => xdp_of::<V6, FRAGS>(ctx),
+        V4::ETHERTYPE => match xdp_of::<V4, FRAGS>(ctx) {
+            OTHER => icmp::xdp::<V4, FRAGS>(ctx),
+            action => action,
+        },
+        V6::ETHERTYPE => match xdp_of::<V6, FRAGS>(ctx) {
+            OTHER => icmp::xdp::<V6, FRAGS>(ctx),
+            action => action,
+        },
         _ => xdp_action::XDP_PASS,
     }
 }
 
+/// No action of the kernel's: the frame holds neither TCP nor UDP that can be read.
+const OTHER: u32 = u32::MAX;
+
 #[inline(never)] // each family has the stack of 512 bytes to itself
 fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return xdp_action::XDP_PASS };
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return OTHER };
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
     #[cfg(feature = "trace")]
     trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
@@ -120,9 +132,9 @@ pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
 }
 
 #[inline(never)] // as for XDP
-fn tc_egress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return icmp::tc_egress::<F>(skb) };
     let verdict = decide::egress::<F, _>(Kernel::new(frame.context()), packet);
     apply::<F>(skb, "tc egress", packet, &verdict)
 }

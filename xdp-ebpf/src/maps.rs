@@ -19,6 +19,7 @@ use xdp_common::{
     answer::AnswerFrame,
     frame::{Frame, Packet},
     gate,
+    icmp::{Message, Translation},
     net::FlowKey,
     tables::{
         self, Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion,
@@ -139,6 +140,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
             embryonic_buckets: 0,
             masquerade_wire: 1,
             policy_routing: 1,
+            echo: 0,
         })
     }
 
@@ -379,6 +381,14 @@ pub(crate) fn parse<F: Maps, R: Frame>(frame: &R, ifindex: u32) -> Option<&'stat
     // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
     let place = unsafe { &mut *place };
     if F::parse_into(frame, ifindex, place) { Some(place) } else { None }
+}
+
+/// Where an ICMP message is read to, and what becomes of it: memory that programs share, for the same reasons.
+#[inline(always)] // one caller per program
+pub(crate) fn message<F: Maps>() -> Option<(&'static mut Message<F::Addr>, &'static mut Translation<F::Addr>)> {
+    let (message, translation) = (F::messages().get_ptr_mut(0)?, F::translations().get_ptr_mut(0)?);
+    // SAFETY: the slots belong to this CPU, programs do not interrupt each other on it, and each takes them once.
+    Some(unsafe { (&mut *message, &mut *translation) })
 }
 
 /// Counts on this CPU.

@@ -4,7 +4,9 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_action, xdp_md},
+    bindings::{
+        __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, xdp_action, xdp_md,
+    },
     helpers,
     programs::{TcContext, XdpContext},
 };
@@ -18,6 +20,7 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
+    icmp,
     net::{Ip6, TCP, V4, V6},
     verdict::{Hop, Rewrite},
 };
@@ -271,6 +274,20 @@ impl Frame for XdpFrame {
     }
 }
 
+impl icmp::Patch for XdpFrame {
+    #[inline(always)]
+    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
+        let Some(place) = self.view::<2>(at) else { return };
+        place.set_pair(0, bytes);
+    }
+
+    #[inline(always)]
+    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
+        let Some(place) = self.view::<4>(at) else { return };
+        place.set_quad(0, bytes);
+    }
+}
+
 /// A frame at tc.
 pub(crate) struct TcFrame {
     ctx: TcContext,
@@ -298,10 +315,16 @@ impl TcFrame {
     /// Takes a frame of a family, with its headers pulled into the linear part where a driver has left them elsewhere.
     #[inline(always)]
     pub(crate) fn new<F: Wire>(ctx: *mut __sk_buff) -> Self {
+        Self::pulled(ctx, F::HEADERS_LEN)
+    }
+
+    /// Takes a frame with so much of it in the linear part, as far as it has that.
+    #[inline(always)]
+    pub(crate) fn pulled(ctx: *mut __sk_buff, len: usize) -> Self {
         let ctx = TcContext::new(ctx);
-        if ctx.data_end() - ctx.data() < F::HEADERS_LEN && ctx.len() as usize > ctx.data_end() - ctx.data() {
+        if ctx.data_end() - ctx.data() < len && ctx.len() as usize > ctx.data_end() - ctx.data() {
             // Failure leaves the frame as it was; the parser then finds its headers out of sight.
-            let _ = ctx.pull_data((F::HEADERS_LEN as u32).min(ctx.len()));
+            let _ = ctx.pull_data((len as u32).min(ctx.len()));
         }
         Self { ctx }
     }
@@ -370,6 +393,20 @@ impl Replace for TcFrame {
         // SAFETY: the context is the verifier's, valid for the whole program.
         let is_resized = unsafe { helpers::bpf_skb_change_tail(self.skb(), N as u32, 0) } == 0;
         is_resized && self.ctx.store(0, bytes, 0).is_ok()
+    }
+}
+
+/// By the kernel's helper: to write directly would have every skb of the program copied that is shared with a socket.
+impl icmp::Patch for TcFrame {
+    #[inline(always)]
+    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
+        // Fails only beyond the frame, where nothing has been read.
+        let _ = self.ctx.store(at, &bytes, BPF_F_RECOMPUTE_CSUM as u64);
+    }
+
+    #[inline(always)]
+    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
+        let _ = self.ctx.store(at, &bytes, BPF_F_RECOMPUTE_CSUM as u64);
     }
 }
 

@@ -109,6 +109,7 @@ impl Node {
             embryonic_buckets: sizes.buckets,
             masquerade_wire: 0,
             policy_routing: 0,
+            echo: 1,
         };
         let maps = Maps::take(programs.object());
         let mut node = Self {

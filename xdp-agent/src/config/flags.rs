@@ -164,6 +164,11 @@ pub struct ProgramArgs {
     #[arg(long, env = "XDP_AGENT_SNAT_PORTS", value_name = "MIN-MAX")]
     pub snat_ports: Option<PortRange>,
 
+    /// Answer pings of ClusterIPs, external IPs and load-balancer IPs that come in by --iface.
+    #[arg(long, env = "XDP_AGENT_ECHO", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", default_value = "true")]
+    pub echo: bool,
+
     /// Directory on a BPF file system for pinned maps and links.
     #[arg(long, env = "XDP_AGENT_PIN_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/xdp-agent")]
     pub pin_dir: PathBuf,

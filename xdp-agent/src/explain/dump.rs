@@ -15,8 +15,9 @@ use super::{answer::endpoint, tables::Maps};
 use crate::cluster::wanted::{IpAddress, Network, Protocol};
 
 /// Names of the flags of a frontend.
-const FRONTEND_FLAGS: [(u32, &str); 11] = [
+const FRONTEND_FLAGS: [(u32, &str); 12] = [
     (frontend::ADDRESS, "ADDRESS"),
+    (frontend::ECHO, "ECHO"),
     (frontend::NODE_ADDRESS, "NODE_ADDRESS"),
     (frontend::NODE_PORT, "NODE_PORT"),
     (frontend::HAS_ENDPOINTS, "HAS_ENDPOINTS"),
@@ -86,7 +87,7 @@ impl<A: IpAddress> Dump<'_, A> {
                 let _ = write!(line, " affinity={}s", value.affinity_seconds);
             }
             lines.push(line);
-            if value.flags & frontend::ADDRESS == 0 {
+            if value.flags & (frontend::ADDRESS | frontend::ECHO) == 0 {
                 lines.extend(self.rings(value));
             }
         }

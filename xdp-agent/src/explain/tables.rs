@@ -206,6 +206,7 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
             // Answers are by the rules of Services, not by what a wire needs beside them.
             masquerade_wire: 0,
             policy_routing: 0,
+            echo: 1,
         }
     }
 

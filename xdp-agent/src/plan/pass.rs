@@ -10,7 +10,7 @@ use xdp_common::tables::{ACCOUNTS_V4, Frontend, FrontendKey, network::sources_of
 use super::{
     Change, Owner, Placed, Plan, gate_bit,
     refused::Refusal,
-    service::{self, ADDRESS, Planned, address_key, addresses, endpoints, identity, key},
+    service::{self, Planned, address_key, addresses, endpoints, identity, key},
 };
 use crate::cluster::wanted::{Delta, IpAddress, Network, ServicePort, ServicePortName};
 
@@ -105,9 +105,11 @@ impl<A: IpAddress> Plan<A> {
             let value = new.frontend(id, frontend, self.knows_pods);
             self.place(*key, value, Owner::Service(id), &mut pass.frontends);
         }
-        for addr in addresses(port) {
-            *self.addresses.entry(addr).or_default() += 1;
-            self.place(address_key(addr), ADDRESS, Owner::Address, &mut pass.addresses);
+        for (addr, is_cluster_ip) in addresses(port) {
+            let claims = self.addresses.entry(addr).or_default();
+            claims.add(is_cluster_ip);
+            let value = claims.value();
+            self.place(address_key(addr), value, Owner::Address, &mut pass.addresses);
         }
         if let Some(before) = before {
             self.leave(id, &before, Some(&new), pass);
@@ -120,7 +122,7 @@ impl<A: IpAddress> Plan<A> {
     }
 
     fn check_room(&self, port: &ServicePort<A>, keys: &[FrontendKey<A>], id: u32) -> Result<(), Refusal> {
-        let own = addresses(port).into_iter().map(address_key);
+        let own = addresses(port).into_keys().map(address_key);
         let wanted = keys.iter().copied().chain(own).filter(|key| !self.frontends.contains_key(key)).count();
         if self.frontends.len() + wanted > self.limits.frontends as usize {
             return Err(Refusal::Frontends { wanted });
@@ -172,6 +174,11 @@ impl<A: IpAddress> Plan<A> {
                 if before.value == value {
                     return;
                 }
+                let (left, needed) = (gate_bit(&key, &before.value), gate_bit(&key, &value));
+                if left != needed {
+                    self.ingress.need(needed);
+                    self.ingress.leave(left);
+                }
             }
         }
         writes.push(Change::Frontend { key, value });
@@ -196,13 +203,15 @@ impl<A: IpAddress> Plan<A> {
             .collect();
         let keys = port.frontends.iter().map(|frontend| key(port, frontend));
         pass.leaving.extend(keys.filter(|key| !kept.contains(key)).map(|key| (key, Owner::Service(id))));
-        for addr in addresses(port) {
-            if let Some(count) = self.addresses.get_mut(&addr) {
-                *count -= 1;
-                if *count == 0 {
-                    self.addresses.remove(&addr);
-                    pass.leaving.push((address_key(addr), Owner::Address));
-                }
+        for (addr, is_cluster_ip) in addresses(port) {
+            let Some(claims) = self.addresses.get_mut(&addr) else { continue };
+            claims.remove(is_cluster_ip);
+            if claims.is_none() {
+                self.addresses.remove(&addr);
+                pass.leaving.push((address_key(addr), Owner::Address));
+            } else {
+                let value = claims.value();
+                self.place(address_key(addr), value, Owner::Address, &mut pass.addresses);
             }
         }
         let sources =

@@ -127,7 +127,7 @@ impl<A: IpAddress> Refused<A> {
         ports
             .flat_map(|port| {
                 let frontends = port.frontends.iter().map(|frontend| key(port, frontend));
-                frontends.chain(addresses(port).into_iter().map(address_key))
+                frontends.chain(addresses(port).into_keys().map(address_key))
             })
             .collect()
     }

@@ -1,7 +1,7 @@
 //! One service port: what it needs in the maps.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::Arc,
 };
 
@@ -108,26 +108,59 @@ pub(super) fn key<A: IpAddress>(port: &ServicePort<A>, frontend: &DesiredFronten
     FrontendKey { addr: frontend.addr, port: frontend.port.to_be_bytes(), proto, zero: 0 }
 }
 
-/// Under which an address of a ClusterIP stands as such.
+/// Under which an address stands as such.
 pub(super) fn address_key<A: IpAddress>(addr: A) -> FrontendKey<A> {
     FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 }
 }
 
-/// The value of an address as such.
-pub(super) const ADDRESS: Frontend = Frontend {
-    service: 0,
-    ring: 0,
-    slots: 0,
-    inner_ring: 0,
-    inner_slots: 0,
-    flags: frontend::ADDRESS,
-    affinity_seconds: 0,
-};
+/// How many service ports have frontends at an address that is none of the node's own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Claims {
+    all: u32,
+    /// Those whose ClusterIP it is.
+    cluster_ips: u32,
+}
 
-/// The addresses that are nobody's but this service's, so that all their other ports may be refused.
-pub(super) fn addresses<A: IpAddress>(port: &ServicePort<A>) -> BTreeSet<A> {
-    let own = port.frontends.iter();
-    own.filter(|f| f.kind == FrontendKind::ClusterIp && !f.is_node_address).map(|f| f.addr).collect()
+impl Claims {
+    pub(super) fn add(&mut self, is_cluster_ip: bool) {
+        self.all += 1;
+        self.cluster_ips += u32::from(is_cluster_ip);
+    }
+
+    pub(super) fn remove(&mut self, is_cluster_ip: bool) {
+        self.all -= 1;
+        self.cluster_ips -= u32::from(is_cluster_ip);
+    }
+
+    pub(super) fn is_none(self) -> bool {
+        self.all == 0
+    }
+
+    /// The value of the address as such. The other ports of an external address are somebody else's, perhaps.
+    pub(super) fn value(self) -> Frontend {
+        let flags = if self.cluster_ips > 0 { frontend::ADDRESS } else { frontend::ECHO };
+        Frontend {
+            service: 0,
+            ring: 0,
+            slots: 0,
+            inner_ring: 0,
+            inner_slots: 0,
+            flags,
+            affinity_seconds: 0,
+        }
+    }
+}
+
+/// The addresses of a service that are none of the node's own, and whether each is a ClusterIP.
+pub(super) fn addresses<A: IpAddress>(port: &ServicePort<A>) -> BTreeMap<A, bool> {
+    let mut addresses = BTreeMap::new();
+    let is_own = |frontend: &&DesiredFrontend<A>| {
+        frontend.is_node_address || frontend.kind == FrontendKind::NodePort
+    };
+    for frontend in port.frontends.iter().filter(|frontend| !is_own(frontend)) {
+        *addresses.entry(frontend.addr).or_default() |= frontend.kind == FrontendKind::ClusterIp;
+    }
+    addresses
 }
 
 /// The endpoints that a policy chooses from, if a frontend asks for them.

@@ -11,6 +11,7 @@ use crate::cluster::wanted::{
     DesiredFrontend, Endpoint, FrontendKind, Ip6, Masquerade, Networks, Policy, Protocol, ServicePort,
 };
 
+mod addresses;
 mod adopting;
 mod endpoints;
 mod generated;
@@ -102,7 +103,7 @@ fn port<A: TestAddress>(
     let frontend = |(at, policy): (usize, &Policy)| DesiredFrontend {
         addr: A::at(96, at as u8, n),
         port: 80,
-        kind: FrontendKind::ExternalIp,
+        kind: FrontendKind::NodePort,
         external: *policy,
         internal: *policy,
         masquerade: Masquerade::default(),
@@ -130,6 +131,11 @@ fn simple<A: TestAddress>(n: u8, endpoints: &[u8]) -> ServicePort<A> {
     port(n, &[Policy::Cluster], &list, &[])
 }
 
+/// The flags of a frontend, without that of the kind which [`port`] gives.
+fn flags(value: &Frontend) -> u32 {
+    value.flags & !frontend::NODE_PORT
+}
+
 /// Changes as lines, one a change, for comparison with what a person expects.
 fn script<A: IpAddress>(changes: &[Change<A>]) -> Vec<String> {
     let line = |change: &Change<A>| match change {
@@ -142,7 +148,7 @@ fn script<A: IpAddress>(changes: &[Change<A>]) -> Vec<String> {
         Change::EgressGate { .. } => "egress gate".to_owned(),
         Change::Frontend { key, value } if value.service == 0 => format!("address {}", key.addr.to_ip()),
         Change::Frontend { key, value } => {
-            let (addr, service, flags) = (key.addr.to_ip(), value.service, value.flags);
+            let (addr, service, flags) = (key.addr.to_ip(), value.service, flags(value));
             let inner = match (value.inner_ring, value.inner_slots) {
                 same if same == (value.ring, value.slots) => String::new(),
                 (ring, slots) => format!(" inside {ring}+{slots}"),
@@ -168,7 +174,7 @@ fn in_use(started_ms: u64) -> InUse {
 }
 
 fn only_frontend<A: IpAddress>(plan: &Plan<A>) -> Frontend {
-    let mut all = plan.frontends();
+    let mut all = plan.frontends().filter(|(key, _)| key.proto != 0);
     let (_, value) = all.next().expect("a frontend");
     assert_eq!(all.next(), None);
     value
@@ -293,12 +299,12 @@ fn the_flags_of_a_frontend_say_who_is_masqueraded_and_whether_pods_are_asked_for
         wanted.frontends[0] = DesiredFrontend { masquerade, external, ..wanted.frontends[0] };
         let mut node = Node::new(LIMITS);
         node.wish([wanted.clone()], 0);
-        let unknown = only_frontend(&node.plan).flags;
+        let unknown = flags(&only_frontend(&node.plan));
         assert_eq!(unknown, has | expected & !distinguishes, "no pods are known by their networks");
         let networks =
             Networks { pods: vec![Network { addr: [10, 0, 0, 0], len: 16 }], ..Networks::default() };
         node.wish_with([wanted], Some(networks), 10);
-        assert_eq!(only_frontend(&node.plan).flags, has | expected);
+        assert_eq!(flags(&only_frontend(&node.plan)), has | expected);
     }
 }
 
@@ -311,7 +317,7 @@ fn a_frontend_without_endpoints_says_whether_there_are_some_elsewhere() {
     node.wish([port(1, &both, &[endpoint(1)], &[]), none], 0);
     let mut all: Vec<_> = node.plan.frontends().collect();
     all.sort_by_key(|(key, _)| (key.addr[3], key.addr[2]));
-    let values: Vec<_> = all.iter().map(|(_, value)| (value.slots, value.flags)).collect();
+    let values: Vec<_> = all.iter().map(|(_, value)| (value.slots, flags(value))).collect();
     let local = frontend::LOCAL | frontend::INNER_LOCAL;
     let has = frontend::HAS_ENDPOINTS;
     assert_eq!(values, [(1, has), (0, has | local), (0, frontend::NODE_ADDRESS), (0, local)]);

@@ -87,7 +87,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
 
 /// Asks for the next hop again; true when an established flow keeps the answer.
 #[inline(never)] // once per flow and routing change
-fn refresh<F: Family, T: Tables<F>>(
+pub(super) fn refresh<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
     table: Table,

@@ -88,7 +88,8 @@ pub const fn errno(reason: Reason) -> i32 {
         | Reason::UnknownServiceAddress
         | Reason::SnatExhausted
         | Reason::FlowInsert
-        | Reason::NoBackend => EPERM,
+        | Reason::NoBackend
+        | Reason::EchoLimit => EPERM,
     }
 }
 

@@ -54,8 +54,10 @@ pub mod frontend {
     pub const LOCAL: u32 = 1 << 7;
     /// The ring for clients inside holds the endpoints of policy Local.
     pub const INNER_LOCAL: u32 = 1 << 8;
-    /// Not a frontend but the address of one, under port 0 and protocol 0: other ports of it are refused.
+    /// Not a frontend but a ClusterIP, under port 0 and protocol 0: other ports of it are refused, echo requests answered.
     pub const ADDRESS: u32 = 1 << 9;
+    /// Not a frontend but another address of services, under port 0 and protocol 0: echo requests to it are answered.
+    pub const ECHO: u32 = 1 << 11;
     /// A NodePort: processes of the node may reach it on the loopback, and must not bind it.
     pub const NODE_PORT: u32 = 1 << 10;
 }

@@ -99,6 +99,10 @@ per_family! {
     hops: HOPS_V4, HOPS_V6 = 1 << 10;
     /// Per-CPU place of the packet at hand.
     packets: PACKETS_V4, PACKETS_V6 = 1;
+    /// Per-CPU place of the ICMP message at hand.
+    messages: MESSAGES_V4, MESSAGES_V6 = 1;
+    /// Per-CPU place of what becomes of it.
+    translations: TRANSLATIONS_V4, TRANSLATIONS_V6 = 1;
     /// One slot of [`SocketSettings`](super::SocketSettings).
     sockets: SOCKETS_V4, SOCKETS_V6 = 1;
     /// Addresses of pods by the cookie of their network namespace, as far as source ranges ask for them.

@@ -140,6 +140,7 @@ impl Model {
                 embryonic_buckets: 1,
                 masquerade_wire: 0,
                 policy_routing: 0,
+                echo: 1,
             }),
             established: Flows::default(),
             embryonic: Flows::default(),

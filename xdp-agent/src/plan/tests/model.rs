@@ -279,7 +279,7 @@ impl<A: TestAddress> Model<A> {
         let mut keys = HashSet::new();
         for port in ports.values() {
             keys.extend(port.frontends.iter().map(|frontend| key(port, frontend)));
-            keys.extend(addresses(port).into_iter().map(address_key));
+            keys.extend(addresses(port).into_keys().map(address_key));
             for frontend in &port.frontends {
                 let value = &self.frontends[&key(port, frontend)];
                 self.check_lists(value, frontend);

@@ -1,0 +1,143 @@
+//! ICMP about flows: where an error belongs, and what it is to say there; which echo requests are answered.
+//!
+//! An error comes from behind the translation and quotes a packet as it looks there. The entry that recognises answers to
+//! that packet knows what it was before, and so whom the error concerns. No error makes a flow, ends one or keeps it alive.
+
+use super::sending::{Way, by_cache, refresh};
+use crate::{
+    conntrack::{is_ingress_kind, opposite, rewrite, rewrite_between, translated},
+    frame::Packet,
+    gate,
+    icmp::{Message, Translation},
+    net::{Address, Family, FlowKey},
+    tables::{Flow, FrontendKey, Table, Tables, device, exit, frontend, kind},
+    verdict::{Action, Counter, Event, Hop, Rewrite},
+};
+
+/// Decides on an error that has come in.
+///
+/// Sent on to the client, one that the backend itself sends comes from the service, any other keeps its sender, so that
+/// routers have their names. Sent on to a backend that sees this node as the client, it comes from this node too: the
+/// network may let nothing else through.
+#[inline(always)] // one caller
+pub fn ingress<F: Family, T: Tables<F>>(
+    tables: T,
+    message: &Message<F::Addr>,
+    out: &mut Translation<F::Addr>,
+) -> Action {
+    let packet = &message.packet;
+    let key = &packet.key;
+    if !gate::admits_ingress(tables, &tables.config(), key) || !is_ours(tables, packet) {
+        return Action::Pass;
+    }
+    let Some(mut work) = tables.work() else { return Action::Pass };
+    let mut table = Table::Established;
+    let mut found = tables.flow(table, key);
+    if found.is_none() {
+        table = Table::Embryonic;
+        found = tables.flow(table, key);
+    }
+    let Some(entry) = found else { return Action::Pass };
+    if !is_ingress_kind(entry.kind) {
+        return Action::Pass;
+    }
+    let flow = &mut work.flow;
+    *flow = *entry;
+    if flow.exit != exit::LOCAL && flow.routing != tables.routing_tag() {
+        // The answer serves the flow too, whether it is kept or not.
+        refresh(tables, packet, table, flow);
+    }
+    let action = by_cache(tables, packet, flow).unwrap_or(Way::Stack).action();
+    out.quote = quoted(flow);
+    out.hop = Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex };
+    let is_masqueraded = flow.kind == kind::FORWARD && flow.src.differs(key.src) != 0;
+    let is_renamed = is_masqueraded || message.from.differs(key.src) == 0;
+    // The stack drops what comes in from an address of its own; egress renames the sender.
+    out.source = if is_renamed && action != Action::Stack { flow.src } else { message.from };
+    tables.count(Counter::Event(Event::Related));
+    action
+}
+
+/// Decides on an error that is about to leave: one that the kernel itself has made about a packet on its way through, or a
+/// backend on this node; or the rest of one that [`ingress`] has handed up.
+#[inline(always)] // one caller
+pub fn egress<F: Family, T: Tables<F>>(
+    tables: T,
+    message: &Message<F::Addr>,
+    out: &mut Translation<F::Addr>,
+) -> Action {
+    let Some(mut work) = tables.work() else { return Action::Pass };
+    let key = &message.packet.key;
+    let quote = &mut work.other_key;
+    *quote = key.reversed();
+    let is_known = gate::admits_egress(tables, key)
+        || gate::admits_egress(tables, quote)
+        || gate::admits_ingress(tables, &tables.config(), quote);
+    if !is_known {
+        return Action::Pass;
+    }
+    out.source = message.from;
+    if let Some(reply) = known::<F, T>(tables, key)
+        && reply.kind == kind::REPLY_LOCAL
+    {
+        out.quote = quoted(&reply);
+        if message.from.differs(key.src) == 0 {
+            out.source = reply.src;
+        }
+        tables.count(Counter::Event(Event::Related));
+        return Action::Stack;
+    }
+    let Some(entry) = known::<F, T>(tables, quote) else { return Action::Pass };
+    if entry.kind == kind::TRANSIT {
+        // The kernel quotes what it was handed, half-translated.
+        let whole = opposite(quote, &entry);
+        let Some(other) = known::<F, T>(tables, &whole) else { return Action::Pass };
+        let original = translated(&whole, &other).reversed();
+        out.quote = rewrite_between(quote, &original);
+        tables.count(Counter::Event(Event::Related));
+        return Action::Stack;
+    }
+    // The quote is as it should be; the sender may not be.
+    out.source = match entry.kind {
+        kind::FORWARD if message.from.differs(entry.dst) == 0 => quote.dst,
+        kind::REPLY_REMOTE => quote.dst,
+        _ => return Action::Pass,
+    };
+    if out.source.differs(message.from) == 0 {
+        return Action::Pass;
+    }
+    out.quote = rewrite_between(quote, quote);
+    tables.count(Counter::Event(Event::Finished));
+    Action::Stack
+}
+
+/// Whether an echo request is to be answered: to the address of a service that is none of the node's own.
+#[inline(always)] // one caller
+pub fn echoes<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+    let at = FrontendKey { addr: packet.key.dst, port: [0; 2], proto: 0, zero: 0 };
+    tables.config().echo != 0
+        && gate::admits_echo(tables, at.addr)
+        && is_ours(tables, packet)
+        && packet.key.src.is_unicast()
+        && tables.device(packet.ifindex).is_some_and(|entry| entry.flags & device::TRANSMIT != 0)
+        && tables.frontend(&at).is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)
+}
+
+/// Whether a frame is for this station: a promiscuous interface picks up others.
+#[inline(always)]
+fn is_ours<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+    tables.device(packet.ifindex).is_some_and(|entry| entry.mac == packet.dmac)
+}
+
+/// The flow of a key, in whichever table it is.
+#[inline(always)]
+fn known<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> Option<T::Entry> {
+    tables.flow(Table::Established, key).or_else(|| tables.flow(Table::Embryonic, key))
+}
+
+/// What a quote becomes, when answers to the quoted packet are translated by a flow. The sums are the same either way round.
+#[inline(always)]
+fn quoted<A: Address>(flow: &Flow<A>) -> Rewrite<A> {
+    let answer = rewrite(flow);
+    Rewrite { src: answer.dst, dst: answer.src, sport: answer.dport, dport: answer.sport, ..answer }
+}

@@ -1,0 +1,419 @@
+//! ICMP about packets of ours: errors quote a packet in one of the forms that a flow gives it, and are translated into
+//! the other (RFC 5508, section 4.2); echo requests to the addresses of Services are answered (RFC 792, RFC 4443).
+
+use core::mem::offset_of;
+
+use network_types::{
+    eth::EthHdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
+
+use crate::{
+    answer::{self, Answer},
+    checksum,
+    frame::{
+        EXTENSION_LEN_MIN, EXTENSIONS_LEN_MAX, EXTENSIONS_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View,
+        address, dmac, extension,
+    },
+    net::{Address, FlowKey, Ip6, TCP, UDP, V4, V6},
+    verdict::{Hop, Rewrite},
+};
+
+/// A frame that can be written to; what is written lies where [`parse`] has read.
+pub trait Patch: Frame {
+    /// Writes two bytes.
+    fn put_pair(&self, at: usize, bytes: [u8; 2]);
+    /// Writes four bytes.
+    fn put_quad(&self, at: usize, bytes: [u8; 4]);
+}
+
+/// An ICMP message that may be ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message<A> {
+    /// What the headers say. The key is that of packets which answer the one that an error quotes; that of an echo request
+    /// has no ports. Offset, length and checksum are those of the ICMP message.
+    pub packet: Packet<A>,
+    /// Who sends the message. Whom it is sent to is the key's destination.
+    pub from: A,
+    /// Offset of the TCP or UDP header in the quote.
+    pub ports_at: u8,
+    /// Offset of its checksum, 0 when the quote is too short for it or the datagram went without.
+    pub check_at: u8,
+}
+
+/// What an ICMP message turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing that concerns packets of ours.
+    Other,
+    /// An error that quotes a TCP or UDP packet.
+    Error,
+    /// An echo request.
+    Echo,
+}
+
+/// What becomes of an error whose quote is of a known flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation<A> {
+    /// Its new source. Its destination becomes the source of the quote.
+    pub source: A,
+    /// The new addresses and ports of the quote.
+    pub quote: Rewrite<A>,
+    /// The next hop, where it is sent on.
+    pub hop: Hop,
+}
+
+/// What an IP header says, with the extension headers behind it.
+pub struct Header<A> {
+    src: A,
+    dst: A,
+    proto: u8,
+    is_fragment: bool,
+    /// Length up to what it carries, in bytes.
+    len: usize,
+    /// Length of the whole packet, in bytes.
+    total_len: u16,
+    tos: u8,
+    ttl: u8,
+}
+
+/// ICMP of a family.
+pub trait Icmp: Answer {
+    /// Type of an echo request.
+    const ECHO_REQUEST: u8;
+    /// Type of the reply to it.
+    const ECHO_REPLY: u8;
+    /// Offset of the source address in an IP header; the destination follows.
+    const ADDRS: usize;
+    /// Offset of the number of what an IP header is followed by.
+    const PROTO: usize;
+    /// Offset of the word that holds the time to live, or hop limit, in an IP header; the protocol is the rest of it.
+    const TTL: usize;
+    /// Offset of the checksum of the IP header, where there is one.
+    const CHECK: Option<usize>;
+    /// The word at that offset, of an ICMP packet.
+    fn ttl(ttl: u8) -> [u8; 2];
+    /// Whether a type is that of an error that quotes a packet.
+    fn is_error(kind: u8) -> bool;
+    /// Reads an IP header; nothing for later fragments, which have no ports.
+    fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<Self::Addr>>;
+    /// Writes an address.
+    fn put_addr<P: Patch>(frame: &P, at: usize, addr: Self::Addr);
+}
+
+/// Types that quote a packet (RFC 792): destination unreachable, of which "fragmentation needed" is one, time exceeded,
+/// parameter problem. A redirect is for the sender's own routing.
+const ERRORS_V4: [u8; 3] = [3, 11, 12];
+/// Types that quote a packet (RFC 4443): destination unreachable, packet too big, time exceeded, parameter problem.
+const ERRORS_V6: [u8; 4] = [1, 2, 3, 4];
+
+impl Icmp for V4 {
+    const ECHO_REQUEST: u8 = 8;
+    const ECHO_REPLY: u8 = 0;
+    const ADDRS: usize = offset_of!(Ipv4Hdr, src_addr);
+    const PROTO: usize = offset_of!(Ipv4Hdr, proto);
+    const TTL: usize = offset_of!(Ipv4Hdr, ttl);
+    const CHECK: Option<usize> = Some(offset_of!(Ipv4Hdr, check));
+
+    #[inline(always)] // a constant
+    fn ttl(ttl: u8) -> [u8; 2] {
+        [ttl, Self::ICMP]
+    }
+
+    #[inline(always)] // three comparisons
+    fn is_error(kind: u8) -> bool {
+        let [a, b, c] = ERRORS_V4;
+        kind == a || kind == b || kind == c
+    }
+
+    #[inline(always)] // bounds proofs do not survive a call
+    fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<[u8; 4]>> {
+        let ip = frame.view::<{ Ipv4Hdr::LEN }>(at)?;
+        let vihl = ip.u8(0);
+        let len = ((vihl & 0x0f) as usize) << 2;
+        let fragment = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, frags)));
+        if vihl >> 4 != 4 || len < Ipv4Hdr::LEN || fragment & 0x1fff != 0 {
+            return None;
+        }
+        Some(Header {
+            src: ip.quad(offset_of!(Ipv4Hdr, src_addr)),
+            dst: ip.quad(offset_of!(Ipv4Hdr, dst_addr)),
+            proto: ip.u8(offset_of!(Ipv4Hdr, proto)),
+            is_fragment: fragment & 0x3fff != 0,
+            len,
+            total_len: u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len))),
+            tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
+            ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
+        })
+    }
+
+    #[inline(always)] // one store
+    fn put_addr<P: Patch>(frame: &P, at: usize, addr: [u8; 4]) {
+        frame.put_quad(at, addr);
+    }
+}
+
+impl Icmp for V6 {
+    const ECHO_REQUEST: u8 = 128;
+    const ECHO_REPLY: u8 = 129;
+    const ADDRS: usize = offset_of!(Ipv6Hdr, src_addr);
+    const PROTO: usize = offset_of!(Ipv6Hdr, next_hdr);
+    const TTL: usize = offset_of!(Ipv6Hdr, next_hdr);
+    const CHECK: Option<usize> = None;
+
+    #[inline(always)] // a constant
+    fn ttl(ttl: u8) -> [u8; 2] {
+        [Self::ICMP, ttl]
+    }
+
+    #[inline(always)] // two comparisons
+    fn is_error(kind: u8) -> bool {
+        let [first, .., last] = ERRORS_V6;
+        kind >= first && kind <= last
+    }
+
+    #[inline(always)] // bounds proofs do not survive a call
+    fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<Ip6>> {
+        let ip = frame.view::<{ Ipv6Hdr::LEN }>(at)?;
+        let first = ip.quad(0);
+        let payload_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv6Hdr, payload_len)));
+        let (mut proto, mut len) = (ip.u8(offset_of!(Ipv6Hdr, next_hdr)), Ipv6Hdr::LEN);
+        if first[0] >> 4 != 6 {
+            return None;
+        }
+        let (mut is_fragment, mut step) = (false, 0);
+        while step < EXTENSIONS_MAX {
+            let is_fragment_header = proto == extension::FRAGMENT;
+            if !is_fragment_header && proto != extension::HOP_BY_HOP && proto != extension::DESTINATION {
+                break;
+            }
+            let header = frame.view::<EXTENSION_LEN_MIN>(at + len)?;
+            let mut units = header.u8(1) as usize;
+            if is_fragment_header {
+                let fragment = u16::from_be_bytes(header.pair(2));
+                if fragment & 0xfff8 != 0 {
+                    return None;
+                }
+                is_fragment |= fragment & 1 != 0;
+                units = 0;
+            }
+            len += (units + 1) * EXTENSION_LEN_MIN;
+            if len > Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX {
+                return None;
+            }
+            proto = header.u8(0);
+            step += 1;
+        }
+        Some(Header {
+            src: address(&ip, offset_of!(Ipv6Hdr, src_addr)),
+            dst: address(&ip, offset_of!(Ipv6Hdr, dst_addr)),
+            proto,
+            is_fragment,
+            len,
+            total_len: payload_len.saturating_add(Ipv6Hdr::LEN as u16),
+            tos: first[0] << 4 | first[1] >> 4,
+            ttl: ip.u8(offset_of!(Ipv6Hdr, hop_limit)),
+        })
+    }
+
+    #[inline(always)] // four stores
+    fn put_addr<P: Patch>(frame: &P, at: usize, addr: Ip6) {
+        let [a, b, c, d] = addr.words().map(u32::to_ne_bytes);
+        frame.put_quad(at, a);
+        frame.put_quad(at + 4, b);
+        frame.put_quad(at + 8, c);
+        frame.put_quad(at + 12, d);
+    }
+}
+
+/// Offset of the IP header in a frame.
+const IP: usize = EthHdr::LEN;
+/// Length of an ICMP header, behind which the quote begins.
+const HEADER: usize = 8;
+/// Offset of the checksum in an ICMP header.
+const CHECK: usize = 2;
+/// How much of a TCP or UDP packet every quote has (RFC 792): ports, and the checksum of UDP.
+const PORTS: usize = 8;
+
+/// The longest way through headers to the end of what is read or written, in bytes.
+pub const REACH: usize =
+    IP + 2 * (Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX) + HEADER + TCP_CHECK + 2;
+const _: () = assert!(REACH <= u8::MAX as usize, "offsets are bytes");
+const _: () = assert!(Ipv4Hdr::LEN + 40 <= Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX, "the longest is of IPv6");
+const _: () = assert!(TcpHdr::LEN >= TCP_CHECK + 2 && UdpHdr::LEN == PORTS);
+
+/// Whether a frame of the family holds ICMP right behind its IP header.
+#[inline(always)] // one comparison
+pub fn is_plain<F: Icmp, R: Frame + ?Sized>(frame: &R) -> bool {
+    frame.view::<1>(IP + F::PROTO).is_some_and(|proto| proto.u8(0) == F::ICMP)
+}
+
+/// Reads the ICMP message in a frame of the family.
+#[inline(always)] // bounds proofs do not survive a call
+pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut Message<F::Addr>) -> Found {
+    if !is_plain::<F, R>(frame) {
+        return Found::Other;
+    }
+    let (Some(eth), Some(outer)) = (frame.view::<{ EthHdr::LEN }>(0), F::read(frame, IP)) else {
+        return Found::Other;
+    };
+    if outer.is_fragment {
+        return Found::Other;
+    }
+    let at = IP + outer.len;
+    let end = IP + outer.total_len as usize;
+    if end < at + HEADER || !frame.reaches(end) {
+        return Found::Other;
+    }
+    let Some(icmp) = frame.view::<HEADER>(at) else { return Found::Other };
+    let kind = icmp.u8(0);
+    message.from = outer.src;
+    message.packet.key.dst = outer.dst;
+    message.packet.dmac = dmac(&eth);
+    message.packet.l4_offset = at as u8;
+    message.packet.l4_len = (end - at) as u16;
+    message.packet.total_len = outer.total_len;
+    message.packet.check = u16::from_ne_bytes(icmp.pair(CHECK));
+    message.packet.tos = outer.tos;
+    message.packet.ttl = outer.ttl;
+    message.packet.tcp_flags = 0;
+    message.packet.ifindex = ifindex;
+    message.packet.key.zero = [0; 3];
+    if kind == F::ECHO_REQUEST && icmp.u8(1) == 0 {
+        message.packet.key.src = outer.src;
+        message.packet.key.sport = [0; 2];
+        message.packet.key.dport = [0; 2];
+        message.packet.key.proto = F::ICMP;
+        return Found::Echo;
+    }
+    if !F::is_error(kind) {
+        return Found::Other;
+    }
+    let quote_at = at + HEADER;
+    let Some(quote) = F::read(frame, quote_at) else { return Found::Other };
+    let ports_at = quote_at + quote.len;
+    // An error goes to the source of what it quotes.
+    if (quote.proto != TCP && quote.proto != UDP) || quote.src.differs(outer.dst) != 0 || ports_at + PORTS > end
+    {
+        return Found::Other;
+    }
+    let Some(ports) = frame.view::<PORTS>(ports_at) else { return Found::Other };
+    message.packet.key.src = quote.dst;
+    message.packet.key.sport = ports.pair(2);
+    message.packet.key.dport = ports.pair(0);
+    message.packet.key.proto = quote.proto;
+    message.ports_at = ports_at as u8;
+    let check_at = if quote.proto == TCP { ports_at + TCP_CHECK } else { ports_at + UDP_CHECK };
+    let has_check = match quote.proto {
+        TCP => check_at + 2 <= end && frame.view::<{ TCP_CHECK + 2 }>(ports_at).is_some(),
+        _ => ports.pair(UDP_CHECK) != [0; 2],
+    };
+    message.check_at = if has_check { check_at as u8 } else { 0 };
+    Found::Error
+}
+
+/// Writes a translation into the frame of an error, with every checksum updated by what has changed (RFC 1624), so that one
+/// that was wrong is still wrong.
+#[inline(always)] // one caller per hook
+pub fn translate<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>, translation: &Translation<F::Addr>) {
+    let (key, quote) = (&message.packet.key, &translation.quote);
+    let at = message.packet.l4_offset as usize;
+    let quote_at = at + HEADER;
+    let before = message.from.sum() + key.dst.sum();
+    let outer_delta = checksum::delta(before, translation.source.sum() + quote.src.sum());
+    put_addrs::<F, P>(frame, IP, translation.source, quote.src);
+    put_addrs::<F, P>(frame, quote_at, quote.src, quote.dst);
+    if let Some(check) = F::CHECK {
+        update(frame, IP + check, outer_delta);
+        update(frame, quote_at + check, quote.addr_delta);
+    }
+    frame.put_pair(message.ports_at as usize, quote.sport);
+    frame.put_pair(message.ports_at as usize + 2, quote.dport);
+    // What the quoted addresses change is undone by the checksum of the quoted header, where there is one.
+    let mut icmp_delta = if F::HEADER_CHECKSUM { quote.port_delta() } else { quote.l4_delta };
+    if message.check_at != 0 {
+        let check_at = message.check_at as usize;
+        if let Some(check) = frame.view::<2>(check_at) {
+            let check = u16::from_ne_bytes(check.pair(0));
+            let check = if key.proto == UDP {
+                checksum::update_udp(check, quote.l4_delta)
+            } else {
+                checksum::update(check, quote.l4_delta)
+            };
+            frame.put_pair(check_at, check.to_ne_bytes());
+            icmp_delta = checksum::add(icmp_delta, !quote.l4_delta);
+        }
+    }
+    if F::ICMP_PSEUDO_HEADER {
+        icmp_delta = checksum::add(icmp_delta, outer_delta);
+    }
+    let check = checksum::update(message.packet.check, icmp_delta);
+    frame.put_pair(at + CHECK, check.to_ne_bytes());
+}
+
+/// Turns an echo request into the reply to it, to be sent out where it came in. Swapped addresses change no sum.
+#[inline(always)] // one caller
+pub fn reply<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>) {
+    let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return };
+    let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
+    let ([s0, s1], [s2, s3, s4, s5]) = (eth.pair(6), eth.quad(8));
+    frame.put_quad(0, [s0, s1, s2, s3]);
+    frame.put_quad(4, [s4, s5, d0, d1]);
+    frame.put_quad(8, [d2, d3, d4, d5]);
+    put_addrs::<F, P>(frame, IP, message.packet.key.dst, message.packet.key.src);
+    let (before, after) = (F::ttl(message.packet.ttl), F::ttl(answer::TTL));
+    frame.put_pair(IP + F::TTL, after);
+    if let Some(check) = F::CHECK {
+        update(frame, IP + check, word_delta(before, after));
+    }
+    let at = message.packet.l4_offset as usize;
+    frame.put_pair(at, [F::ECHO_REPLY, 0]);
+    let delta = word_delta([F::ECHO_REQUEST, 0], [F::ECHO_REPLY, 0]);
+    frame.put_pair(at + CHECK, checksum::update(message.packet.check, delta).to_ne_bytes());
+}
+
+#[inline(always)]
+fn word_delta(before: [u8; 2], after: [u8; 2]) -> u16 {
+    checksum::delta(u16::from_ne_bytes(before) as u32, u16::from_ne_bytes(after) as u32)
+}
+
+/// Writes both addresses of an IP header.
+#[inline(always)]
+fn put_addrs<F: Icmp, P: Patch>(frame: &P, header: usize, src: F::Addr, dst: F::Addr) {
+    F::put_addr(frame, header + F::ADDRS, src);
+    F::put_addr(frame, header + F::ADDRS + F::Addr::LEN, dst);
+}
+
+/// Updates the checksum at an offset.
+#[inline(always)]
+fn update<P: Patch>(frame: &P, at: usize, delta: u16) {
+    let Some(check) = frame.view::<2>(at) else { return };
+    let check = checksum::update(u16::from_ne_bytes(check.pair(0)), delta);
+    frame.put_pair(at, check.to_ne_bytes());
+}
+
+impl<A: Address> Message<A> {
+    /// A message with nothing in it.
+    pub const ZERO: Self = Self {
+        packet: Packet {
+            key: FlowKey::ZERO,
+            dmac: [0; 6],
+            l4_offset: 0,
+            l4_len: 0,
+            total_len: 0,
+            check: 0,
+            tos: 0,
+            ttl: 0,
+            tcp_flags: 0,
+            ifindex: 0,
+        },
+        from: A::UNSPECIFIED,
+        ports_at: 0,
+        check_at: 0,
+    };
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,73 @@
+//! ICMP at the hooks: functions of their own beside the path of TCP and UDP, which ends before them.
+
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC, xdp_action, xdp_md};
+use xdp_common::{
+    decide::related,
+    icmp::{self, Found, Icmp},
+    verdict::{Action, Counter, Event, Reason},
+};
+
+use crate::{
+    family::Maps,
+    maps::{self, Kernel, answer_area, count},
+    packet::{TcFrame, Wire, XdpFrame},
+};
+
+/// A frame at XDP that is neither TCP nor UDP.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let Some((message, translation)) = maps::message::<F>() else { return xdp_action::XDP_PASS };
+    let tables = Kernel::<F>::new(frame.context());
+    match icmp::parse::<F, _>(frame, frame.ifindex(), message) {
+        Found::Other => xdp_action::XDP_PASS,
+        Found::Echo => {
+            if !related::echoes(tables, &message.packet) {
+                return xdp_action::XDP_PASS;
+            }
+            if answer_area().is_none() {
+                count(Counter::Drop(Reason::EchoLimit));
+                return xdp_action::XDP_DROP;
+            }
+            icmp::reply::<F, _>(frame, message);
+            count(Counter::Event(Event::EchoAnswered));
+            xdp_action::XDP_TX
+        }
+        Found::Error => {
+            let action = related::ingress(tables, message, translation);
+            if action == Action::Pass {
+                return xdp_action::XDP_PASS;
+            }
+            icmp::translate::<F, _>(frame, message, translation);
+            match action {
+                Action::Transmit => {
+                    F::address(frame, &message.packet, &translation.hop);
+                    xdp_action::XDP_TX
+                }
+                Action::Redirect => {
+                    F::address(frame, &message.packet, &translation.hop);
+                    frame.redirect(translation.hop.ifindex)
+                }
+                Action::Pass | Action::Stack | Action::Drop(_) | Action::Reject(_) => xdp_action::XDP_PASS,
+            }
+        }
+    }
+}
+
+/// A frame at tc egress that is neither TCP nor UDP.
+#[inline(never)] // as above
+pub(crate) fn tc_egress<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
+    if !icmp::is_plain::<F, _>(&TcFrame::of(skb)) {
+        return TC_ACT_UNSPEC;
+    }
+    let frame = &TcFrame::pulled(skb, icmp::REACH);
+    let Some((message, translation)) = maps::message::<F>() else { return TC_ACT_UNSPEC };
+    if icmp::parse::<F, _>(frame, frame.ifindex(), message) != Found::Error {
+        return TC_ACT_UNSPEC;
+    }
+    let tables = Kernel::<F>::new(frame.context());
+    if related::egress(tables, message, translation) != Action::Pass {
+        icmp::translate::<F, _>(frame, message, translation);
+    }
+    TC_ACT_UNSPEC
+}
