@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     sync::{Arc, atomic::AtomicU32},
     time::Instant,
 };
@@ -22,6 +23,7 @@ use crate::{
     cgroup::Cgroup,
     cluster::wanted::{Ip6, ServicePortName},
     config::{Config, ObjectSource, SocketLb},
+    fragments::{FragmentMaps, Keeper},
     gc::{Collector, FlowTables, Outlets},
     health,
     host::Host,
@@ -57,6 +59,8 @@ struct Running {
     not_ready: NotReady,
     /// What ends sockets, and what tells it to.
     sweeper: Option<(Sweeper, Arc<Notify>)>,
+    /// What keeps fragments, and the program that has them come in once more.
+    keeper: (Keeper, OwnedFd),
 }
 
 /// What tells of objects; dropping it ends it.
@@ -86,6 +90,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
     tokio::spawn(collector.run(outlets));
     tokio::spawn(follow(follower));
+    let (keeper, release) = running.keeper;
+    tokio::spawn(keeper.run(release));
     tokio::spawn(serve_health_checks(running.sources.health.clone(), config.clone()));
     tokio::spawn(running.servers.run(running.sources));
     if let Some((sweeper, gone)) = running.sweeper {
@@ -206,7 +212,9 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
     let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
     let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup);
-    let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
+    let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
+    let keeper = Keeper::new(loaded.held, fragments, Arc::clone(&clock))?;
+    let (reconciler, interfaces, release) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
     let (to_in_use, in_use) = mpsc::channel(1);
     let (stop, stopped) = oneshot::channel();
     let heartbeat = Heartbeat::new(origin);
@@ -233,6 +241,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         stop,
         not_ready,
         sweeper,
+        keeper: (keeper, release),
     })
 }
 
@@ -309,14 +318,14 @@ fn adopt_and_attach(
     mut attacher: Attacher,
     host: &Host,
     pins: NewPins,
-) -> anyhow::Result<(Reconciler, Interfaces)> {
+) -> anyhow::Result<(Reconciler, Interfaces, OwnedFd)> {
     let result = attacher.load_programs().and_then(|()| {
         let mut reconciler = Reconciler::new(parts).context("cannot read the maps")?;
         reconciler.start(host);
-        Ok(reconciler)
+        Ok((reconciler, attacher.release_program()?))
     });
-    let mut reconciler = match result {
-        Ok(reconciler) => reconciler,
+    let (mut reconciler, release) = match result {
+        Ok(ready) => ready,
         Err(error) => {
             drop(pins);
             attacher.give_up();
@@ -332,7 +341,7 @@ fn adopt_and_attach(
     // The links carry the mode each interface took, which the device map has to say.
     reconciler.devices(&mut interfaces, host);
     pins.keep();
-    Ok((reconciler, interfaces))
+    Ok((reconciler, interfaces, release))
 }
 
 async fn follow(follower: Follower) {

@@ -3,7 +3,7 @@
 //! Links are pinned: the datapath outlives the agent, and the next one adopts the links and replaces their programs in
 //! one step. What an agent cannot finish attaching it takes off again, but never what it found running.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, os::fd::OwnedFd, path::PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use tracing::{debug, info, warn};
@@ -90,6 +90,14 @@ impl Attacher {
         #[cfg(feature = "trace")]
         self.programs.follow_log()?;
         Ok(())
+    }
+
+    /// The program by which frames come in once more, which is attached nowhere.
+    ///
+    /// # Errors
+    /// When the kernel lacks something.
+    pub fn release_program(&mut self) -> anyhow::Result<OwnedFd> {
+        self.programs.classifier("tc_release")?.try_clone_to_owned().context("cannot keep a program open")
     }
 
     /// What is attached, by interface name.

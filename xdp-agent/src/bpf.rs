@@ -15,6 +15,7 @@ use std::{
 
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -146,6 +147,27 @@ struct Batch {
     flags: u64,
 }
 
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    pad: u32,
+}
+
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is a live, fully initialised prefix of `union bpf_attr` of the size given; every pointer inside it
     // comes from a borrow that the caller holds across the call.
@@ -247,6 +269,29 @@ pub fn programs_on(ifindex: u32, at: AttachType) -> io::Result<Vec<u32>> {
     ids.truncate(attr.count as usize);
     Ok(ids)
 }
+
+/// Runs a tc program on a frame as if it were of an interface; what the program returns is the answer.
+///
+/// # Errors
+/// When the kernel refuses: `ENODEV` without the interface, `EINVAL` for a frame that is too short or too long for it.
+pub fn run_on_frame(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
+    let mut context = [0u32; SK_BUFF_WORDS];
+    context[SK_BUFF_IFINDEX] = ifindex;
+    let mut attr = TestRun {
+        prog_fd: raw(program),
+        data_size_in: frame.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        ctx_size_in: size_of_val(&context) as u32,
+        ctx_in: context.as_ptr() as u64,
+        ..Default::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.retval as i32)
+}
+
+/// Words of `struct __sk_buff`, and the one that holds the interface index (include/uapi/linux/bpf.h).
+const SK_BUFF_WORDS: usize = 48;
+const SK_BUFF_IFINDEX: usize = 10;
 
 /// Reads or writes entries of a map in one call; returns how many.
 ///

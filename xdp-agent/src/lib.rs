@@ -18,6 +18,7 @@ pub mod doctor;
 #[cfg(test)]
 mod documents;
 pub mod explain;
+pub mod fragments;
 pub mod gc;
 pub mod health;
 pub mod host;

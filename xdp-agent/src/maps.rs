@@ -13,6 +13,7 @@ use aya::{
 };
 use tracing::{info, warn};
 use xdp_common::{
+    fragment::{FragmentKey, FragmentPorts},
     net::{FlowKey, Ip6, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey,
@@ -25,6 +26,7 @@ use crate::{attach::Programs, cluster::wanted::IpAddress, config::Sizes, preflig
 pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
+pub use fragments::{FragmentMap, HeldFragment, HeldFragments};
 pub use image::{ImageMaps, Settings};
 pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
 
@@ -32,6 +34,7 @@ mod accounts;
 mod batch;
 pub mod embryonic;
 pub mod established;
+mod fragments;
 mod handles;
 pub mod image;
 mod known;
@@ -85,6 +88,8 @@ pub struct Loaded {
     pub pods: PodMaps,
     /// Their counters.
     pub socket_counters: SocketCounters,
+    /// Fragments that wait for their first.
+    pub held: HeldFragments,
     /// The programs, not yet loaded.
     pub programs: Programs,
     /// Whether an earlier agent's maps were adopted.
@@ -104,6 +109,8 @@ pub struct FamilyMaps<A: IpAddress> {
     pub embryonic: EmbryonicTable<A>,
     /// Accounts of service ports.
     pub accounts: Accounts,
+    /// Ports of fragmented packets.
+    pub fragments: FragmentMap<A>,
 }
 
 impl<A: IpAddress> FamilyMaps<A> {
@@ -113,6 +120,7 @@ impl<A: IpAddress> FamilyMaps<A> {
             established: EstablishedTable::open(ebpf)?,
             embryonic: EmbryonicTable::open(ebpf)?,
             accounts: Accounts::open(ebpf, &A::MAPS.accounts)?,
+            fragments: FragmentMap::open(ebpf)?,
         })
     }
 
@@ -189,11 +197,11 @@ const fn of<K, V>() -> Layout {
 /// Maps that outlive the agent, with their layouts. The others hold nothing that the next packet could not make again.
 fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     let shared = [(&tables::CONFIG, of::<u32, Config>()), (&tables::COUNTERS, of::<u32, u64>())];
-    let shared = shared.into_iter().chain(sockets::PINNED);
+    let shared = shared.into_iter().chain([(&tables::HELD, Layout { key: 0, value: 0 })]).chain(sockets::PINNED);
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
-fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 15] {
+fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 16] {
     let maps = A::MAPS;
     [
         (&maps.established, of::<FlowKey<A>, Flow<A>>()),
@@ -205,6 +213,7 @@ fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 15] {
         (&maps.rings, of::<u32, u32>()),
         (&maps.networks, of::<lpm_trie::Key<Raw<NetworkKey<A>>>, u32>()),
         (&maps.affinity, of::<AffinityKey<A>, Affinity>()),
+        (&maps.fragments, of::<FragmentKey<A>, FragmentPorts>()),
         (&maps.accounts, of::<u32, Account>()),
         (&maps.devices, of::<u32, Device<A>>()),
         (&maps.gate_ingress, of::<u32, u64>()),
@@ -249,6 +258,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let peers = PeerMaps::open(&mut ebpf, dir)?;
     let pods = PodMaps::open(&mut ebpf)?;
     let socket_counters = SocketCounters::open(&mut ebpf)?;
+    let held = HeldFragments::open(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
@@ -263,6 +273,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         peers,
         pods,
         socket_counters,
+        held,
         programs,
         is_adopted,
         pins,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use xdp_common::{
-    gate::{frontend_bit, service_network_bit, snat_bit},
+    gate::{address_bit, frontend_bit, service_network_bit, snat_bit},
     tables::{Backend, Frontend, FrontendKey, frontend, network::sources_of},
 };
 
@@ -122,7 +122,7 @@ impl<A: IpAddress> Plan<A> {
         let backends = Backends::adopt(limits.backends, found.backends, &mut egress);
         let mut frontends = HashMap::with_capacity(found.frontends.len());
         for (key, value) in found.frontends {
-            ingress.need(gate_bit(&key, &value));
+            gate_bits(&key, &value).into_iter().for_each(|bit| ingress.need(bit));
             frontends.insert(key, Placed { value, owner: Owner::Adopted });
         }
         let unclaimed = frontends.keys().copied().collect();
@@ -324,10 +324,11 @@ impl<A: IpAddress> Plan<A> {
     }
 }
 
-/// The bit of the ingress gate that an entry needs.
-fn gate_bit<A: IpAddress>(key: &FrontendKey<A>, value: &Frontend) -> u32 {
-    match value.flags & frontend::ADDRESS {
+/// The bits of the ingress gate that an entry needs.
+fn gate_bits<A: IpAddress>(key: &FrontendKey<A>, value: &Frontend) -> [u32; 2] {
+    let bit = match value.flags & frontend::ADDRESS {
         0 => frontend_bit(key.addr, key.port, key.proto),
         _ => service_network_bit(key.addr.network()),
-    }
+    };
+    [bit, address_bit(key.addr)]
 }

@@ -30,6 +30,8 @@ pub enum Hook {
     Xdp,
     /// tc ingress behind XDP: takes the frames XDP has left to it; everything goes on up the stack.
     Tc,
+    /// tc ingress, for fragments, all of which XDP leaves to it; everything goes on up the stack.
+    Fragment,
     /// On the way out of a process of this node.
     Host,
 }
@@ -74,7 +76,7 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
             return Verdict::PASS;
         }
         Hook::Tc if !offloaded => return Verdict::PASS,
-        Hook::Xdp | Hook::Tc | Hook::Host => {}
+        Hook::Xdp | Hook::Tc | Hook::Fragment | Hook::Host => {}
     }
     let may_be_known = !opens(packet) || tables.may_know(known_bit(&packet.key));
     let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };

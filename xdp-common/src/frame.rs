@@ -68,7 +68,7 @@ pub struct Packet<A> {
     pub key: FlowKey<A>,
     /// Destination MAC address.
     pub dmac: [u8; 6],
-    /// Offset of the TCP or UDP header in the frame.
+    /// Offset of the TCP or UDP header in the frame; 0 in a later fragment, which has none.
     pub l4_offset: u8,
     /// Length of TCP or UDP header and payload, in bytes.
     pub l4_len: u16,
@@ -105,7 +105,7 @@ pub enum Parsed<A> {
     Packet(Packet<A>),
     /// Another protocol, or headers out of sight: the kernel's.
     Other,
-    /// A fragment of a TCP or UDP packet.
+    /// A fragment of a TCP or UDP packet ([`crate::fragment`]).
     Fragment,
     /// Headers that contradict themselves or the frame's length.
     Malformed,
@@ -119,6 +119,28 @@ impl<A: Address> Packet<A> {
     #[inline(always)] // some ten instructions on the hot path
     pub fn looks_offloaded(&self) -> bool {
         self.check == checksum::pseudo_header(self.key.addresses_sum(), self.key.proto, self.l4_len)
+    }
+}
+
+impl<A: Address> Packet<A> {
+    /// All zeros.
+    pub const ZERO: Self = Self {
+        key: FlowKey::ZERO,
+        dmac: [0; 6],
+        l4_offset: 0,
+        l4_len: 0,
+        total_len: 0,
+        check: 0,
+        tos: 0,
+        ttl: 0,
+        tcp_flags: 0,
+        ifindex: 0,
+    };
+
+    /// Whether it is a fragment behind the first, without a TCP or UDP header.
+    #[inline(always)] // one comparison
+    pub fn is_later_fragment(&self) -> bool {
+        self.l4_offset == 0
     }
 }
 
@@ -289,7 +311,7 @@ pub(crate) const EXTENSION_LEN_MIN: usize = 8;
 
 /// The shortest header of a transport, in bytes.
 #[inline(always)]
-fn l4_len_min(proto: u8) -> usize {
+pub(crate) fn l4_len_min(proto: u8) -> usize {
     if proto == TCP { TcpHdr::LEN } else { UdpHdr::LEN }
 }
 
@@ -306,11 +328,11 @@ pub(crate) fn address<W: View>(ip: &W, at: usize) -> Ip6 {
 }
 
 /// Offset of the EtherType (IEEE 802.3).
-const ETHERTYPE: usize = 12;
+pub(crate) const ETHERTYPE: usize = 12;
 
 /// Ports, checksum and TCP flags, if the header is in sight.
 #[inline(always)]
-fn parse_l4<R: Frame + ?Sized>(frame: &R, offset: usize, proto: u8) -> Option<(Port, Port, u16, u8)> {
+pub(crate) fn parse_l4<R: Frame + ?Sized>(frame: &R, offset: usize, proto: u8) -> Option<(Port, Port, u16, u8)> {
     if proto == TCP {
         let tcp = frame.view::<{ TcpHdr::LEN }>(offset)?;
         Some((tcp.pair(0), tcp.pair(2), u16::from_ne_bytes(tcp.pair(TCP_CHECK)), tcp.u8(TCP_FLAGS)))

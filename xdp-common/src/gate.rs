@@ -21,6 +21,7 @@ enum Role {
     BackendSource = 3,
     BackendDestination = 4,
     ServiceNetwork = 5,
+    FrontendAddress = 6,
 }
 
 #[inline(always)] // it must fold into the caller: the whole gate is about ten instructions
@@ -37,6 +38,12 @@ fn bit(role: Role, word: u64, port: Port, proto: u8) -> u32 {
 #[inline(always)]
 pub fn frontend_bit<A: Address>(addr: A, port: Port, proto: u8) -> u32 {
     bit(Role::Frontend, addr.word(), port, proto)
+}
+
+/// Bit in the ingress gate of an address that has frontends, whatever their ports: all that a later fragment tells.
+#[inline(always)]
+pub fn address_bit<A: Address>(addr: A) -> u32 {
+    bit(Role::FrontendAddress, addr.word(), [0; 2], 0)
 }
 
 /// Bit of a SNAT address in the ingress gate; it lets the ports of the SNAT range through.
@@ -89,6 +96,13 @@ pub fn admits_ingress<F: Family, T: Tables<F>>(tables: T, config: &Config, key: 
 pub fn admits_echo<F: Family, T: Tables<F>>(tables: T, addr: F::Addr) -> bool {
     let (network, own) = (service_network_bit(addr.network()), frontend_bit(addr, [0; 2], 0));
     is_set(tables.ingress_gate(network / 64), network) || is_set(tables.ingress_gate(own / 64), own)
+}
+
+/// Whether a fragment that has come in may be ours, as far as its destination address says.
+#[inline(always)] // one caller
+pub fn admits_address<F: Family, T: Tables<F>>(tables: T, addr: F::Addr) -> bool {
+    let bits = [address_bit(addr), service_network_bit(addr.network()), snat_bit(addr)];
+    bits.into_iter().any(|at| is_set(tables.ingress_gate(at / 64), at))
 }
 
 /// Whether a packet may be ours at egress: from a backend, or half-translated toward one.

@@ -16,6 +16,7 @@ pub mod answer;
 pub mod checksum;
 pub mod conntrack;
 pub mod decide;
+pub mod fragment;
 pub mod frame;
 pub mod gate;
 pub mod icmp;

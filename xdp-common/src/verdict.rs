@@ -141,8 +141,13 @@ counted! {
         Unclaimed = "unclaimed",
         /// A header that contradicts itself or its frame: left alone.
         Malformed = "malformed",
-        /// A fragment of a TCP or UDP packet, to whomever: left alone.
+        /// A fragment to an address of ours, or from a backend: decided on by the ports of its first fragment.
         Fragment = "fragment",
+        /// A fragment to an address of ours that came before its first: kept by the agent, which gives it back after that.
+        FragmentHeld = "fragment_held",
+        /// A fragment to an address of ours that came before its first and could not be kept, or whose first never came:
+        /// left alone.
+        FragmentLost = "fragment_lost",
         /// A new flow was made.
         FlowNew = "flow_new",
         /// A new flow's backend is on another node, behind an interface without our programs: it was sent there under the

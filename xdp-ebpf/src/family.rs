@@ -6,6 +6,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
 };
 use xdp_common::{
+    fragment::{FragmentKey, FragmentPorts, Fragmented},
     frame::{Frame, Headers, Packet, Parsed},
     icmp::{Message, Translation},
     net::{Family, FlowKey, Ip6, V4, V6},
@@ -28,7 +29,7 @@ pub(crate) trait Logged {}
 impl<F> Logged for F {}
 
 /// The maps of a family, and the form of its addresses in kernel structures.
-pub(crate) trait Maps: Family<Addr: Mapped> + Logged {
+pub(crate) trait Maps: Fragmented<Addr: Mapped> + Logged {
     fn established() -> &'static HashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
     fn known() -> &'static Array<u64>;
     fn embryonic() -> &'static Array<Embryo<Self::Addr>>;
@@ -49,8 +50,9 @@ pub(crate) trait Maps: Family<Addr: Mapped> + Logged {
     fn translations() -> &'static PerCpuArray<Translation<Self::Addr>>;
     fn sockets() -> &'static Array<SocketSettings<Self::Addr>>;
     fn pods() -> &'static HashMap<u64, Self::Addr>;
-    /// Reads the headers of a frame; false when there is nothing to decide.
-    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> bool;
+    fn fragments() -> &'static LruHashMap<FragmentKey<Self::Addr>, FragmentPorts>;
+    /// Reads the headers of a frame.
+    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Found;
     /// Writes family, addresses and type of service into a question to the routing table.
     fn ask(params: &mut FibParams, src: Self::Addr, dst: Self::Addr, tos: u8);
 }
@@ -80,7 +82,7 @@ macro_rules! family_maps {
 family_maps! {
     V4 {
     #[inline(always)] // the established path
-    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<[u8; 4]>) -> bool {
+    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<[u8; 4]>) -> Found {
         parse::<V4, R>(frame, ifindex, packet)
     }
 
@@ -100,6 +102,7 @@ family_maps! {
     backends: BACKENDS_V4: Array<Backend<[u8; 4]>> 0;
     rings: RINGS_V4: Array<u32> 0;
     networks: NETWORKS_V4: LpmTrie<NetworkKey<[u8; 4]>, u32> BPF_F_NO_PREALLOC;
+    fragments: FRAGMENTS_V4: LruHashMap<FragmentKey<[u8; 4]>, FragmentPorts> 0;
     affinity: AFFINITY_V4: LruHashMap<AffinityKey<[u8; 4]>, Affinity> 0;
     accounts: ACCOUNTS_V4: PerCpuArray<Account> 0;
     devices: DEVICES_V4: HashMap<u32, Device<[u8; 4]>> 0;
@@ -117,7 +120,7 @@ family_maps! {
 family_maps! {
     V6 {
     #[inline(never)] // a frame of its own on a stack of 512 bytes
-    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Ip6>) -> bool {
+    fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Ip6>) -> Found {
         parse::<V6, R>(frame, ifindex, packet)
     }
 
@@ -138,6 +141,7 @@ family_maps! {
     backends: BACKENDS_V6: Array<Backend<Ip6>> 0;
     rings: RINGS_V6: Array<u32> 0;
     networks: NETWORKS_V6: LpmTrie<NetworkKey<Ip6>, u32> BPF_F_NO_PREALLOC;
+    fragments: FRAGMENTS_V6: LruHashMap<FragmentKey<Ip6>, FragmentPorts> 0;
     affinity: AFFINITY_V6: LruHashMap<AffinityKey<Ip6>, Affinity> 0;
     accounts: ACCOUNTS_V6: PerCpuArray<Account> 0;
     devices: DEVICES_V6: HashMap<u32, Device<Ip6>> 0;
@@ -152,22 +156,30 @@ family_maps! {
     pods: PODS_V6: HashMap<u64, Ip6> 0;
 }
 
+/// What is in a frame.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// Nothing to decide on.
+    Nothing,
+    /// A packet, in the place for it.
+    Packet,
+    /// A fragment.
+    Fragment,
+}
+
 /// Reads the headers of a frame, and counts what they should not be.
 #[inline(always)] // bounds proofs do not survive a call
-fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::Addr>) -> bool {
+fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::Addr>) -> Found {
     match F::parse(frame, ifindex) {
         Parsed::Packet(parsed) => {
             *packet = parsed;
-            true
+            Found::Packet
         }
-        Parsed::Other => false,
-        Parsed::Fragment => {
-            count(Counter::Event(Event::Fragment));
-            false
-        }
+        Parsed::Other => Found::Nothing,
+        Parsed::Fragment => Found::Fragment,
         Parsed::Malformed => {
             count(Counter::Event(Event::Malformed));
-            false
+            Found::Nothing
         }
     }
 }

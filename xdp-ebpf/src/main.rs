@@ -5,6 +5,7 @@
 
 mod embryonic;
 mod family;
+mod fragments;
 mod icmp;
 mod maps;
 mod packet;
@@ -16,12 +17,13 @@ mod trace;
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
     macros::{classifier, map, xdp},
-    maps::{Array, PerCpuArray},
+    maps::{Array, PerCpuArray, RingBuf},
     programs::{TcContext, XdpContext},
 };
 use xdp_common::{
     answer::AnswerFrame,
     decide::{self, Hook},
+    fragment::{Hold, Side, Step},
     frame,
     icmp::Icmp,
     net::{Family, V4, V6},
@@ -30,8 +32,9 @@ use xdp_common::{
 };
 
 use crate::{
-    family::Maps,
-    maps::{Kernel, count, parse},
+    family::{Found, Maps},
+    fragments::fragment,
+    maps::{Kernel, count, parse, place},
     packet::{TcFrame, Wire, XdpFrame},
 };
 
@@ -41,6 +44,10 @@ static ANSWERS: PerCpuArray<tables::Answers> = PerCpuArray::with_max_entries(tab
 static CONFIG: Array<tables::Config> = Array::with_max_entries(tables::CONFIG.entries, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::COUNTERS.entries, 0);
+#[map]
+static HELD: RingBuf = RingBuf::with_byte_size(tables::HELD.entries, 0);
+#[map]
+static HOLDS: PerCpuArray<Hold> = PerCpuArray::with_max_entries(tables::HOLDS.entries, 0);
 
 /// XDP on a managed interface.
 #[xdp]
@@ -101,7 +108,7 @@ fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     }
 }
 
-/// tc ingress behind XDP: frames whose checksum their sender left to the device.
+/// tc ingress behind XDP: frames whose checksum their sender left to the device, and fragments.
 #[classifier]
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
@@ -115,8 +122,17 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 #[inline(never)] // as for XDP
 fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
-    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Tc);
+    let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
+    let hook = match F::parse_into(frame, frame.ifindex(), packet) {
+        Found::Nothing => return TC_ACT_UNSPEC,
+        Found::Packet => Hook::Tc,
+        Found::Fragment => match fragment::<F>(skb, Side::Ingress) {
+            Step::Pass => return TC_ACT_UNSPEC,
+            Step::Hold => return fragments::hold(skb),
+            Step::Decide => Hook::Fragment,
+        },
+    };
+    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, hook);
     apply::<F>(skb, "tc ingress", packet, &verdict)
 }
 
@@ -134,7 +150,15 @@ pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
 #[inline(never)] // as for XDP
 fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return icmp::tc_egress::<F>(skb) };
+    let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
+    match F::parse_into(frame, frame.ifindex(), packet) {
+        Found::Nothing => return icmp::tc_egress::<F>(skb),
+        Found::Packet => {}
+        Found::Fragment => match fragment::<F>(skb, Side::Egress) {
+            Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
+            Step::Decide => {}
+        },
+    }
     let verdict = decide::egress::<F, _>(Kernel::new(frame.context()), packet);
     apply::<F>(skb, "tc egress", packet, &verdict)
 }

@@ -17,6 +17,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     answer::AnswerFrame,
+    fragment::{FragmentKey, FragmentPorts, FragmentTables, Hold},
     frame::{Frame, Packet},
     gate,
     icmp::{Message, Translation},
@@ -28,7 +29,10 @@ use xdp_common::{
     verdict::Counter,
 };
 
-use crate::{ANSWERS, CONFIG, COUNTERS, embryonic, family::Maps};
+use crate::{
+    ANSWERS, CONFIG, COUNTERS, HELD, HOLDS, embryonic,
+    family::{Found, Maps},
+};
 
 /// The maps of a family, and the context of the program that asks.
 pub(crate) struct Kernel<F> {
@@ -304,6 +308,19 @@ impl<F: Maps> Tables<F> for Kernel<F> {
     }
 }
 
+impl<F: Maps> FragmentTables<F> for Kernel<F> {
+    #[inline(always)]
+    fn ports(self, key: &FragmentKey<F::Addr>) -> Option<FragmentPorts> {
+        // SAFETY: copied at once; a torn copy is of two packets with the same identification, one of which is lost anyway.
+        unsafe { F::fragments().get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_ports(self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts) {
+        let _ = F::fragments().insert(key, ports, BPF_ANY as u64);
+    }
+}
+
 impl<F: Maps> Kernel<F> {
     /// Asks the kernel's routing table.
     #[inline(always)]
@@ -373,14 +390,13 @@ pub(crate) fn answer_area() -> Option<&'static mut AnswerFrame> {
     if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
 }
 
-/// The packet in a frame. It is put where programs share memory: the stack is small, and what is read from there is
+/// The place of the packet at hand. It is where programs share memory: the stack is small, and what is read from there is
 /// unknown to the verifier, which then need not follow every way through the headers to the end.
 #[inline(always)] // bounds proofs do not survive a call
-pub(crate) fn parse<F: Maps, R: Frame>(frame: &R, ifindex: u32) -> Option<&'static Packet<F::Addr>> {
+pub(crate) fn place<F: Maps>() -> Option<&'static mut Packet<F::Addr>> {
     let place = F::packets().get_ptr_mut(0)?;
     // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
-    let place = unsafe { &mut *place };
-    if F::parse_into(frame, ifindex, place) { Some(place) } else { None }
+    Some(unsafe { &mut *place })
 }
 
 /// Where an ICMP message is read to, and what becomes of it: memory that programs share, for the same reasons.
@@ -390,6 +406,31 @@ pub(crate) fn message<F: Maps>() -> Option<(&'static mut Message<F::Addr>, &'sta
     // SAFETY: the slots belong to this CPU, programs do not interrupt each other on it, and each takes them once.
     Some(unsafe { (&mut *message, &mut *translation) })
 }
+
+/// The packet in a frame, if it is whole.
+#[inline(always)] // as above
+pub(crate) fn parse<F: Maps, R: Frame>(frame: &R, ifindex: u32) -> Option<&'static Packet<F::Addr>> {
+    let place = place::<F>()?;
+    if F::parse_into(frame, ifindex, place) == Found::Packet { Some(place) } else { None }
+}
+
+/// Where a fragment is made ready for the agent.
+#[inline(always)] // one caller
+pub(crate) fn hold_area() -> Option<&'static mut Hold> {
+    let area = HOLDS.get_ptr_mut(0)?;
+    // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
+    Some(unsafe { &mut *area })
+}
+
+/// Gives a fragment to the agent, up to the end of its frame; false when the ring is full.
+#[inline(always)] // one caller
+pub(crate) fn hold(area: &Hold, len: usize) -> bool {
+    // SAFETY: callers give no more than the frame has room for; the bytes are all valid.
+    let bytes = unsafe { core::slice::from_raw_parts((&raw const *area).cast::<u8>(), HOLD_HEAD + len) };
+    HELD.output::<[u8]>(bytes, 0).is_ok()
+}
+
+const HOLD_HEAD: usize = core::mem::offset_of!(Hold, frame);
 
 /// Counts on this CPU.
 #[inline(always)] // an array increment

@@ -5,7 +5,7 @@ use core::{arch::asm, mem::offset_of};
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, xdp_action, xdp_md,
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, xdp_action, xdp_md,
     },
     helpers,
     programs::{TcContext, XdpContext},
@@ -349,6 +349,9 @@ impl TcFrame {
     /// (`CHECKSUM_PARTIAL`) or already summed up (`CHECKSUM_COMPLETE`).
     #[inline(always)]
     pub(crate) fn rewrite<F: Wire>(&self, packet: &Packet<F::Addr>, rewrite: &Rewrite<F::Addr>) {
+        if packet.is_later_fragment() {
+            return self.rewrite_addresses::<F>(rewrite);
+        }
         let (check_at, udp) = if packet.key.proto == TCP {
             (packet.l4_offset as usize + TCP_CHECK, 0)
         } else {
@@ -373,6 +376,41 @@ impl TcFrame {
         }
         let _ = self.ctx.store(F::ADDRS, &addrs, 0);
         let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
+    }
+
+    /// Rewrites the addresses of a fragment without a TCP or UDP header.
+    #[inline(always)] // one caller
+    fn rewrite_addresses<F: Wire>(&self, rewrite: &Rewrite<F::Addr>) {
+        let addr_delta = rewrite.addr_delta as u64;
+        match F::IP_CHECK {
+            Some(at) => _ = self.ctx.l3_csum_replace(at, 0, addr_delta, 0),
+            // Nothing in the frame makes up for the change; where the kernel keeps a sum of all of it, that changes too.
+            // SAFETY: the context is the verifier's; the helper takes a number beside it.
+            None => _ = unsafe { helpers::bpf_csum_update(self.skb(), addr_delta as u32) },
+        }
+        let _ = self.ctx.store(F::ADDRS, &[rewrite.src, rewrite.dst], 0);
+    }
+
+    /// Copies the frame; its length, or nothing when it does not fit.
+    #[inline(always)] // the verifier must see the length it has proven
+    pub(crate) fn copy_to<const N: usize>(&self, room: &mut [u8; N]) -> Option<usize> {
+        let len = self.ctx.len();
+        if len == 0 || len > N as u32 {
+            return None;
+        }
+        // SAFETY: the context is the verifier's, and the room has so many bytes.
+        let failed =
+            unsafe { helpers::bpf_skb_load_bytes(self.skb().cast(), 0, room.as_mut_ptr().cast(), len) };
+        if failed == 0 { Some(len as usize) } else { None }
+    }
+
+    /// Has the frame come in once more, by the interface that it names.
+    #[inline(always)] // one caller
+    pub(crate) fn receive_again(&self) -> i32 {
+        match self.ctx.clone_redirect(self.ifindex(), BPF_F_INGRESS as u64) {
+            Ok(()) => 0,
+            Err(error) => error as i32,
+        }
     }
 
     /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and

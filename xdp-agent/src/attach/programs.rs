@@ -55,6 +55,7 @@ impl Programs {
         self.xdp("xdp_ingress")?;
         self.classifier("tc_egress")?;
         self.classifier("tc_ingress")?;
+        self.classifier("tc_release")?;
         Ok(())
     }
 

@@ -47,8 +47,8 @@ pub(super) fn decide<F: Family<Addr: IpAddress>>(
     let is_pod = Tables::<F>::network(maps, network::PODS, key.src);
     let source = match hook {
         Hook::Host => Source::Host,
-        Hook::Xdp | Hook::Tc if is_pod => Source::Pod,
-        Hook::Xdp | Hook::Tc => Source::External,
+        Hook::Xdp | Hook::Tc | Hook::Fragment if is_pod => Source::Pod,
+        Hook::Xdp | Hook::Tc | Hook::Fragment => Source::External,
     };
     let at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, zero: 0 };
     let frontend = maps.frontends.get(&at).copied();

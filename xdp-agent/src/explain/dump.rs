@@ -6,7 +6,7 @@ use std::{
 };
 
 use xdp_common::{
-    gate::{backend_destination_bit, backend_source_bit, frontend_bit, service_network_bit, snat_bit},
+    gate::{address_bit, backend_destination_bit, backend_source_bit, frontend_bit, service_network_bit, snat_bit},
     net::Address,
     tables::{Backend, Frontend, FrontendKey, backend, frontend, network},
 };
@@ -171,6 +171,8 @@ impl<A: IpAddress> Dump<'_, A> {
         let mut bits =
             BTreeMap::from([(snat_bit(self.maps.snat), format!("snat {}", self.maps.snat.to_ip()))]);
         for (key, value) in &self.maps.frontends {
+            // Said already by what the address serves.
+            bits.entry(address_bit(key.addr)).or_insert_with(|| place(key));
             if value.flags & frontend::ADDRESS == 0 {
                 bits.insert(frontend_bit(key.addr, key.port, key.proto), place(key));
             } else {

@@ -8,7 +8,7 @@ use std::{
 use xdp_common::tables::{ACCOUNTS_V4, Frontend, FrontendKey, network::sources_of};
 
 use super::{
-    Change, Owner, Placed, Plan, gate_bit,
+    Change, Owner, Placed, Plan, gate_bits,
     refused::Refusal,
     service::{self, Planned, address_key, addresses, endpoints, identity, key},
 };
@@ -162,7 +162,7 @@ impl<A: IpAddress> Plan<A> {
     fn place(&mut self, key: FrontendKey<A>, value: Frontend, owner: Owner, writes: &mut Vec<Change<A>>) {
         match self.frontends.entry(key) {
             Entry::Vacant(free) => {
-                self.ingress.need(gate_bit(&key, &value));
+                gate_bits(&key, &value).into_iter().for_each(|bit| self.ingress.need(bit));
                 free.insert(Placed { value, owner });
             }
             Entry::Occupied(mut taken) => {
@@ -283,7 +283,7 @@ impl<A: IpAddress> Plan<A> {
                 self.unclaimed.remove(&key);
                 self.adopted.leave(&value, &mut self.slices);
             }
-            self.ingress.leave(gate_bit(&key, &value));
+            gate_bits(&key, &value).into_iter().for_each(|bit| self.ingress.leave(bit));
             changes.push(Change::RemoveFrontend { key });
             self.room.frontends = true;
         }

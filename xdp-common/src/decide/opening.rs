@@ -40,7 +40,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     let Some(frontend) = found else { return without_frontend(tables, key, can_answer(hook, &entry)) };
     let origin = match hook {
         Hook::Host => Origin::Host,
-        Hook::Xdp | Hook::Tc => {
+        Hook::Xdp | Hook::Tc | Hook::Fragment => {
             let may_be_pod = frontend.flags & frontend::DISTINGUISHES_PODS != 0;
             let is_pod = may_be_pod && tables.network(network::PODS, key.src);
             if is_pod { Origin::Pod } else { Origin::External }

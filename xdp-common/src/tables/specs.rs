@@ -85,6 +85,8 @@ per_family! {
     networks: NETWORKS_V4, NETWORKS_V6 = 1 << 14;
     /// Which client has met which backend; the least recently used goes first.
     affinity: AFFINITY_V4, AFFINITY_V6 = 1 << 16;
+    /// Ports of fragmented packets, by what all their fragments say; the least recently used goes first.
+    fragments: FRAGMENTS_V4, FRAGMENTS_V6 = 1 << 14;
     /// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
     accounts: ACCOUNTS_V4, ACCOUNTS_V6 = 1 << 15;
     /// Managed interfaces.
@@ -121,5 +123,11 @@ pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
 /// Per-CPU counters.
 pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: verdict::COUNTERS };
 
+/// Ring of fragments that came before their first, in bytes; when it is full, further ones are left to the kernel.
+pub const HELD: MapSpec = MapSpec { name: "HELD", entries: 1 << 20 };
+/// Per-CPU area in which they are made ready for it.
+pub const HOLDS: MapSpec = MapSpec { name: "HOLDS", entries: 1 };
+
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 6] = [&ANSWERS, &CONFIG, &COUNTERS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS];
+pub const SHARED: [&MapSpec; 8] =
+    [&ANSWERS, &CONFIG, &COUNTERS, &HELD, &HOLDS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS];

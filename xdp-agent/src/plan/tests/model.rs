@@ -171,7 +171,7 @@ impl<A: TestAddress> Model<A> {
     /// What a packet to any frontend would meet now.
     fn check(&self, allowed: &Allowed<A>) {
         for (key, value) in &self.frontends {
-            assert!(is_set(&self.ingress, gate_bit(key, value)));
+            assert!(gate_bits(key, value).into_iter().all(|bit| is_set(&self.ingress, bit)));
             if value.service == 0 {
                 continue;
             }
