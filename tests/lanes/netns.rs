@@ -21,10 +21,16 @@ mod full_maps;
 mod ipv6;
 #[path = "netns/neighbours.rs"]
 mod neighbours;
+#[path = "netns/no_hooks.rs"]
+mod no_hooks;
 #[path = "netns/not_ours.rs"]
 mod not_ours;
+#[path = "netns/pod_devices.rs"]
+mod pod_devices;
 #[path = "netns/policies.rs"]
 mod policies;
+#[path = "netns/reserved_ports.rs"]
+mod reserved_ports;
 #[path = "netns/restart.rs"]
 mod restart;
 #[path = "netns/rings.rs"]

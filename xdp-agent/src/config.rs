@@ -31,6 +31,8 @@ pub use sockets::{SocketLb, SocketOptions};
 
 use file::Setting;
 use flags::{ListenArgs, ObjectArgs, SizeArgs, TimeoutArgs};
+pub use values::Pattern;
+
 use values::{Bind, Ip, NodePortAddress, all};
 
 #[cfg(test)]
@@ -179,6 +181,8 @@ pub struct Config {
     pub fresh: bool,
     /// Source ports for translated flows.
     pub snat_ports: PortRange,
+    /// Whether the kernel is told to choose no port of ours.
+    pub reserve_ports: bool,
     /// Map sizes.
     pub sizes: Sizes,
     /// When idle flows are forgotten.
@@ -270,6 +274,7 @@ impl Config {
             keep: args.programs.keep,
             fresh: args.programs.fresh,
             snat_ports,
+            reserve_ports: args.programs.reserve_ports,
             sizes: args.sizes.into(),
             timeouts: timeouts(&args.timeouts),
             sockets: args.sockets.into(),

@@ -26,6 +26,7 @@ pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use image::{ImageMaps, Settings};
+pub use reserved::ReservedPorts;
 pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
 
 mod accounts;
@@ -36,6 +37,7 @@ mod handles;
 pub mod image;
 mod known;
 mod mapping;
+mod reserved;
 mod sockets;
 
 /// A value of a map as the loader wants it.
@@ -85,6 +87,8 @@ pub struct Loaded {
     pub pods: PodMaps,
     /// Their counters.
     pub socket_counters: SocketCounters,
+    /// Which ports are kept from the kernel's choice.
+    pub reserved_ports: ReservedPorts,
     /// The programs, not yet loaded.
     pub programs: Programs,
     /// Whether an earlier agent's maps were adopted.
@@ -189,7 +193,7 @@ const fn of<K, V>() -> Layout {
 /// Maps that outlive the agent, with their layouts. The others hold nothing that the next packet could not make again.
 fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     let shared = [(&tables::CONFIG, of::<u32, Config>()), (&tables::COUNTERS, of::<u32, u64>())];
-    let shared = shared.into_iter().chain(sockets::PINNED);
+    let shared = shared.into_iter().chain(sockets::PINNED).chain([reserved::PINNED]);
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
@@ -249,6 +253,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let peers = PeerMaps::open(&mut ebpf, dir)?;
     let pods = PodMaps::open(&mut ebpf)?;
     let socket_counters = SocketCounters::open(&mut ebpf)?;
+    let reserved_ports = ReservedPorts::of(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
@@ -263,6 +268,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         peers,
         pods,
         socket_counters,
+        reserved_ports,
         programs,
         is_adopted,
         pins,

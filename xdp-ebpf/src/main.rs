@@ -6,6 +6,7 @@
 mod embryonic;
 mod family;
 mod maps;
+mod node;
 mod packet;
 mod socket;
 mod sockets;
@@ -30,7 +31,7 @@ use xdp_common::{
 use crate::{
     family::Maps,
     maps::{Kernel, count, parse},
-    packet::{TcFrame, Wire, XdpFrame},
+    packet::{TcFrame, Turn, Wire, XdpFrame},
 };
 
 #[map]
@@ -39,6 +40,10 @@ static ANSWERS: PerCpuArray<tables::Answers> = PerCpuArray::with_max_entries(tab
 static CONFIG: Array<tables::Config> = Array::with_max_entries(tables::CONFIG.entries, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::COUNTERS.entries, 0);
+
+/// For the agent, which has no other place to note things.
+#[map]
+static RESERVED_PORTS: Array<u64> = Array::with_max_entries(tables::RESERVED_PORTS.entries, 0);
 
 /// XDP on a managed interface.
 #[xdp]
@@ -140,7 +145,9 @@ fn apply<F: Maps + Wire>(
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
-        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(TC_ACT_SHOT),
+        Action::Reject(_) => {
+            answer(|area| frame.answer::<F>(packet, area, Turn::Out)).unwrap_or(TC_ACT_SHOT)
+        }
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite::<F>(packet, &verdict.rewrite);
             TC_ACT_UNSPEC

@@ -117,5 +117,9 @@ pub const CONFIG: MapSpec = MapSpec { name: "CONFIG", entries: 1 };
 /// Per-CPU counters.
 pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: verdict::COUNTERS };
 
+/// A bit for each port that the agent keeps from the kernel's choice; for agents only.
+pub const RESERVED_PORTS: MapSpec = MapSpec { name: "RESERVED_PORTS", entries: 1 << 10 };
+
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 6] = [&ANSWERS, &CONFIG, &COUNTERS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS];
+pub const SHARED: [&MapSpec; 7] =
+    [&ANSWERS, &CONFIG, &COUNTERS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS, &RESERVED_PORTS];
