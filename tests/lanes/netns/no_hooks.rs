@@ -20,7 +20,7 @@ fn the_node_reaches_services_on_their_way_out() -> Result<()> {
         for (kind, target) in http_frontends().into_iter().filter(|(kind, _)| *kind != OWN) {
             let answers = repeated(|| place.node.http(target)).with_context(|| format!("TCP, {kind}"))?;
             all_places(&answers, target)?;
-            place.node.hold(kind, target)?;
+            place.node.hold(&target.to_string(), target)?;
         }
         for (kind, target) in udp_frontends().into_iter().filter(|(kind, _)| *kind != OWN) {
             let answers = repeated(|| place.node.udp(target)).with_context(|| format!("UDP, {kind}"))?;
@@ -33,8 +33,8 @@ fn the_node_reaches_services_on_their_way_out() -> Result<()> {
         }
         // A connection outlives its endpoint.
         place.world.change_endpoints(&place.agent, &[])?;
-        for (kind, _) in http_frontends().into_iter().filter(|(kind, _)| *kind != OWN) {
-            place.node.ask_held(kind)??;
+        for (_, target) in http_frontends().into_iter().filter(|(kind, _)| *kind != OWN) {
+            place.node.ask_held(&target.to_string())??;
         }
         for (kind, target) in http_frontends() {
             refused(kind, libc::ECONNREFUSED, || place.node.http(target))?;
