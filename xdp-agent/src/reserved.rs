@@ -113,6 +113,11 @@ pub fn reserve(mut added: ReservedPorts, snat: PortRange) -> Ports {
             info!(ports = %wanted, "the kernel gives these ports to no connection of its own (net.ipv4.ip_local_reserved_ports)");
             wanted
         }
+        // In a container that is a matter of course.
+        Err(error) if !is_in_reach(&wanted) => {
+            debug!(%error, "cannot write net.ipv4.ip_local_reserved_ports; the kernel chooses none of these ports anyway");
+            Ports::default()
+        }
         Err(error) => {
             warn!(
                 %error,
@@ -147,6 +152,11 @@ fn give_back(added: &mut ReservedPorts) {
     if let Err(error) = remove(added) {
         warn!(%error, "cannot take this agent's ports out of net.ipv4.ip_local_reserved_ports");
     }
+}
+
+/// Whether the kernel may choose any of the ports as it is set now; so it may when that is unknown.
+fn is_in_reach(wanted: &Ports) -> bool {
+    ports::ephemeral().map_or(true, |range| (range.min..=range.max).any(|port| wanted.has(port)))
 }
 
 fn add(added: &mut ReservedPorts, wanted: &Ports) -> io::Result<()> {
