@@ -27,8 +27,12 @@ mod no_hooks;
 mod not_ours;
 #[path = "netns/pod_devices.rs"]
 mod pod_devices;
+#[path = "netns/pods_v6.rs"]
+mod pods_v6;
 #[path = "netns/policies.rs"]
 mod policies;
+#[path = "netns/real_clients.rs"]
+mod real_clients;
 #[path = "netns/reserved_ports.rs"]
 mod reserved_ports;
 #[path = "netns/restart.rs"]

@@ -72,6 +72,17 @@ impl Place {
         wait_for(what, CHANGE_TIMEOUT, || look(self))
     }
 
+    /// What curl, in the pod or on the node, gets for a request over HTTP.
+    pub(crate) fn curl(&self, is_pod: bool, target: SocketAddr) -> Result<String> {
+        let namespace = if is_pod { &self.world.pod("local-1")?.namespace } else { &self.world.node };
+        let mut curl = namespace.command("curl");
+        self._cgroups[usize::from(!is_pod)].start_in(&mut curl)?;
+        curl.args(["--silent", "--show-error", "--max-time", "5", &format!("http://{target}/whoami")]);
+        let output = curl.output().context("cannot run curl; install it, it is one of the real clients here")?;
+        ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
     /// Stops the agent, which takes its hooks off.
     pub(crate) fn stop(self) -> Result<()> {
         self.agent.stop()
