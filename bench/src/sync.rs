@@ -21,9 +21,9 @@ mod iptables;
 mod nftables;
 mod objects;
 mod ours;
-mod peers;
+pub(crate) mod peers;
 mod pipeline;
-mod world;
+pub(crate) mod world;
 
 /// The sizes up to which the project promises something, in endpoints: 10,000 Services of 10.
 const PROMISED_ENDPOINTS: u32 = 100_000;

@@ -21,10 +21,20 @@ mod full_maps;
 mod ipv6;
 #[path = "netns/neighbours.rs"]
 mod neighbours;
+#[path = "netns/no_hooks.rs"]
+mod no_hooks;
 #[path = "netns/not_ours.rs"]
 mod not_ours;
+#[path = "netns/pod_devices.rs"]
+mod pod_devices;
+#[path = "netns/pods_v6.rs"]
+mod pods_v6;
 #[path = "netns/policies.rs"]
 mod policies;
+#[path = "netns/real_clients.rs"]
+mod real_clients;
+#[path = "netns/reserved_ports.rs"]
+mod reserved_ports;
 #[path = "netns/restart.rs"]
 mod restart;
 #[path = "netns/rings.rs"]

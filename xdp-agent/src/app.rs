@@ -33,7 +33,7 @@ use crate::{
     neighbours::{Feed, Follower, UsedMacs},
     preflight::{self, KernelVersion, PinDir},
     reconcile::{Inlets, Parts, Reconciler, ServiceNames, SideParts, Told},
-    serve,
+    reserved, serve,
     sockets::{Hooks, Sweeper},
     source::{self, Event},
     status::{Health, Heartbeat, NotReady, Shared, SocketStatus, Status, SyncState},
@@ -139,7 +139,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     };
     let cgroup = match config.sockets.scope {
         SocketLb::Off => None,
-        SocketLb::All | SocketLb::HostOnly => Some(Cgroup::find(config.sockets.cgroup.as_deref())?),
+        SocketLb::All | SocketLb::HostOnly => Cgroup::find(config.sockets.cgroup.as_deref())?,
     };
     let (pins, loaded) = load(config)?;
     let metrics = Arc::new(metrics);
@@ -176,10 +176,10 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             summed(accounts)
         });
     }
-    let hooks = match config.sockets.scope {
-        SocketLb::Off => None,
-        scope @ (SocketLb::All | SocketLb::HostOnly) => {
-            let hooks = Hooks::new(loaded.sockets, scope, config.sockets.is_on_loopback);
+    let hooks = match cgroup {
+        None => None,
+        Some(_) => {
+            let hooks = Hooks::new(loaded.sockets, config.sockets.scope, config.sockets.is_on_loopback);
             Some(hooks.context("cannot tell the socket hooks of the node")?)
         }
     };
@@ -211,10 +211,15 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     };
     let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
     let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
-    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup);
+    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
     let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
     let keeper = Keeper::new(loaded.held, fragments, Arc::clone(&clock))?;
     let (reconciler, interfaces, release) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
+    let reserved = match config.reserve_ports {
+        true => reserved::reserve(loaded.reserved_ports, reconciler.snat_ports()),
+        false => reserved::leave_alone(loaded.reserved_ports),
+    };
+    shared.update(|status| status.reserved_ports = reserved.to_string());
     let (to_in_use, in_use) = mpsc::channel(1);
     let (stop, stopped) = oneshot::channel();
     let heartbeat = Heartbeat::new(origin);

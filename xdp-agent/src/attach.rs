@@ -14,7 +14,7 @@ pub use refusal::{Refusal, RefusalKind};
 use crate::{
     bpf::{self, AttachType},
     cgroup::Cgroup,
-    config::ModeChoice,
+    config::{ModeChoice, Pattern},
     devices::Mode,
     host::Link,
     neighbours,
@@ -22,6 +22,7 @@ use crate::{
 };
 
 pub mod legacy;
+mod pods;
 pub mod programs;
 pub mod refusal;
 mod sockets;
@@ -63,6 +64,15 @@ pub struct Attacher {
     /// The cgroup whose sockets are served, if any.
     cgroup: Option<Cgroup>,
     sockets: sockets::SocketHooks,
+    pods: pods::PodDevices,
+}
+
+/// A tc program, the name of its pins before the index of the interface, and where it goes.
+#[derive(Clone, Copy, Debug)]
+struct TcProgram {
+    name: &'static str,
+    pin: &'static str,
+    at: AttachType,
 }
 
 impl Attacher {
@@ -73,9 +83,11 @@ impl Attacher {
         mode: ModeChoice,
         kernel: KernelVersion,
         cgroup: Option<Cgroup>,
+        pods: Vec<Pattern>,
     ) -> Self {
         let sockets = sockets::SocketHooks::default();
-        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets }
+        let pods = pods::PodDevices::new(pods);
+        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets, pods }
     }
 
     /// Gives the programs that every interface needs to the kernel, before anything is attached.
@@ -84,8 +96,12 @@ impl Attacher {
     /// When the kernel lacks something.
     pub fn load_programs(&mut self) -> anyhow::Result<()> {
         self.programs.load()?;
-        if self.cgroup.is_some() {
-            sockets::load(&mut self.programs)?;
+        match self.cgroup {
+            Some(_) => sockets::load(&mut self.programs)?,
+            None => drop(self.programs.classifier("tc_host")?),
+        }
+        if self.pods.are_wanted() {
+            self.load_for_pods()?;
         }
         #[cfg(feature = "trace")]
         self.programs.follow_log()?;
@@ -133,8 +149,20 @@ impl Attacher {
                 }
             },
         }
+        self.follow_pods(&host);
+        self.tell_pods();
         self.remove_orphans();
         Ok(())
+    }
+
+    /// Names of the pods' devices that carry programs.
+    pub fn pod_devices(&self) -> impl Iterator<Item = &str> {
+        self.pods.names()
+    }
+
+    /// Whether pods are served at their devices.
+    pub fn serves_pods(&self) -> bool {
+        self.pods.are_wanted()
     }
 
     /// Attaches to one interface: tc first, so that no packet is translated whose reply could not be.
@@ -143,7 +171,13 @@ impl Attacher {
     /// When no allowed mode works; nothing is left attached then that was not before.
     pub fn attach(&mut self, link: &Link) -> anyhow::Result<()> {
         let mut links = Vec::new();
-        let result = self.attach_tc(link, &mut links).and_then(|()| {
+        // Where no socket hook does it, what processes of this node send is translated on its way out.
+        let egress = if self.cgroup.is_some() { "tc_egress" } else { "tc_host" };
+        let programs = [
+            TcProgram { name: egress, pin: "tc-egress", at: AttachType::TcxEgress },
+            TcProgram { name: "tc_ingress", pin: "tc-ingress", at: AttachType::TcxIngress },
+        ];
+        let result = self.attach_tc(link, &programs, &mut links).and_then(|()| {
             let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
             let path = self.pin("xdp", link);
             xdp::attach(&mut self.programs, link, self.mode, found, &path)
@@ -176,6 +210,7 @@ impl Attacher {
     /// When a pin cannot be removed.
     pub fn detach_all(mut self) -> anyhow::Result<()> {
         self.sockets.detach();
+        self.pods.detach(false);
         for (_, attached) in std::mem::take(&mut self.attached) {
             take_off(attached.links.into_iter());
         }
@@ -196,15 +231,19 @@ impl Attacher {
         self.programs.keep_legacy();
     }
 
-    fn attach_tc(&mut self, link: &Link, links: &mut Vec<PinnedLink>) -> anyhow::Result<()> {
-        for (program, at) in [("tc_egress", AttachType::TcxEgress), ("tc_ingress", AttachType::TcxIngress)] {
+    fn attach_tc(
+        &mut self,
+        link: &Link,
+        programs: &[TcProgram],
+        links: &mut Vec<PinnedLink>,
+    ) -> anyhow::Result<()> {
+        for &TcProgram { name: program, pin, at } in programs {
             if self.kernel < TCX_SINCE {
                 legacy::attach(&mut self.programs, link, program, at)?;
                 continue;
             }
-            let name = program.replace('_', "-");
-            let found = self.adopted_pin(link, &format!("{name}-{}", link.index))?;
-            let path = self.pin(&name, link);
+            let found = self.adopted_pin(link, &format!("{pin}-{}", link.index))?;
+            let path = self.pin(pin, link);
             let program_fd = self.programs.classifier(program)?;
             let pinned = match found {
                 Some(found) => {
@@ -280,6 +319,7 @@ impl Attacher {
     /// Takes off what this agent has attached, and leaves what it found running.
     fn undo(&mut self) {
         self.sockets.undo();
+        self.pods.detach(true);
         for (_, attached) in std::mem::take(&mut self.attached) {
             take_off(attached.links.into_iter().filter(|link| !link.is_adopted));
         }
@@ -290,7 +330,7 @@ impl Attacher {
     fn remove_orphans(&self) {
         let Ok(entries) = fs::read_dir(self.pins.links()) else { return };
         let kept: Vec<&PathBuf> =
-            self.attached.values().flat_map(|attached| &attached.links).map(|link| &link.path).collect();
+            self.attached.values().flat_map(|attached| &attached.links).chain(self.pods.links()).map(|link| &link.path).collect();
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
             if !kept.contains(&&path) && !sockets::is_pin(&path) {
                 info!(pin = %path.display(), "taking off a program of an interface that is no longer managed");

@@ -30,20 +30,25 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The cgroup that a flag names, or the root of the hierarchy as it is mounted here.
+    /// The cgroup that a flag names, or the root of the hierarchy as it is mounted here; none, with a warning that says what
+    /// to do, where it is not.
     ///
     /// # Errors
-    /// When there is none, with what to do.
-    pub fn find(given: Option<&Path>) -> anyhow::Result<Self> {
+    /// When what the flag names is none.
+    pub fn find(given: Option<&Path>) -> anyhow::Result<Option<Self>> {
         let path = match given {
             Some(path) => path.to_path_buf(),
             None => {
                 let mounts = fs::read_to_string(MOUNTS).with_context(|| format!("cannot read {MOUNTS}"))?;
-                root(&mounts).context(
-                    "no cgroup v2 is mounted here, which the socket hooks need: mount one (`mount -t cgroup2 none \
-                     /sys/fs/cgroup/unified`) or name one by --cgroup; with --socket-lb=off pods and this node do not \
-                     reach Services",
-                )?
+                let Some(path) = root(&mounts) else {
+                    warn!(
+                        "no cgroup v2 is mounted here, which the socket hooks need: mount one (`mount -t cgroup2 none \
+                         /sys/fs/cgroup/unified`) or name one by --cgroup; until then pods reach Services only by the \
+                         devices of --pod-iface, and this node all but NodePorts on its own addresses"
+                    );
+                    return Ok(None);
+                };
+                path
             }
         };
         // Hybrid hosts have it below the controllers of v1, where a mount of all of it brings it along.
@@ -66,7 +71,7 @@ impl Cgroup {
                  --cgroup, or pods do not reach Services"
             );
         }
-        Ok(cgroup)
+        Ok(Some(cgroup))
     }
 
     /// Whether no cgroup is in it.

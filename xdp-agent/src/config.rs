@@ -31,6 +31,8 @@ pub use sockets::{SocketLb, SocketOptions};
 
 use file::Setting;
 use flags::{ListenArgs, ObjectArgs, SizeArgs, TimeoutArgs};
+pub use values::Pattern;
+
 use values::{Bind, Ip, NodePortAddress, all};
 
 #[cfg(test)]
@@ -181,6 +183,8 @@ pub struct Config {
     pub snat_ports: PortRange,
     /// Whether echo requests to the addresses of Services are answered.
     pub echo: bool,
+    /// Whether the kernel is told to choose no port of ours.
+    pub reserve_ports: bool,
     /// Map sizes.
     pub sizes: Sizes,
     /// When idle flows are forgotten.
@@ -273,6 +277,7 @@ impl Config {
             fresh: args.programs.fresh,
             snat_ports,
             echo: args.programs.echo,
+            reserve_ports: args.programs.reserve_ports,
             sizes: args.sizes.into(),
             timeouts: timeouts(&args.timeouts),
             sockets: args.sockets.into(),

@@ -89,6 +89,11 @@ pub fn device<A: IpAddress>(link: &Link, snat: A, mode: Mode, transmit: Transmit
     }
 }
 
+/// The map entry that stands for the devices of all pods.
+pub fn of_pods<A: IpAddress>(snat: A) -> Device<A> {
+    Device { snat, flags: 0, mtu: 0, mac: [0; 6], zero: [0; 2] }
+}
+
 /// The driver's features of an interface, `None` on kernels that do not say.
 pub fn features(host: &Host, index: u32) -> Option<u64> {
     host.features.as_ref().map(|features| features.get(&index).copied().unwrap_or(0))

@@ -6,7 +6,7 @@ use std::{
 };
 
 use tracing::{info, warn};
-use xdp_common::tables::Device;
+use xdp_common::tables::{Device, device};
 
 use crate::{
     attach::Attacher,
@@ -38,6 +38,8 @@ pub struct Picture {
     pub v6: FamilyPicture<Ip6>,
     /// For people.
     pub status: Vec<InterfaceStatus>,
+    /// The devices of pods that carry programs.
+    pub pods: Vec<String>,
 }
 
 /// What the maps of an address family have to know.
@@ -62,6 +64,13 @@ impl<A: IpAddress> FamilyPicture<A> {
         self.devices.insert(link.index, devices::device(link, address, mode, xmit));
         self.snat.push(address);
         Some(address.to_ip())
+    }
+
+    /// Adds what stands for all devices of pods: a pod that reaches itself sees the node's address.
+    fn add_pods(&mut self) {
+        if let Some(&snat) = self.snat.first() {
+            self.devices.insert(device::OF_PODS, devices::of_pods(snat));
+        }
     }
 }
 
@@ -88,7 +97,7 @@ impl Interfaces {
     /// Follows the kernel's view: forgets interfaces that are gone, and attaches to those that have returned. How many
     /// attachments failed is the answer.
     pub fn follow(&mut self, host: &Host) -> u64 {
-        let mut failures = 0;
+        let mut failures = self.attacher.follow_pods(host);
         for name in self.names.clone() {
             let link = host.link(&name);
             let attached = self.attacher.attached().get(&name).map(|attached| attached.ifindex);
@@ -131,6 +140,11 @@ impl Interfaces {
             let addresses: Vec<String> = addresses.iter().flatten().map(IpAddr::to_string).collect();
             self.say_once(&name, mode, xmit, !addresses.is_empty());
             picture.status.push(InterfaceStatus { name, ifindex: link.index, mode, reason, xmit, addresses });
+        }
+        picture.pods = self.attacher.pod_devices().map(str::to_owned).collect();
+        if self.attacher.serves_pods() {
+            picture.v4.add_pods();
+            picture.v6.add_pods();
         }
         picture
     }

@@ -35,6 +35,7 @@ pub mod plan;
 pub mod preflight;
 pub mod problem;
 pub mod reconcile;
+pub mod reserved;
 pub mod serve;
 pub mod sockets;
 pub mod source;

@@ -28,6 +28,7 @@ pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use fragments::{FragmentMap, HeldFragment, HeldFragments};
 pub use image::{ImageMaps, Settings};
+pub use reserved::ReservedPorts;
 pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
 
 mod accounts;
@@ -39,6 +40,7 @@ mod handles;
 pub mod image;
 mod known;
 mod mapping;
+mod reserved;
 mod sockets;
 
 /// A value of a map as the loader wants it.
@@ -90,6 +92,8 @@ pub struct Loaded {
     pub socket_counters: SocketCounters,
     /// Fragments that wait for their first.
     pub held: HeldFragments,
+    /// Which ports are kept from the kernel's choice.
+    pub reserved_ports: ReservedPorts,
     /// The programs, not yet loaded.
     pub programs: Programs,
     /// Whether an earlier agent's maps were adopted.
@@ -197,7 +201,7 @@ const fn of<K, V>() -> Layout {
 /// Maps that outlive the agent, with their layouts. The others hold nothing that the next packet could not make again.
 fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     let shared = [(&tables::CONFIG, of::<u32, Config>()), (&tables::COUNTERS, of::<u32, u64>())];
-    let shared = shared.into_iter().chain([(&tables::HELD, Layout { key: 0, value: 0 })]).chain(sockets::PINNED);
+    let shared = shared.into_iter().chain([(&tables::HELD, Layout { key: 0, value: 0 }), reserved::PINNED]).chain(sockets::PINNED);
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
@@ -259,6 +263,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let pods = PodMaps::open(&mut ebpf)?;
     let socket_counters = SocketCounters::open(&mut ebpf)?;
     let held = HeldFragments::open(&mut ebpf)?;
+    let reserved_ports = ReservedPorts::of(&mut ebpf)?;
     let counters = Counters(PerCpuArray::try_from(take(&mut ebpf, &tables::COUNTERS)?)?);
     if is_adopted {
         info!(dir = %dir.display(), "adopting the maps of an earlier agent");
@@ -274,6 +279,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         pods,
         socket_counters,
         held,
+        reserved_ports,
         programs,
         is_adopted,
         pins,

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use tracing::{debug, warn};
 
-use crate::{bpf::Link, cluster::wanted::IpAddress, host::Host};
+use crate::{bpf::Link, cluster::wanted::IpAddress, host::Host, reserved};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -175,6 +175,7 @@ impl PinDir {
                 }
                 fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }
+            reserved::release(&version.join("maps"));
             for path in pins_in(&version.join("maps"))? {
                 fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
             }

@@ -210,6 +210,11 @@ impl Reconciler {
         })
     }
 
+    /// The source ports of translated flows: those of an earlier agent, as far as they can be used.
+    pub fn snat_ports(&self) -> PortRange {
+        self.snat_ports
+    }
+
     /// Takes what is known of the node, before any program is attached.
     pub fn start(&mut self, host: &Host) {
         self.picture.v4.snat = preflight::node_addresses(&self.names, host);
@@ -231,11 +236,12 @@ impl Reconciler {
             warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
         }
         self.told.metrics.interfaces(&picture.status);
-        let status = picture.status.clone();
+        let (status, pods) = (picture.status.clone(), picture.pods.clone());
         let range = self.snat_ports.to_string();
         let addresses = picture.status.iter().flat_map(|interface| interface.addresses.clone()).collect();
         self.told.shared.update(|all| {
             all.interfaces = status;
+            all.pod_interfaces = pods;
             all.snat = SnatStatus { addresses, range };
         });
         self.picture = picture;

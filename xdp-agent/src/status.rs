@@ -37,6 +37,8 @@ pub struct Status {
     pub waiting_for: Vec<&'static str>,
     /// Managed interfaces.
     pub interfaces: Vec<InterfaceStatus>,
+    /// Devices of pods that are served packet by packet.
+    pub pod_interfaces: Vec<String>,
     /// Service ports that are served.
     pub services: usize,
     /// Addresses and ports that clients connect to.
@@ -49,6 +51,8 @@ pub struct Status {
     pub problems: Vec<ProblemStatus>,
     /// Source addresses and ports of translated flows.
     pub snat: SnatStatus,
+    /// Ports that the kernel gives to no connection of its own because of this agent; empty for none.
+    pub reserved_ports: String,
     /// Where objects are read from.
     pub sources: Vec<PathBuf>,
     /// How watching the API server goes, by kind of object; empty when objects come from files.

@@ -32,8 +32,12 @@ pub enum Hook {
     Tc,
     /// tc ingress, for fragments, all of which XDP leaves to it; everything goes on up the stack.
     Fragment,
-    /// On the way out of a process of this node.
+    /// On the way out of a process of this node, wherever it is translated; `explain` asks so.
     Host,
+    /// tc ingress of a pod's device: everything that the pod sends, and nothing else.
+    Pod,
+    /// tc egress of an interface, for what processes of this node send where no socket hook has translated it.
+    Out,
 }
 
 /// What comes next for a packet whose flow has been looked for.
@@ -76,7 +80,7 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
             return Verdict::PASS;
         }
         Hook::Tc if !offloaded => return Verdict::PASS,
-        Hook::Xdp | Hook::Tc | Hook::Fragment | Hook::Host => {}
+        Hook::Xdp | Hook::Tc | Hook::Fragment | Hook::Host | Hook::Pod | Hook::Out => {}
     }
     let may_be_known = !opens(packet) || tables.may_know(known_bit(&packet.key));
     let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };
@@ -256,9 +260,8 @@ fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flo
 #[inline(never)] // once per flow, from two programs
 fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) {
     let Work { flow: reply, reply: forward, other_key: forward_key } = work;
-    let exit = if reply.kind == kind::REPLY_LOCAL { exit::LOCAL } else { exit::KERNEL };
     reply.replied = 1;
-    mirror(key, reply, kind::FORWARD, exit, forward);
+    mirror(key, reply, kind::FORWARD, forward_exit(reply), forward);
     *forward_key = opposite(key, reply);
     let is_noted = match tables.insert(Table::Embryonic, forward_key, forward) {
         Insertion::Exists => match tables.flow(Table::Embryonic, forward_key) {
@@ -328,11 +331,25 @@ fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &
 fn reply_of<A: Address>(flow: &Flow<A>) -> (u8, u8) {
     match flow.exit {
         exit::LOCAL => (kind::REPLY_LOCAL, exit::LOCAL),
+        exit::HAIRPIN => (kind::REPLY_REMOTE, exit::HAIRPIN),
+        exit::BACK => (kind::REPLY_LOCAL, exit::BACK),
+        exit::OUT => (kind::REPLY_REMOTE, exit::LOCAL),
         _ => (kind::REPLY_REMOTE, exit::KERNEL),
     }
 }
 
-/// Decides on a packet that is about to leave.
+/// Exit of the forward half, by the reply's.
+#[inline(always)]
+fn forward_exit<A: Address>(reply: &Flow<A>) -> u8 {
+    match (reply.kind, reply.exit) {
+        (kind::REPLY_LOCAL, exit) => exit,
+        (_, exit::HAIRPIN) => exit::HAIRPIN,
+        (_, exit::LOCAL) => exit::OUT,
+        _ => exit::KERNEL,
+    }
+}
+
+/// Decides on a packet that is about to leave. [`Action::Transmit`] sends it back in: it is for a process of this node.
 #[inline(always)] // one caller
 pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
     if !gate::admits_egress(tables, &packet.key) {
@@ -370,5 +387,6 @@ pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> V
         }
     }
     tables.count(Counter::Event(event));
-    Verdict { action: Action::Stack, rewrite: rewrite(&entry), ..Verdict::PASS }
+    let action = if entry.exit == exit::BACK { Action::Transmit } else { Action::Stack };
+    Verdict { action, rewrite: rewrite(&entry), ..Verdict::PASS }
 }

@@ -8,6 +8,7 @@ mod family;
 mod fragments;
 mod icmp;
 mod maps;
+mod node;
 mod packet;
 mod socket;
 mod sockets;
@@ -35,7 +36,7 @@ use crate::{
     family::{Found, Maps},
     fragments::fragment,
     maps::{Kernel, count, parse, place},
-    packet::{TcFrame, Wire, XdpFrame},
+    packet::{TcFrame, Turn, Wire, XdpFrame},
 };
 
 #[map]
@@ -48,6 +49,10 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::COUNTE
 static HELD: RingBuf = RingBuf::with_byte_size(tables::HELD.entries, 0);
 #[map]
 static HOLDS: PerCpuArray<Hold> = PerCpuArray::with_max_entries(tables::HOLDS.entries, 0);
+
+/// For the agent, which has no other place to note things.
+#[map]
+static RESERVED_PORTS: Array<u64> = Array::with_max_entries(tables::RESERVED_PORTS.entries, 0);
 
 /// XDP on a managed interface.
 #[xdp]
@@ -176,7 +181,9 @@ fn apply<F: Maps + Wire>(
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
-        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(TC_ACT_SHOT),
+        Action::Reject(_) => {
+            answer(|area| frame.answer::<F>(packet, area, Turn::Out)).unwrap_or(TC_ACT_SHOT)
+        }
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite::<F>(packet, &verdict.rewrite);
             TC_ACT_UNSPEC

@@ -5,7 +5,7 @@ use core::{arch::asm, mem::offset_of};
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, xdp_action, xdp_md,
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, xdp_action, xdp_md,
     },
     helpers,
     programs::{TcContext, XdpContext},
@@ -288,6 +288,15 @@ impl icmp::Patch for XdpFrame {
     }
 }
 
+/// By which side of its interface a frame goes back.
+#[derive(Clone, Copy)]
+pub(crate) enum Turn {
+    /// The interface sends it.
+    Out,
+    /// The interface receives it.
+    In,
+}
+
 /// A frame at tc.
 pub(crate) struct TcFrame {
     ctx: TcContext,
@@ -413,15 +422,49 @@ impl TcFrame {
         }
     }
 
-    /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and
-    /// their answers inherit that.
+    /// Answers a refused packet where it came in; what the device was to do for its checksum it does for the answer's.
     #[inline(always)]
-    pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<i32> {
-        if !F::answer(self, packet, Finisher::Device, area) {
-            return None;
-        }
+    pub(crate) fn answer<F: Wire>(
+        &self,
+        packet: &Packet<F::Addr>,
+        area: &mut AnswerFrame,
+        way: Turn,
+    ) -> Option<i32> {
+        let finisher = if packet.looks_offloaded() { Finisher::Device } else { Finisher::Nobody };
+        if F::answer(self, packet, finisher, area) { Some(self.redirect(way)) } else { None }
+    }
+
+    /// Sends the frame back to where it comes from.
+    #[inline(always)]
+    pub(crate) fn turn(&self, way: Turn) -> i32 {
+        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else { return TC_ACT_SHOT };
+        // A frame that was parsed has these bytes.
+        let _ = self.ctx.store(0, &[g, h, i, j, k, l, a, b, c, d, e, f], 0);
+        self.redirect(way)
+    }
+
+    #[inline(always)]
+    fn redirect(&self, way: Turn) -> i32 {
+        let flags = match way {
+            Turn::Out => 0,
+            Turn::In => BPF_F_INGRESS as u64,
+        };
         // SAFETY: the helper takes numbers only.
-        Some(unsafe { helpers::bpf_redirect(self.ifindex(), 0) as i32 })
+        unsafe { helpers::bpf_redirect(self.ifindex(), flags) as i32 }
+    }
+
+    /// Sends the frame out of an interface to whatever next hop the kernel finds there.
+    #[inline(always)]
+    pub(crate) fn leave_by(&self, ifindex: u32) -> i32 {
+        // SAFETY: without parameters the helper takes numbers only (5.10).
+        unsafe { helpers::bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    }
+
+    /// Whether a process of this node sends the frame, and nobody else whom the kernel forwards for.
+    #[inline(always)]
+    pub(crate) fn is_own(&self) -> bool {
+        // SAFETY: the context is the verifier's, valid for the whole program.
+        unsafe { (*self.skb()).ingress_ifindex == 0 }
     }
 }
 

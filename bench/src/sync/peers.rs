@@ -28,7 +28,7 @@ const COMPLAINT_LINES: usize = 6;
 
 /// A tool of the system that loads rules.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Peer {
+pub(crate) enum Peer {
     /// `nft -f -`.
     Nftables,
     /// `iptables-legacy-restore`, where the kernel has its tables.
@@ -39,7 +39,7 @@ pub(super) enum Peer {
 
 impl Peer {
     /// Whether the kernel has what the tool writes to.
-    pub(super) fn is_supported(self) -> Result<bool> {
+    pub(crate) fn is_supported(self) -> Result<bool> {
         match self {
             Self::Nftables | Self::IptablesNft => Ok(true),
             // The file is there as soon as the kernel has the tables, as a module or built in.
@@ -66,7 +66,7 @@ impl Peer {
     ///
     /// # Errors
     /// When it is not there, with what to install.
-    pub(super) fn find(self) -> Result<PathBuf> {
+    pub(crate) fn find(self) -> Result<PathBuf> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         // Not every user's PATH has the system's tools, and sudo keeps some users' PATH.
         let places = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
@@ -91,7 +91,7 @@ impl Peer {
     }
 
     /// What the row is called: the tool and its version.
-    pub(super) fn name(self) -> Result<String> {
+    pub(crate) fn name(self) -> Result<String> {
         Ok(format!("{} {}", self.program(), self.version()?))
     }
 
@@ -141,6 +141,17 @@ impl Peer {
         ensure!(rules.contains(&latest.to_string()), "{} holds no rule to {latest}", self.program());
         Ok(())
     }
+}
+
+/// Loads the rules of a world into the network namespace of this thread.
+pub(crate) fn fill(peer: Peer, world: &World, limit: Duration) -> Result<()> {
+    if !matches!(peer, Peer::Nftables) {
+        let jumps = run(peer, iptables::JUMPS.to_owned(), limit)?;
+        ensure!(jumps.is_some(), "{} does not come to an end", peer.program());
+    }
+    let loaded = run(peer, peer.load(world)?, limit)?;
+    ensure!(loaded.is_some(), "{} has not loaded its rules within {limit:?}", peer.program());
+    Ok(())
 }
 
 /// Measures one peer at one size, in the network namespace of this process.

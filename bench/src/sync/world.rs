@@ -5,17 +5,17 @@ use std::net::Ipv4Addr;
 use anyhow::{Result, ensure};
 
 /// The node whose proxy is measured.
-pub(super) const NODE: &str = "node-0";
+pub(crate) const NODE: &str = "node-0";
 /// The address of that node on which NodePorts are served.
-pub(super) const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 10);
+pub(crate) const NODE_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 10);
 /// ServiceCIDR, large enough for every size.
-pub(super) const SERVICE_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 0), 12);
+pub(crate) const SERVICE_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 0), 12);
 /// Pods of all nodes; each node has a /24 of it.
-pub(super) const POD_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 128, 0, 0), 9);
+pub(crate) const POD_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 128, 0, 0), 9);
 /// Port of every Service.
-pub(super) const PORT: u16 = 80;
+pub(crate) const PORT: u16 = 80;
 /// Port of every pod.
-pub(super) const TARGET_PORT: u16 = 8080;
+pub(crate) const TARGET_PORT: u16 = 8080;
 
 /// Pods on a node, near the kubelet's limit of 110: so a larger cluster has more nodes, not fuller ones.
 const PODS_PER_NODE: u32 = 100;
@@ -25,7 +25,7 @@ const SERVICES_MAX: u32 = (u16::MAX as u32 - NODE_PORT_MIN) * 2;
 const NAMESPACES: u32 = 40;
 
 /// Services of one size, and the pods behind each, by number.
-pub(super) struct World {
+pub(crate) struct World {
     endpoints: usize,
     nodes: u32,
     /// Endpoints of the first Service, then of the second, and so on.
@@ -37,16 +37,16 @@ pub(super) struct World {
 
 /// One endpoint has been replaced by a new pod.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Replacement {
-    pub(super) service: u32,
+pub(crate) struct Replacement {
+    pub(crate) service: u32,
     /// The pod that went.
-    pub(super) gone: u32,
+    pub(crate) gone: u32,
     /// The pod that came.
-    pub(super) pod: u32,
+    pub(crate) pod: u32,
 }
 
 impl World {
-    pub(super) fn new(services: u32, endpoints: u32) -> Result<Self> {
+    pub(crate) fn new(services: u32, endpoints: u32) -> Result<Self> {
         ensure!(
             (1..=SERVICES_MAX).contains(&services),
             "--services takes 1 to {SERVICES_MAX}, not {services}"
@@ -63,17 +63,17 @@ impl World {
         })
     }
 
-    pub(super) fn services(&self) -> std::ops::Range<u32> {
+    pub(crate) fn services(&self) -> std::ops::Range<u32> {
         0..(self.pods.len() / self.endpoints) as u32
     }
 
-    pub(super) fn pods(&self, service: u32) -> &[u32] {
+    pub(crate) fn pods(&self, service: u32) -> &[u32] {
         let first = service as usize * self.endpoints;
         &self.pods[first..first + self.endpoints]
     }
 
     /// Replaces one endpoint of a Service chosen at random, as a rolling update does.
-    pub(super) fn replace(&mut self) -> Replacement {
+    pub(crate) fn replace(&mut self) -> Replacement {
         let index = (self.next_random() % self.pods.len() as u64) as usize;
         let pod = self.born;
         self.born += 1;
@@ -81,16 +81,16 @@ impl World {
         Replacement { service: (index / self.endpoints) as u32, gone, pod }
     }
 
-    pub(super) fn node_number(&self, pod: u32) -> u32 {
+    pub(crate) fn node_number(&self, pod: u32) -> u32 {
         pod % self.nodes
     }
 
     /// Whether the pod runs on the measured node.
-    pub(super) fn is_local(&self, pod: u32) -> bool {
+    pub(crate) fn is_local(&self, pod: u32) -> bool {
         self.node_number(pod) == 0
     }
 
-    pub(super) fn pod_address(&self, pod: u32) -> Ipv4Addr {
+    pub(crate) fn pod_address(&self, pod: u32) -> Ipv4Addr {
         let host = 2 + pod / self.nodes;
         debug_assert!(host < 255, "more pods were replaced than a node has addresses");
         Ipv4Addr::from(u32::from(POD_CIDR.0) + self.node_number(pod) * 256 + host)
@@ -103,30 +103,30 @@ impl World {
     }
 }
 
-pub(super) fn cluster_ip(service: u32) -> Ipv4Addr {
+pub(crate) fn cluster_ip(service: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(SERVICE_CIDR.0) + 1 + service)
 }
 
 /// Every other Service has one.
-pub(super) fn node_port(service: u32) -> Option<u16> {
+pub(crate) fn node_port(service: u32) -> Option<u16> {
     service.is_multiple_of(2).then_some((NODE_PORT_MIN + service / 2) as u16)
 }
 
-pub(super) fn namespace(service: u32) -> String {
+pub(crate) fn namespace(service: u32) -> String {
     format!("team-{:02}", service % NAMESPACES)
 }
 
-pub(super) fn name(service: u32) -> String {
+pub(crate) fn name(service: u32) -> String {
     format!("service-{service:05}")
 }
 
 /// What kube-proxy calls the service port in comments and chain names.
-pub(super) fn port_name(service: u32) -> String {
+pub(crate) fn port_name(service: u32) -> String {
     format!("{}/{}:http", namespace(service), name(service))
 }
 
 /// Letters and digits as in the hashes of kube-proxy's chain names, `length` of them and at most 24.
-pub(super) fn hash(kind: &str, service: u32, pod: u32) -> String {
+pub(crate) fn hash(kind: &str, service: u32, pod: u32) -> String {
     const BASE32: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     let seed = kind
         .bytes()

@@ -2,22 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use xdp_agent_tests::lab::caller::{Answer, Failed};
 use xdp_agent_tests::lab::manifests::Service;
 use xdp_agent_tests::lab::world::{
     CLUSTER_IP, NODE, NODE_PORT_HTTP, NODE_PORT_UDP, Pod, SERVICE_HTTP, SERVICE_UDP, World, WorldOptions,
     http_frontends, standard_service, udp_frontends,
 };
 
-use crate::callers::{Place, counted_call};
-
-/// With two backends of each kind, 40 connections miss one kind by luck once in 2^40.
-const CONNECTIONS: usize = 40;
-/// Far below the second after which a client would ask again.
-const AT_ONCE: Duration = Duration::from_millis(500);
+use crate::callers::{
+    CONNECTIONS, Place, all_places, both, counted_call, mapped, places, refused, repeated,
+};
 
 #[test]
 fn pods_and_the_node_reach_every_frontend_and_see_its_address() -> Result<()> {
@@ -256,47 +251,4 @@ fn a_datagram_that_has_to_be_fragmented_is_answered() -> Result<()> {
     place.pod.connect("socket", target)?;
     ensure!(place.pod.echo("socket", 2_000)? == 2_000);
     place.stop()
-}
-
-/// A frontend by its address, and by the same as IPv6 maps it.
-fn both(kind: &str, target: SocketAddr) -> [(String, SocketAddr); 2] {
-    [(kind.to_string(), target), (format!("{kind}, mapped"), mapped(target))]
-}
-
-fn mapped(target: SocketAddr) -> SocketAddr {
-    match target {
-        SocketAddr::V4(target) => (target.ip().to_ipv6_mapped(), target.port()).into(),
-        SocketAddr::V6(target) => target.into(),
-    }
-}
-
-fn repeated(mut ask: impl FnMut() -> Result<Result<Answer, Failed>>) -> Result<Vec<Answer>> {
-    (0..CONNECTIONS).map(|_| Ok(ask()??)).collect()
-}
-
-/// Whether the backends that answered are on this node, on the other, or on both.
-fn places(answers: &[Answer]) -> Vec<&str> {
-    let places: BTreeSet<&str> =
-        answers.iter().filter_map(|answer| Some(answer.backend.split_once('-')?.0)).collect();
-    places.into_iter().collect()
-}
-
-/// Fails unless both nodes have answered, each time under the name of the frontend.
-fn all_places(answers: &[Answer], target: SocketAddr) -> Result<()> {
-    ensure!(places(answers) == ["local", "remote"], "only {:?} have answered", places(answers));
-    let strange = answers.iter().find(|answer| answer.from != target);
-    ensure!(strange.is_none(), "{target} answered as {strange:?}");
-    Ok(())
-}
-
-fn refused<T: std::fmt::Debug>(
-    what: &str,
-    errno: i32,
-    ask: impl FnOnce() -> Result<Result<T, Failed>>,
-) -> Result<()> {
-    let began = Instant::now();
-    let failed = ask()?.err().with_context(|| format!("{what}: it went through"))?;
-    ensure!(failed.errno == errno, "{what}: {failed}, not {errno}");
-    ensure!(began.elapsed() < AT_ONCE, "{what}: failed after {:?}", began.elapsed());
-    Ok(())
 }

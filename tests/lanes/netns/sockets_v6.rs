@@ -25,7 +25,7 @@ fn the_node_reaches_services_of_ipv6_and_sees_their_address() -> Result<()> {
     }
     let lo = world.node.index("lo")?;
     block_on(world.node.netlink().address().add(lo, ENDPOINT.into(), 128).execute())?;
-    let server = Server::start(&world.node)?;
+    let server = Server::start(&world.node, ENDPOINT, "six")?;
     world.manifests.write("six.yaml", &objects())?;
     let mut place = Place::serve(world, &[], &[])?;
     let (http, echo): (SocketAddr, SocketAddr) = ((CLUSTER_IP, 80).into(), (CLUSTER_IP, 5000).into());
@@ -69,17 +69,17 @@ fn objects() -> [String; 3] {
 }
 
 /// Answers as the lab's servers do, over IPv6; it ends with this value.
-struct Server([JoinHandle<()>; 2]);
+pub(crate) struct Server([JoinHandle<()>; 2]);
 
 impl Server {
-    fn start(namespace: &Namespace) -> Result<Self> {
+    pub(crate) fn start(namespace: &Namespace, address: Ipv6Addr, name: &'static str) -> Result<Self> {
         // A new address is tentative for a moment.
         wait_for("the address to be bound", BIND_TIMEOUT, || {
-            Ok(namespace.run(|| UdpSocket::bind((ENDPOINT, 0)).map(drop))?)
+            Ok(namespace.run(|| UdpSocket::bind((address, 0)).map(drop))?)
         })?;
         let (listener, socket) = namespace.run(|| -> std::io::Result<_> {
-            let listener = TcpListener::bind((ENDPOINT, 8080))?;
-            let socket = UdpSocket::bind((ENDPOINT, 9000))?;
+            let listener = TcpListener::bind((address, 8080))?;
+            let socket = UdpSocket::bind((address, 9000))?;
             listener.set_nonblocking(true)?;
             socket.set_nonblocking(true)?;
             let _context = runtime().enter();
@@ -90,7 +90,7 @@ impl Server {
                 let mut request = [0; 1024];
                 // A caller that is gone shows in its own answer.
                 let _ = stream.read(&mut request).await;
-                let body = format!("{{\"backend\":\"six\",\"peer\":\"{peer}\"}}");
+                let body = format!("{{\"backend\":\"{name}\",\"peer\":\"{peer}\"}}");
                 let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
                 let _ = stream.write_all(answer.as_bytes()).await;
             }
@@ -98,7 +98,7 @@ impl Server {
         let echo = runtime().spawn(async move {
             let mut buffer = [0; 1024];
             while let Ok((_, peer)) = socket.recv_from(&mut buffer).await {
-                let _ = socket.send_to(format!("six {peer}").as_bytes(), peer).await;
+                let _ = socket.send_to(format!("{name} {peer}").as_bytes(), peer).await;
             }
         });
         Ok(Self([http, echo]))

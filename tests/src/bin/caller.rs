@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use tokio::net::TcpSocket;
 use xdp_agent_tests::lab::patient;
-use xdp_agent_tests::lab::servers::UDP_WHOAMI;
+use xdp_agent_tests::lab::servers::{PatternCheck, UDP_WHOAMI};
 
 /// Longest wait for a connection or an answer: silence has to show as such.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -69,6 +70,17 @@ impl Sockets {
                 Ok(String::new())
             }
             ["ask-held", name] => whoami(self.tcp.get_mut(name).ok_or(ErrorKind::NotFound)?),
+            ["both", name, target] => {
+                let (socket, target) = (self.socket(name)?, parse(target)?);
+                socket.send_to(UDP_WHOAMI, target)?;
+                socket.send_to(UDP_WHOAMI, target)?;
+                Ok(format!("{}\t{}", answer(socket)?, answer(socket)?))
+            }
+            ["fixed", port, target] => {
+                let port = port.parse().map_err(Error::other)?;
+                whoami(&mut connect_from(port, parse(target)?)?)
+            }
+            ["fetch", bytes, target] => fetch(bytes, &mut connect(parse(target)?)?),
             ["bind", "tcp", address] => TcpListener::bind(parse(address)?).map(|_| String::new()),
             ["bind", "udp", address] => UdpSocket::bind(parse(address)?).map(|_| String::new()),
             ["hammer", target] => {
@@ -126,6 +138,42 @@ fn connect(target: SocketAddr) -> io::Result<TcpStream> {
     stream.set_read_timeout(Some(patient(PATIENCE)))?;
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+/// Connects from a port of its own choice, and leaves it free at once when it closes, as clients of NFS do.
+fn connect_from(port: u16, target: SocketAddr) -> io::Result<TcpStream> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stream = runtime.block_on(async {
+        let (socket, any) = match target {
+            SocketAddr::V4(_) => (TcpSocket::new_v4()?, SocketAddr::from(([0; 4], port))),
+            SocketAddr::V6(_) => (TcpSocket::new_v6()?, SocketAddr::from(([0u16; 8], port))),
+        };
+        socket.set_reuseaddr(true)?;
+        socket.set_zero_linger()?;
+        socket.bind(any)?;
+        tokio::time::timeout(PATIENCE, socket.connect(target)).await?
+    })?;
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Asks for the test pattern and checks every byte of it.
+fn fetch(bytes: &str, stream: &mut TcpStream) -> io::Result<String> {
+    stream.write_all(format!("GET /bytes/{bytes} HTTP/1.0\r\nhost: service\r\n\r\n").as_bytes())?;
+    let (mut head, mut buffer) = (Vec::new(), [0; 1 << 16]);
+    while !head.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut buffer[..1])?;
+        head.push(buffer[0]);
+    }
+    let mut check = PatternCheck::default();
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(check.length().to_string()),
+            length => check.feed(&buffer[..length]).map_err(Error::other)?,
+        }
+    }
 }
 
 fn ask(socket: &UdpSocket) -> io::Result<String> {

@@ -117,6 +117,30 @@ impl Caller {
         self.answer(&format!("ask-held {connection}"))
     }
 
+    /// Asks twice from an open UDP socket before it reads either answer, as resolvers ask for A and AAAA.
+    pub fn ask_both(&mut self, socket: &str, target: SocketAddr) -> Result<Result<[Answer; 2], Failed>> {
+        let question = format!("both {socket} {target}");
+        let text = match self.exchange(&question)? {
+            Ok(text) => text,
+            Err(failed) => return Ok(Err(failed)),
+        };
+        let (first, second) = text.split_once('\t').context("two answers")?;
+        Ok(Ok([answer_of(&question, first)?, answer_of(&question, second)?]))
+    }
+
+    /// Connects from a port, asks, and closes so that the port is free at once.
+    pub fn http_from(&mut self, port: u16, target: SocketAddr) -> Result<Result<Answer, Failed>> {
+        self.answer(&format!("fixed {port} {target}"))
+    }
+
+    /// Fetches so many bytes and says how many have come; a wrong one is a failure.
+    pub fn fetch(&mut self, bytes: usize, target: SocketAddr) -> Result<Result<usize, Failed>> {
+        Ok(match self.exchange(&format!("fetch {bytes} {target}"))? {
+            Ok(text) => Ok(text.parse()?),
+            Err(failed) => Err(failed),
+        })
+    }
+
     /// Binds a socket of a protocol and closes it again.
     pub fn bind(&mut self, protocol: &str, address: SocketAddr) -> Result<Result<(), Failed>> {
         Ok(self.exchange(&format!("bind {protocol} {address}"))?.map(drop))
@@ -146,9 +170,7 @@ impl Caller {
             Ok(text) => text,
             Err(failed) => return Ok(Err(failed)),
         };
-        let words: Vec<&str> = text.split(' ').collect();
-        let [backend, client, from] = words[..] else { bail!("{question}: not an answer: {text}") };
-        Ok(Ok(Answer { backend: backend.to_string(), client: client.parse()?, from: from.parse()? }))
+        Ok(Ok(answer_of(question, &text)?))
     }
 
     fn exchange(&mut self, question: &str) -> Result<Result<String, Failed>> {
@@ -167,6 +189,12 @@ impl Caller {
             _ => bail!("{question}: not an answer: {line}"),
         }
     }
+}
+
+fn answer_of(question: &str, text: &str) -> Result<Answer> {
+    let words: Vec<&str> = text.split(' ').collect();
+    let [backend, client, from] = words[..] else { bail!("{question}: not an answer: {text}") };
+    Ok(Answer { backend: backend.to_string(), client: client.parse()?, from: from.parse()? })
 }
 
 impl Drop for Caller {

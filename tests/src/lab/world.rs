@@ -261,8 +261,8 @@ impl World {
         Ok(())
     }
 
-    /// Links a pod as a bridge-less CNI with host-local addresses does: one veth, one host route.
-    fn add_pod(&mut self, local: bool, number: usize) -> Result<()> {
+    /// Links a pod as a bridge-less CNI with host-local addresses does: one veth `podN` on its node, one host route.
+    pub fn add_pod(&mut self, local: bool, number: usize) -> Result<()> {
         let (host, kind, node) =
             if local { (&self.node, "local", "node") } else { (&self.node2, "remote", "node2") };
         let gateway = POD_GATEWAYS[usize::from(!local)];

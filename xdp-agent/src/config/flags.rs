@@ -168,6 +168,11 @@ pub struct ProgramArgs {
     #[arg(long, env = "XDP_AGENT_ECHO", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
         require_equals = true, default_missing_value = "true", default_value = "true")]
     pub echo: bool,
+    /// Keep the ports of translated flows and NodePorts out of the kernel's choice for connections of this node, by
+    /// net.ipv4.ip_local_reserved_ports, until the programs go; false leaves that setting alone.
+    #[arg(long, env = "XDP_AGENT_RESERVE_PORTS", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", default_value = "true")]
+    pub reserve_ports: bool,
 
     /// Directory on a BPF file system for pinned maps and links.
     #[arg(long, env = "XDP_AGENT_PIN_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/xdp-agent")]

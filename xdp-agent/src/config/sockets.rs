@@ -5,15 +5,22 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, ValueEnum};
 use serde_json::{Value, json};
 
-use super::values::switch;
+use super::values::{Pattern, switch};
 
 /// How pods and processes of this node reach Services.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct SocketArgs {
-    /// Whose connections to Services are translated at the socket: those of pods and of this node (all), or of this node
-    /// only, for pods that must not notice (host-only).
+    /// Whose connections to Services are translated at the socket: those of pods and of this node (all), of this node only,
+    /// for pods that must not notice (host-only), or nobody's (off); this node's are then translated on their way out, but
+    /// for NodePorts on its own addresses.
     #[arg(long, env = "XDP_AGENT_SOCKET_LB", value_enum, default_value_t = SocketLb::All)]
     pub socket_lb: SocketLb,
+
+    /// Devices of this node that lead to pods whose connections are to be translated packet by packet, for what socket hooks
+    /// do not serve: virtual machines, gVisor, pods left out by host-only. Names, in which * stands for anything and ? for
+    /// one character; repeat it or separate them by commas.
+    #[arg(long, env = "XDP_AGENT_POD_IFACE", value_name = "PATTERN", value_delimiter = ',')]
+    pub pod_iface: Vec<Pattern>,
 
     /// Cgroup (v2) whose processes the socket hooks serve, with all below it [default: the root of the hierarchy].
     #[arg(long, env = "XDP_AGENT_CGROUP", value_name = "DIR")]
@@ -46,22 +53,26 @@ pub struct SocketOptions {
     pub cgroup: Option<PathBuf>,
     /// Whether NodePorts are served on the loopback.
     pub is_on_loopback: bool,
+    /// Devices of pods that are served packet by packet.
+    pub pod_devices: Vec<Pattern>,
 }
 
 impl From<SocketArgs> for SocketOptions {
     fn from(args: SocketArgs) -> Self {
-        Self { scope: args.socket_lb, cgroup: args.cgroup, is_on_loopback: args.localhost_nodeports }
+        Self { scope: args.socket_lb, cgroup: args.cgroup, is_on_loopback: args.localhost_nodeports, pod_devices: args.pod_iface }
     }
 }
 
 impl SocketOptions {
     /// Under the names of the flags.
-    pub(super) fn to_json(&self) -> [(&'static str, Value); 3] {
-        let Self { scope, cgroup, is_on_loopback } = self;
+    pub(super) fn to_json(&self) -> [(&'static str, Value); 4] {
+        let Self { scope, cgroup, is_on_loopback, pod_devices } = self;
+        let patterns: Vec<&str> = pod_devices.iter().map(Pattern::as_str).collect();
         [
             ("socket-lb", json!(scope.label())),
             ("cgroup", json!(cgroup)),
             ("localhost-nodeports", json!(is_on_loopback)),
+            ("pod-iface", json!(patterns)),
         ]
     }
 }

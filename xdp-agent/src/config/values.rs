@@ -195,6 +195,45 @@ pub(super) fn timeout(
     }
 }
 
+/// Names of interfaces: `*` stands for anything, `?` for one character.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern(String);
+
+impl Pattern {
+    /// As it was written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether a name is one of them.
+    pub fn matches(&self, name: &str) -> bool {
+        matches(self.0.as_bytes(), name.as_bytes())
+    }
+}
+
+impl FromStr for Pattern {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = text.trim();
+        if text.is_empty() || text.bytes().all(|byte| byte == b'*') {
+            return Err("name the devices of pods, as in veth* or cali*; every device of the node is too much");
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Names are 15 characters at most, so going back costs nothing.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    match (pattern, name) {
+        ([], []) => true,
+        ([b'*', rest @ ..], _) => (0..=name.len()).any(|at| matches(rest, &name[at..])),
+        ([b'?', rest @ ..], [_, left @ ..]) => matches(rest, left),
+        ([one, rest @ ..], [other, left @ ..]) => one == other && matches(rest, left),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,5 +314,24 @@ mod tests {
             assert_eq!(timeout(7)(text), Ok(Duration::from_secs(seconds)), "{text}");
         }
         assert!(timeout(7)("999ms").is_err() && timeout(7)("soon").is_err());
+    }
+
+    #[test]
+    fn patterns_match_names_of_interfaces() {
+        for (pattern, name, is_match) in [
+            ("veth*", "veth1a2b", true),
+            ("veth*", "eth0", false),
+            ("pod?", "pod1", true),
+            ("pod?", "pod12", false),
+            ("lxc*_h", "lxc12_h", true),
+            ("*-tap", "vm-1-tap", true),
+            ("eni", "eni0", false),
+        ] {
+            let found = pattern.parse::<Pattern>().expect("a pattern").matches(name);
+            assert_eq!(found, is_match, "{pattern} {name}");
+        }
+        for bad in ["", " ", "*", "**"] {
+            assert!(bad.parse::<Pattern>().is_err(), "{bad:?}");
+        }
     }
 }

@@ -46,7 +46,8 @@ pub(super) fn decide<F: Family<Addr: IpAddress>>(
     let hook = if is_host { Hook::Host } else { Hook::Xdp };
     let is_pod = Tables::<F>::network(maps, network::PODS, key.src);
     let source = match hook {
-        Hook::Host => Source::Host,
+        Hook::Host | Hook::Out => Source::Host,
+        Hook::Pod => Source::Pod,
         Hook::Xdp | Hook::Tc | Hook::Fragment if is_pod => Source::Pod,
         Hook::Xdp | Hook::Tc | Hook::Fragment => Source::External,
     };

@@ -174,10 +174,10 @@ impl<A: IpAddress> Plan<A> {
                 if before.value == value {
                     return;
                 }
-                let (left, needed) = (gate_bit(&key, &before.value), gate_bit(&key, &value));
+                let (left, needed) = (gate_bits(&key, &before.value), gate_bits(&key, &value));
                 if left != needed {
-                    self.ingress.need(needed);
-                    self.ingress.leave(left);
+                    needed.into_iter().for_each(|bit| self.ingress.need(bit));
+                    left.into_iter().for_each(|bit| self.ingress.leave(bit));
                 }
             }
         }

@@ -33,13 +33,16 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     let at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, zero: 0 };
     let found = tables.frontend(&at);
     // A frame for another station that a promiscuous interface has picked up is not ours.
-    let Some(entry) = tables.device(packet.ifindex) else { return Next::Pass };
-    if (hook != Hook::Host && entry.mac != packet.dmac) || !key.src.is_unicast() {
+    let is_wire = matches!(hook, Hook::Xdp | Hook::Tc | Hook::Fragment);
+    let at_device = if hook == Hook::Pod { device::OF_PODS } else { packet.ifindex };
+    let Some(entry) = tables.device(at_device) else { return Next::Pass };
+    if (is_wire && entry.mac != packet.dmac) || !key.src.is_unicast() {
         return Next::Pass;
     }
     let Some(frontend) = found else { return without_frontend(tables, key, can_answer(hook, &entry)) };
     let origin = match hook {
-        Hook::Host => Origin::Host,
+        Hook::Host | Hook::Out => Origin::Host,
+        Hook::Pod => Origin::Pod,
         Hook::Xdp | Hook::Tc | Hook::Fragment => {
             let may_be_pod = frontend.flags & frontend::DISTINGUISHES_PODS != 0;
             let is_pod = may_be_pod && tables.network(network::PODS, key.src);
@@ -77,16 +80,22 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     flow.replied = 0;
     flow.zero = [0; 6];
     let is_here = backend.flags & backend::LOCAL != 0;
+    if hook == Hook::Out {
+        // From the node's own address nothing may come in; to that of the frontend answers leave by this interface again.
+        flow.src = if is_here { key.dst } else { entry.snat };
+        flow.exit = if is_here { exit::BACK } else { exit::OUT };
+        return Next::Reserve(false);
+    }
     if key.src == backend.addr {
         // An endpoint that reaches itself would drop a packet from its own address.
         if is_here {
             flow.src = entry.snat;
-            flow.exit = exit::KERNEL;
+            flow.exit = if hook == Hook::Pod { exit::HAIRPIN } else { exit::KERNEL };
             return Next::Reserve(false);
         }
     } else {
         let is_masqueraded = frontend.flags & masquerades(origin) != 0
-            || (hook != Hook::Host && tables.config().masquerade_wire != 0);
+            || (is_wire && tables.config().masquerade_wire != 0);
         if is_here || !is_masqueraded {
             return Next::Reserve(true);
         }

@@ -4,7 +4,7 @@ use super::Hook;
 use crate::{
     conntrack::{rewrite, translate, translated},
     frame::Packet,
-    net::{Family, FlowKey},
+    net::{Address, Family, FlowKey},
     tables::{Device, Flow, Route, Table, Tables, Work, device, exit, kind},
     verdict::{Action, Counter, Event, Reason},
 };
@@ -77,12 +77,24 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         if let Some(way) = by_cache(tables, packet, flow) {
             return way;
         }
+    } else if let Some(way) = of_this_node(flow) {
+        return way;
     }
     if !hand_up(tables, &packet.key, work) {
         return Way::Refused;
     }
     work.flow.exit = exit::KERNEL;
     Way::Stack
+}
+
+/// How packets of pods and processes of this node leave that need no second half: the hook that translates them sends them.
+#[inline(always)]
+fn of_this_node<A: Address>(flow: &Flow<A>) -> Option<Way> {
+    match flow.exit {
+        exit::HAIRPIN | exit::BACK => Some(Way::Transmit),
+        exit::OUT => Some(Way::Redirect),
+        _ => None,
+    }
 }
 
 /// Asks for the next hop again; true when an established flow keeps the answer.

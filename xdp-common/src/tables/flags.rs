@@ -22,6 +22,12 @@ pub mod exit {
     pub const REDIRECT: u8 = 2;
     /// Up the stack for the kernel to route: the slow path.
     pub const KERNEL: u8 = 3;
+    /// Back to the pod that they come from, by its device: it reaches itself.
+    pub const HAIRPIN: u8 = 4;
+    /// From a process of this node to a backend on it, and back: in again, by the interface they would leave by.
+    pub const BACK: u8 = 5;
+    /// From a process of this node to a backend elsewhere.
+    pub const OUT: u8 = 6;
 }
 
 /// How far a TCP flow has closed.
@@ -88,6 +94,8 @@ pub mod backend {
 
 /// Flags of a device.
 pub mod device {
+    /// The index under which one entry stands for the devices of all pods; no interface has it.
+    pub const OF_PODS: u32 = 0;
     /// XDP here may send out of the same interface.
     pub const TRANSMIT: u32 = 1;
     /// Takes frames redirected by native XDP (`NETDEV_XDP_ACT_NDO_XMIT`).

@@ -128,6 +128,9 @@ pub const HELD: MapSpec = MapSpec { name: "HELD", entries: 1 << 20 };
 /// Per-CPU area in which they are made ready for it.
 pub const HOLDS: MapSpec = MapSpec { name: "HOLDS", entries: 1 };
 
+/// A bit for each port that the agent keeps from the kernel's choice; for agents only.
+pub const RESERVED_PORTS: MapSpec = MapSpec { name: "RESERVED_PORTS", entries: 1 << 10 };
+
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 8] =
-    [&ANSWERS, &CONFIG, &COUNTERS, &HELD, &HOLDS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS];
+pub const SHARED: [&MapSpec; 9] =
+    [&ANSWERS, &CONFIG, &COUNTERS, &HELD, &HOLDS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS, &RESERVED_PORTS];

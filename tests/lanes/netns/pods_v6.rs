@@ -1,0 +1,161 @@
+//! Pods and the node reach Services over IPv6: by socket hooks, by the devices of pods, and on the way out of the node.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv6Addr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode};
+use xdp_agent_tests::lab::caller::Caller;
+use xdp_agent_tests::lab::cgroup::Cgroup;
+use xdp_agent_tests::lab::link::veth;
+use xdp_agent_tests::lab::manifests::Manifests;
+use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
+use xdp_agent_tests::lab::pass::PassProgram;
+
+use crate::callers::{binary, refused};
+use crate::sockets_v6::Server;
+
+const NODE: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
+const FAR: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2);
+const PODS: [Ipv6Addr; 2] =
+    [Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2), Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 2)];
+const GATEWAYS: [Ipv6Addr; 2] =
+    [Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1), Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 1)];
+const CLUSTER_IP: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x10);
+const EMPTY: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20);
+const CONNECTIONS: usize = 40;
+
+/// How clients are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Hooks,
+    Devices,
+}
+
+#[test]
+fn pods_and_the_node_reach_services_of_ipv6_by_hooks() -> Result<()> {
+    reached(Way::Hooks, true)
+}
+
+#[test]
+fn pods_and_the_node_reach_services_of_ipv6_by_devices_and_on_the_way_out() -> Result<()> {
+    reached(Way::Devices, true)?;
+    reached(Way::Devices, false)
+}
+
+fn reached(way: Way, tx_offload: bool) -> Result<()> {
+    let [node, far, first, second] = ["node6", "far6", "first6", "second6"].map(Namespace::new);
+    let (node, far, pods) = (node?, far?, [first?, second?]);
+    for namespace in [&node, &far, &pods[0], &pods[1]] {
+        for device in ["all", "default", "lo"] {
+            namespace.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
+        }
+        namespace.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
+    }
+    link(&node, "eth0", NODE, &far, FAR, tx_offload)?;
+    far.default_route_v6(NODE)?;
+    // What is nobody's neighbour leaves by the uplink, as Services do.
+    node.default_route_v6(FAR)?;
+    for (number, pod) in pods.iter().enumerate() {
+        link(&node, &format!("pod{number}"), GATEWAYS[number], pod, PODS[number], tx_offload)?;
+        pod.default_route_v6(GATEWAYS[number])?;
+    }
+    node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+    let _peer = PassProgram::attach(&far, "eth0")?;
+    let _servers = [
+        Server::start(&pods[0], PODS[0], "itself")?,
+        Server::start(&pods[1], PODS[1], "local")?,
+        Server::start(&far, FAR, "remote")?,
+    ];
+    let manifests = Manifests::new()?;
+    manifests.write("six.yaml", &objects())?;
+    let cgroup = Cgroup::new("node6")?;
+    let cgroups = [cgroup.child("pod")?, cgroup.child("host")?];
+    let mut pod = Caller::start(binary(), &pods[0], &cgroups[0])?;
+    let mut host = Caller::start(binary(), &node, &cgroups[1])?;
+    let mut options = AgentOptions::new(manifests.directory(), Mode::Generic);
+    match way {
+        Way::Hooks => options.cgroup = Some(cgroup.path().to_path_buf()),
+        Way::Devices => options.extra.extend(["--pod-iface".to_owned(), "pod*".to_owned()]),
+    }
+    let bpffs = PrivateBpffs::new()?;
+    let agent = Agent::start(&node, &bpffs, &options)?;
+    for (who, caller) in [("pod", &mut pod), ("node", &mut host)] {
+        every_frontend(way, who, caller).with_context(|| format!("{who}, {way:?}"))?;
+    }
+    agent.stop()?;
+    drop((pod, host));
+    Ok(())
+}
+
+fn every_frontend(way: Way, who: &str, caller: &mut Caller) -> Result<()> {
+    let all = BTreeSet::from(["itself", "local", "remote"].map(str::to_owned));
+    let mut targets = vec![(CLUSTER_IP, 80, 5000)];
+    // The node's own address does not leave it.
+    if who == "pod" || way == Way::Hooks {
+        targets.push((NODE, 30_080, 30_500));
+    }
+    for (address, tcp, udp) in targets {
+        let (tcp, udp): (SocketAddr, SocketAddr) = ((address, tcp).into(), (address, udp).into());
+        let mut met = BTreeSet::new();
+        for _ in 0..CONNECTIONS {
+            let answer = caller.http(tcp)?.with_context(|| format!("TCP, {tcp}"))?;
+            ensure!(answer.from == tcp, "{tcp}: {answer:?}");
+            met.insert(answer.backend);
+        }
+        ensure!(met == all, "{tcp}: only {met:?} were met");
+        let mut met = BTreeSet::new();
+        for _ in 0..CONNECTIONS {
+            let answer = caller.udp(udp)?.with_context(|| format!("UDP, {udp}"))?;
+            ensure!(answer.from == udp, "{udp}: {answer:?}");
+            met.insert(answer.backend);
+        }
+        ensure!(met == all, "{udp}: only {met:?} were met");
+    }
+    refused("no endpoint", libc::ECONNREFUSED, || caller.http((EMPTY, 80).into()))?;
+    refused("no endpoint", libc::ECONNREFUSED, || caller.udp((EMPTY, 5000).into()))?;
+    refused("unknown port", libc::ECONNREFUSED, || caller.http((CLUSTER_IP, 81).into()))
+}
+
+fn link(
+    node: &Namespace,
+    device: &str,
+    own: Ipv6Addr,
+    other: &Namespace,
+    address: Ipv6Addr,
+    tx_offload: bool,
+) -> Result<()> {
+    veth(node, device, other, "eth0")?;
+    for (namespace, device, address) in [(node, device, own), (other, "eth0", address)] {
+        namespace.up(device)?;
+        namespace.address(device, address, 64)?;
+        namespace.tx_offload(device, tx_offload)?;
+    }
+    Ok(())
+}
+
+/// A Service with three endpoints, and one with none.
+fn objects() -> [String; 3] {
+    let service = |name: &str, ip: Ipv6Addr, node_ports: [&str; 2]| {
+        let [http, echo] = node_ports;
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: default\nspec:\n  clusterIP: \"{ip}\"\n  \
+             clusterIPs: [\"{ip}\"]\n  ipFamilies: [IPv6]\n  type: NodePort\n  ports:\n  - {{name: http, port: 80, protocol: \
+             TCP, nodePort: {http}}}\n  - {{name: echo, port: 5000, protocol: UDP, nodePort: {echo}}}\n"
+        )
+    };
+    let endpoint = |address: Ipv6Addr, node: &str| {
+        format!("- {{addresses: [\"{address}\"], conditions: {{ready: true}}, nodeName: {node}}}\n")
+    };
+    let endpoints = [endpoint(PODS[0], "node"), endpoint(PODS[1], "node"), endpoint(FAR, "far")].concat();
+    let slice = format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: six-abcde\n  namespace: default\n  \
+         labels: {{kubernetes.io/service-name: six}}\naddressType: IPv6\nports:\n- {{name: http, port: 8080, protocol: \
+         TCP}}\n- {{name: echo, port: 9000, protocol: UDP}}\nendpoints:\n{endpoints}"
+    );
+    [
+        service("six", CLUSTER_IP, ["30080", "30500"]),
+        service("empty", EMPTY, ["30081", "30501"]),
+        slice,
+    ]
+}

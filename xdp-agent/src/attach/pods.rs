@@ -1,0 +1,142 @@
+//! tc programs on the host-side devices of pods, which come and go: tens a second on a busy node.
+//!
+//! A device that refuses is not tried again; the pod behind it does without, as all do that match no pattern.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tracing::{debug, info, warn};
+
+use super::{Attacher, PinnedLink, TCX_SINCE, TcProgram, legacy, take_off};
+use crate::{
+    bpf::AttachType,
+    config::Pattern,
+    host::{Host, Link},
+};
+
+/// Answers are restored before anything is translated.
+const PROGRAMS: [TcProgram; 2] = [
+    TcProgram { name: "tc_egress", pin: "pod-egress", at: AttachType::TcxEgress },
+    TcProgram { name: "tc_pod", pin: "pod-ingress", at: AttachType::TcxIngress },
+];
+
+/// The devices of pods.
+#[derive(Debug)]
+pub(super) struct PodDevices {
+    patterns: Vec<Pattern>,
+    /// Those with programs, by index.
+    attached: BTreeMap<u32, PodDevice>,
+    /// Those that have refused.
+    refused: BTreeSet<u32>,
+}
+
+#[derive(Debug)]
+struct PodDevice {
+    link: Link,
+    links: Vec<PinnedLink>,
+}
+
+impl PodDevices {
+    pub(super) fn new(patterns: Vec<Pattern>) -> Self {
+        Self { patterns, attached: BTreeMap::new(), refused: BTreeSet::new() }
+    }
+
+    /// Whether there can be any.
+    pub(super) fn are_wanted(&self) -> bool {
+        !self.patterns.is_empty()
+    }
+
+    /// Names of those with programs.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.attached.values().map(|device| device.link.name.as_str())
+    }
+
+    pub(super) fn links(&self) -> impl Iterator<Item = &PinnedLink> {
+        self.attached.values().flat_map(|device| &device.links)
+    }
+
+    /// Takes every program off, or those only that this agent has attached.
+    pub(super) fn detach(&mut self, are_adopted_kept: bool) {
+        for (_, device) in std::mem::take(&mut self.attached) {
+            if device.links.is_empty() {
+                legacy::remove(&device.link);
+            }
+            // What translates goes before what restores.
+            take_off(
+                device.links.into_iter().rev().filter(|link| !(are_adopted_kept && link.is_adopted)),
+            );
+        }
+    }
+
+    fn wants(&self, link: &Link) -> bool {
+        !link.is_loopback && self.patterns.iter().any(|pattern| pattern.matches(&link.name))
+    }
+}
+
+impl Attacher {
+    /// The programs that pods' devices need.
+    pub(super) fn load_for_pods(&mut self) -> anyhow::Result<()> {
+        PROGRAMS.iter().try_for_each(|program| self.programs.classifier(program.name).map(drop))
+    }
+
+    /// Follows the devices of pods; how many attachments failed is the answer.
+    pub fn follow_pods(&mut self, host: &Host) -> u64 {
+        if !self.pods.are_wanted() {
+            return 0;
+        }
+        let is_there = |index: u32, name: &str| host.links.get(&index).is_some_and(|link| link.name == name);
+        let gone = self.pods.attached.extract_if(.., |index, device| !is_there(*index, &device.link.name));
+        for (_, device) in gone {
+            debug!(interface = %device.link.name, "a pod's device is gone");
+            // One that was only renamed, or has moved to another network namespace, still carries them.
+            take_off(device.links.into_iter().rev());
+        }
+        self.pods.refused.retain(|index| host.links.contains_key(index));
+        let mut failures = 0;
+        for link in host.links.values() {
+            let is_settled =
+                self.pods.attached.contains_key(&link.index) || self.pods.refused.contains(&link.index);
+            if is_settled || !self.pods.wants(link) || self.attached.contains_key(&link.name) {
+                continue;
+            }
+            match self.attach_pod(link) {
+                Ok(links) => {
+                    debug!(interface = %link.name, "attached to a pod's device");
+                    self.pods.attached.insert(link.index, PodDevice { link: link.clone(), links });
+                }
+                Err(error) => {
+                    failures += 1;
+                    self.pods.refused.insert(link.index);
+                    // Gone already, the next look says so; there is nobody to be told.
+                    warn!(interface = %link.name, error = %format!("{error:#}"), "cannot attach to a pod's device; \
+                        what socket hooks do not translate for this pod reaches no Service");
+                }
+            }
+        }
+        failures
+    }
+
+    /// What `follow_pods` says of the first look.
+    pub(super) fn tell_pods(&self) {
+        if self.pods.are_wanted() {
+            info!(interfaces = self.pods.attached.len(), "pods are served at their devices too, as they come and go");
+        }
+    }
+
+    fn attach_pod(&mut self, link: &Link) -> anyhow::Result<Vec<PinnedLink>> {
+        anyhow::ensure!(link.is_ethernet, "it has no Ethernet header; leave it out of --pod-iface");
+        let mut links = Vec::new();
+        let filters = self.programs.legacy.len();
+        let result = self.attach_tc(link, &PROGRAMS, &mut links);
+        if self.kernel < TCX_SINCE {
+            // They go with the device, or by their names when the agent goes.
+            self.programs.legacy.drain(filters..).for_each(std::mem::forget);
+        }
+        match result {
+            Ok(()) => Ok(links),
+            Err(error) => {
+                take_off(links.into_iter().filter(|link| !link.is_adopted));
+                Err(error)
+            }
+        }
+    }
+}

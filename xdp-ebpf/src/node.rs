@@ -1,0 +1,131 @@
+//! tc programs for those on this node whom no socket hook serves: pods, by their devices, and processes of the node, on
+//! their way out of it.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    macros::classifier,
+    programs::TcContext,
+};
+use xdp_common::{
+    decide::{self, Hook},
+    frame::Packet,
+    net::{Family, V4, V6},
+    tables::{Route, Tables},
+    verdict::{Action, Verdict},
+};
+
+use crate::{
+    answer, apply,
+    family::Maps,
+    maps::{Kernel, parse},
+    packet::{TcFrame, Turn, Wire},
+};
+
+/// tc ingress of a pod's device: what the pod sends. Answers to it are restored by `tc_egress` there.
+#[classifier]
+pub(crate) fn tc_pod(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    match TcFrame::of(skb).ethertype() {
+        V4::ETHERTYPE => tc_pod_of::<V4>(skb),
+        V6::ETHERTYPE => tc_pod_of::<V6>(skb),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(never)] // each family has the stack of 512 bytes to itself
+fn tc_pod_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+    let frame = &TcFrame::new::<F>(skb);
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
+    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Pod);
+    match verdict.action {
+        Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::Out),
+        Action::Pass | Action::Drop(_) | Action::Reject(_) | Action::Stack | Action::Redirect => {
+            apply::<F>(skb, "tc pod", packet, &verdict)
+        }
+    }
+}
+
+/// tc egress where processes of this node are served without socket hooks: all that `tc_egress` does, and what they send
+/// to Services.
+#[classifier]
+pub(crate) fn tc_host(ctx: TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    match TcFrame::of(skb).ethertype() {
+        V4::ETHERTYPE => tc_host_of::<V4>(skb),
+        V6::ETHERTYPE => tc_host_of::<V6>(skb),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(never)] // as above
+fn tc_host_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+    let frame = &TcFrame::new::<F>(skb);
+    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
+    match restored::<F>(skb, packet) {
+        NOT_OURS if frame.is_own() => sent::<F>(skb, packet),
+        NOT_OURS => TC_ACT_UNSPEC,
+        action => action,
+    }
+}
+
+/// No action of tc.
+const NOT_OURS: i32 = i32::MIN;
+
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+fn restored<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i32 {
+    let verdict = decide::egress::<F, _>(Kernel::new(skb.cast()), packet);
+    match verdict.action {
+        Action::Pass => NOT_OURS,
+        Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::In),
+        Action::Drop(_) | Action::Reject(_) | Action::Stack | Action::Redirect => {
+            apply::<F>(skb, "tc host", packet, &verdict)
+        }
+    }
+}
+
+#[inline(never)] // as above
+fn sent<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i32 {
+    let verdict = decide::ingress::<F, _>(Kernel::new(skb.cast()), packet, Hook::Out);
+    match verdict.action {
+        Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::In),
+        Action::Redirect => sent_elsewhere::<F>(skb, packet, &verdict),
+        Action::Reject(_) => refused::<F>(skb, packet),
+        Action::Pass | Action::Drop(_) | Action::Stack => apply::<F>(skb, "tc host", packet, &verdict),
+    }
+}
+
+/// Rewrites a frame and sends it back to where it comes from.
+#[inline(never)] // as above
+fn turned<F: Maps + Wire>(
+    skb: *mut __sk_buff,
+    packet: &Packet<F::Addr>,
+    verdict: &Verdict<F::Addr>,
+    way: Turn,
+) -> i32 {
+    let frame = &TcFrame::of(skb);
+    frame.rewrite::<F>(packet, &verdict.rewrite);
+    frame.turn(way)
+}
+
+/// Rewrites a frame and lets it leave by the way to its backend, which need not be the way to the Service.
+#[inline(never)] // as above
+fn sent_elsewhere<F: Maps + Wire>(
+    skb: *mut __sk_buff,
+    packet: &Packet<F::Addr>,
+    verdict: &Verdict<F::Addr>,
+) -> i32 {
+    let frame = &TcFrame::of(skb);
+    let Verdict { rewrite, .. } = verdict;
+    frame.rewrite::<F>(packet, rewrite);
+    let tables: Kernel<F> = Kernel::new(frame.context());
+    match tables.route(frame.ifindex(), rewrite.src, rewrite.dst, packet.tos, packet.key.proto) {
+        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => frame.leave_by(ifindex),
+        Route::Local | Route::Kernel => TC_ACT_UNSPEC,
+    }
+}
+
+#[inline(never)] // as above
+fn refused<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i32 {
+    let frame = &TcFrame::of(skb);
+    answer(|area| frame.answer::<F>(packet, area, Turn::In)).unwrap_or(TC_ACT_SHOT)
+}
