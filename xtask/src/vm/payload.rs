@@ -4,7 +4,7 @@ use super::{Lane, Request, container, initramfs::Initramfs};
 use crate::arch::Arch;
 use crate::build;
 use crate::cross;
-use crate::dist::{self, Commit};
+use crate::dist;
 use crate::process;
 use crate::setup;
 use crate::workspace::Workspace;
@@ -75,8 +75,7 @@ fn compile(workspace: &Workspace, arch: Arch, request: &Request) -> Result<Strin
         let mut command = process::cargo_compile(workspace);
         command.args(verb).args(request.profile.flags());
         if arch != Arch::here()? {
-            let commit = Commit::of(workspace)?;
-            dist::released(&mut command, workspace, &cross::ensure(&[arch])?, arch, &commit);
+            dist::released(&mut command, workspace, &cross::ensure(&[arch])?, arch);
         }
         Ok(command)
     };
