@@ -46,9 +46,9 @@ enum Respondent {
 }
 
 impl Respondent {
-    fn ask(&self, question: &Question) -> Result<Answer, String> {
+    fn ask(&self, question: &Question) -> Answer {
         match self {
-            Self::World(world) => Ok(world.ask(question)),
+            Self::World(world) => world.ask(question),
             Self::Live(live) => live.ask(question),
         }
     }
@@ -105,14 +105,12 @@ fn answer_to(args: &ExplainArgs, out: &mut impl Write) -> anyhow::Result<bool> {
         bail!("give --from and --to, or --batch");
     };
     let question = Question::new(from, to, args.proto).map_err(|message| anyhow!(message))?;
-    let answer = respondent.ask(&question).map_err(|message| anyhow!(message))?;
+    let answer = respondent.ask(&question);
     match args.output {
         Output::Text => {
             write!(out, "{answer}")?;
-            if answer.verdict == Verdict::Forward
-                && let Some(what) = not_forwarded(&question, args.proto, answer.source)
-            {
-                writeln!(out, "  this version leaves {what} to the kernel: the answer says what is to come")?;
+            if answer.verdict == Verdict::Forward && args.proto == Protocol::Sctp {
+                writeln!(out, "  this version leaves SCTP to the kernel: the answer says what is to come")?;
             }
         }
         Output::Json => writeln!(out, "{}", serde_json::to_string(&answer)?)?,
@@ -132,17 +130,6 @@ fn names_of_agent(args: &ExplainArgs) -> Names {
         }
         Names::default()
     })
-}
-
-/// What of this the programs do not serve yet, though they decide on it.
-fn not_forwarded(question: &Question, protocol: Protocol, source: Source) -> Option<&'static str> {
-    match (question, protocol, source) {
-        (Question::V6(_), _, _) => Some("IPv6"),
-        (_, Protocol::Sctp, _) => Some("SCTP"),
-        (_, _, Source::Pod) => Some("what does not come by wire, as from pods of this node,"),
-        (_, _, Source::Host) => Some("what does not come by wire, as from processes of this node,"),
-        (Question::V4(_), Protocol::Tcp | Protocol::Udp, Source::External) => None,
-    }
 }
 
 /// Whether an address alone tells who a client is.
@@ -188,7 +175,7 @@ fn answer_all(
     for line in questions.split(b'\n') {
         let line = line.context("cannot read the questions")?;
         let question = Question::from_json(&String::from_utf8_lossy(&line));
-        match question.and_then(|question| respondent.ask(&question)) {
+        match question.map(|question| respondent.ask(&question)) {
             Ok(answer) => serde_json::to_writer(&mut *out, &answer).map_err(io::Error::from)?,
             Err(error) => {
                 is_sound = false;

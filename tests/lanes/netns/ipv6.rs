@@ -9,7 +9,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode};
+use serde_json::{Value, json};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions, METRICS, Mode, PIN_DIR, agent_binary};
 use xdp_agent_tests::lab::link::veth;
 use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
 use xdp_agent_tests::lab::pass::PassProgram;
@@ -106,6 +107,7 @@ fn services_answer_over_ipv6(setup: Setup) -> Result<()> {
     let kind = refused.as_ref().err().and_then(|error| error.downcast_ref::<std::io::Error>());
     ensure!(kind.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused), "{refused:?}");
     ensure!(agent.metric("xdp_agent_drops_total", r#"reason="no_endpoint""#)? >= 2.0);
+    ensure!(explained(&node, &bpffs)? == (json!("shop/web:http"), json!(format!("[{BACKEND}]:8080"))));
     // Each connection is a flow, and each datagram socket.
     ensure!(agent.metric("xdp_agent_events_total", r#"event="flow_new""#)? >= 20.0);
     if setup.mode == Mode::Generic && !setup.tx_offload {
@@ -114,6 +116,17 @@ fn services_answer_over_ipv6(setup: Setup) -> Result<()> {
         ensure!(sent + by_kernel >= 20.0, "{sent} were sent at XDP, {by_kernel} by the kernel");
     }
     agent.stop()
+}
+
+/// Service and endpoint that the agent's maps name to a new connection.
+fn explained(node: &Namespace, bpffs: &PrivateBpffs) -> Result<(Value, Value)> {
+    let mut command = bpffs.command(node, agent_binary()?);
+    command.args(["explain", "--live", "--pin-dir", PIN_DIR, "--metrics-bind-address", &METRICS.to_string()]);
+    let to = SocketAddr::from((WEB, 80)).to_string();
+    let output = command.args(["--from", &CLIENT.to_string(), "--to", &to, "--output", "json"]).output()?;
+    let mut answer: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    Ok((answer["service"].take(), answer["endpoints"][0]["address"].take()))
 }
 
 /// Answers each connection and each datagram with the address it came from, until the process ends.

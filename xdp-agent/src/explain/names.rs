@@ -9,25 +9,33 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
+use serde::Deserialize;
 use serde_json::Value;
-
-use crate::cluster::wanted::IpAddress;
 
 /// How long the agent may take for any step of its answer; it is on this machine.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Longest answer; those of 30,000 service ports take 2 MiB.
 const BYTES_MAX: u64 = 64 << 20;
 
-/// Service ports by their ids.
-pub(super) type Names = BTreeMap<u32, String>;
+/// Service ports by their ids; each family counts its own.
+pub(super) type NamesById = BTreeMap<u32, String>;
+
+/// The service ports of both families.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+pub(super) struct Names {
+    #[serde(rename = "IPv4")]
+    pub(super) v4: NamesById,
+    #[serde(rename = "IPv6")]
+    pub(super) v6: NamesById,
+}
 
 /// Asks the agent that listens on an address, if it is the one whose maps are below this directory.
 pub(super) fn ask(address: SocketAddr, pin_dir: &Path) -> anyhow::Result<Names> {
     let body = get(reachable(address), "/services")?;
-    let mut answer: Value = serde_json::from_str(&body).context("its answer is not JSON")?;
+    let answer: Value = serde_json::from_str(&body).context("its answer is not JSON")?;
     let pins = answer["pin-dir"].as_str().context("its answer names no maps")?;
     ensure!(Path::new(pins) == pin_dir, "it has its maps in {pins}");
-    serde_json::from_value(answer[<[u8; 4]>::FAMILY].take()).context("its answer has no names")
+    serde_json::from_value(answer).context("its answer has no names")
 }
 
 /// Where a server on this machine is reached that listens everywhere.
@@ -86,9 +94,10 @@ mod tests {
     #[test]
     fn names_are_those_of_the_agent_whose_maps_are_asked() {
         let good = "HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n\
-                    {\"pin-dir\": \"/pins\", \"IPv4\": {\"7\": \"shop/web:http\"}}";
+                    {\"pin-dir\": \"/pins\", \"IPv4\": {\"7\": \"shop/web:http\"}, \"IPv6\": {\"2\": \"shop/dns:udp\"}}";
         let names = ask_one(good, "/pins").expect("names");
-        assert_eq!(names, Names::from([(7, "shop/web:http".to_owned())]));
+        let named = |id, name: &str| NamesById::from([(id, name.to_owned())]);
+        assert_eq!(names, Names { v4: named(7, "shop/web:http"), v6: named(2, "shop/dns:udp") });
         for (answer, pin_dir, says) in [
             (good, "/other", "has its maps in /pins"),
             ("HTTP/1.0 404 Not Found\r\n\r\n", "/pins", "404"),
