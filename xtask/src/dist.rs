@@ -101,17 +101,17 @@ fn agent(workspace: &Workspace, cross: &Cross, arch: Arch, commit: &Commit) -> R
     let build = workspace.dist_build();
     let mut command = process::cargo_compile(workspace);
     command.args(["build", "--release", "--locked", "--package", "xdp-agent"]);
-    process::run(released(&mut command, workspace, cross, arch, commit))?;
+    command.env("XDP_AGENT_REVISION", &commit.revision).env("SOURCE_DATE_EPOCH", &commit.epoch);
+    process::run(released(&mut command, workspace, cross, arch))?;
     Ok(build.join(target).join("release/xdp-agent"))
 }
 
-/// Makes a cargo call, whose verb is there, one that compiles static binaries of an architecture.
+/// Makes a cargo call, whose verb is there, one that compiles as released binaries of an architecture are compiled.
 pub(crate) fn released<'a>(
     command: &'a mut Command,
     workspace: &Workspace,
     cross: &Cross,
     arch: Arch,
-    commit: &Commit,
 ) -> &'a mut Command {
     let target = arch.target();
     let build = workspace.dist_build();
@@ -122,8 +122,6 @@ pub(crate) fn released<'a>(
     command
         .args(["--target", &target])
         .env("CARGO_TARGET_DIR", &build)
-        .env("XDP_AGENT_REVISION", &commit.revision)
-        .env("SOURCE_DATE_EPOCH", &commit.epoch)
         .env("RUSTC", &cross.rustc)
         // By the target flag they are for the agent alone, and not for what runs while it is built.
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))

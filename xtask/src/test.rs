@@ -3,7 +3,7 @@
 use crate::arch::Arch;
 use crate::build;
 use crate::cross;
-use crate::dist::{self, Commit};
+use crate::dist;
 use crate::host;
 use crate::image;
 use crate::process;
@@ -40,6 +40,25 @@ const REAL_API_SERVER: &str = "KUBEBUILDER_ASSETS";
 /// dependency twice, which is most of a cold build on two cores.
 const PROFILE: Profile = Profile::Release;
 
+/// The packages of the agent. What asks the kernel by netlink, whose messages the emulator does not know, is left to the
+/// host lane.
+const EMULATED: [&str; 14] = [
+    "--package",
+    "xdp-common",
+    "--package",
+    "xdp-agent",
+    "--lib",
+    "--test",
+    "*",
+    "--",
+    "--skip",
+    "neighbours::tests::this_namespace_can_be_read",
+    "--skip",
+    "netdev::tests::the_kernel_answers_for_this_namespace",
+    "--skip",
+    "sockets::diag::tests::a_connected_socket_is_found_with_its_peer",
+];
+
 impl Lane {
     fn name(self) -> &'static str {
         match self {
@@ -70,7 +89,7 @@ impl Lane {
                 "--test-threads=2",
             ],
             Self::Image => &["--features", "xdp-agent-tests/image", "--test", "image"],
-            Self::Emulated => &["--package", "xdp-common", "--package", "xdp-agent", "--tests"],
+            Self::Emulated => &EMULATED,
         }
     }
 
@@ -149,9 +168,12 @@ fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
         command.env("XDP_AGENT_IMAGE", image::layout(workspace, &[Arch::here()?], None)?);
     }
     if lane == Lane::Emulated {
+        // Its own profile: nothing that is compiled for another lane serves here, and this one compiles faster.
         emulate(workspace, &mut command)?;
+    } else {
+        command.args(PROFILE.flags());
     }
-    command.args(PROFILE.flags()).arg("--no-fail-fast").args(lane.arguments());
+    command.arg("--no-fail-fast").args(lane.arguments());
     command.env("XDP_AGENT_BIN", workspace.binary(PROFILE, "xdp-agent"));
     if lane == Lane::Kubernetes && std::env::var_os(REAL_API_SERVER).is_none() {
         println!("lane kubernetes: {REAL_API_SERVER} is not set, so the API server is the tests' own alone");
@@ -173,11 +195,11 @@ fn emulate(workspace: &Workspace, command: &mut Command) -> Result<()> {
     let arch = Arch::other()?;
     let emulator = format!("qemu-{}-static", arch.machine());
     setup::ensure_packages(&emulator, &["qemu-user-static"])?;
-    let (cross, commit) = (cross::ensure(&[arch])?, Commit::of(workspace)?);
+    let cross = cross::ensure(&[arch])?;
     let mut compile = process::cargo_compile(workspace);
-    compile.arg("test").args(PROFILE.flags()).arg("--no-run").args(Lane::Emulated.arguments());
-    process::run(dist::released(&mut compile, workspace, &cross, arch, &commit))?;
-    dist::released(command, workspace, &cross, arch, &commit);
+    compile.args(["test", "--no-run"]);
+    process::run(dist::released(&mut compile, workspace, &cross, arch).args(Lane::Emulated.arguments()))?;
+    dist::released(command, workspace, &cross, arch);
     let target = arch.target().to_uppercase().replace('-', "_");
     command.env(format!("CARGO_TARGET_{target}_RUNNER"), emulator);
     Ok(())

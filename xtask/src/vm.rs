@@ -66,6 +66,8 @@ impl Architecture {
 /// A lane that runs in guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
+    /// What the agent's `doctor --try` finds: whether the kernel takes the programs, and the mode of each driver.
+    Doctor,
     /// Frames through the programs.
     ProgRun,
     /// Traffic between namespaces.
@@ -77,11 +79,12 @@ pub(crate) enum Lane {
 }
 
 impl Lane {
-    const ALL: [Self; 4] = [Self::ProgRun, Self::Netns, Self::Devices, Self::Image];
+    const ALL: [Self; 5] = [Self::Doctor, Self::ProgRun, Self::Netns, Self::Devices, Self::Image];
 
     /// The word on the command line, which is the feature too.
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::Doctor => "doctor",
             Self::ProgRun => "prog-run",
             Self::Netns => "netns",
             Self::Devices => "devices",
@@ -89,13 +92,14 @@ impl Lane {
         }
     }
 
-    /// The test target.
-    pub(crate) fn target(self) -> &'static str {
+    /// The test target, where the lane is one.
+    pub(crate) fn target(self) -> Option<&'static str> {
         match self {
-            Self::ProgRun => "prog_run",
-            Self::Netns => "netns",
-            Self::Devices => "devices",
-            Self::Image => "image",
+            Self::Doctor => None,
+            Self::ProgRun => Some("prog_run"),
+            Self::Netns => Some("netns"),
+            Self::Devices => Some("devices"),
+            Self::Image => Some("image"),
         }
     }
 
@@ -124,7 +128,7 @@ impl Lane {
                 "traffic::http_bodies_arrive_intact::native_with_complete",
                 "traffic::http_bodies_arrive_intact::generic_with_tx",
             ],
-            Self::Devices | Self::Image => &[],
+            Self::Doctor | Self::Devices | Self::Image => &[],
         }
     }
 
@@ -132,7 +136,7 @@ impl Lane {
     fn threads(self) -> u32 {
         match self {
             Self::ProgRun => 2,
-            Self::Netns | Self::Devices | Self::Image => 1,
+            Self::Doctor | Self::Netns | Self::Devices | Self::Image => 1,
         }
     }
 }
@@ -233,7 +237,7 @@ fn boot(
         initrd: directory.join(format!("{name}.initrd")),
         log: directory.join(format!("{name}.log")),
         kernel: kernel.image,
-        has_cards: lanes.contains(&Lane::Devices),
+        has_cards: lanes.contains(&Lane::Devices) || lanes.contains(&Lane::Doctor),
         architecture,
         name,
     };

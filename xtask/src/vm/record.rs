@@ -44,7 +44,7 @@ pub(crate) fn write(
         let is_refused = outcome.refusal.is_some();
         let lanes = if is_refused { &Lane::ALL } else { lanes };
         for lane in lanes {
-            let amount = if is_quick && !is_refused { ", quick" } else { "" };
+            let amount = if is_quick && !is_refused && *lane != Lane::Doctor { ", quick" } else { "" };
             cells.insert(lane.name(), format!("{}{amount} ({when})", outcome.cell(*lane)));
         }
     }

@@ -1,6 +1,7 @@
 //! What a guest has said: results of its lanes, and everything that is missing.
 
 use super::Lane;
+use std::collections::{BTreeMap, BTreeSet};
 use crate::test::{Tally, result_line};
 
 /// In the agent's words to a kernel that lacks what the programs need.
@@ -11,12 +12,51 @@ const REFUSAL: &str = "is too old";
 pub(crate) struct Outcome {
     /// The kernel, in its own words.
     pub(crate) kernel: Option<String>,
+    /// The modes that the agent has found for drivers, and whether it holds that a start would work.
+    pub(crate) doctor: Option<Doctor>,
     /// What each lane counted.
     pub(crate) lanes: Vec<(Lane, Tally)>,
     /// What the agent said to a kernel that is too old.
     pub(crate) refusal: Option<String>,
     /// What went wrong, beside tests that failed.
     pub(crate) problems: Vec<String>,
+}
+
+/// What `doctor --try` has said.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Doctor {
+    takes_programs: bool,
+    is_well: bool,
+    /// Drivers by their mode.
+    modes: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl Doctor {
+    /// Reads a line: `ok   programs      taken by the kernel`, `ok   eth2   native (driver virtio_net, MTU 1500; …)`.
+    fn read(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["ok", "programs", ..] => self.takes_programs = true,
+            [_, _, mode, "(driver", driver, ..] => {
+                let drivers = self.modes.entry(mode.to_owned()).or_default();
+                drivers.insert(driver.trim_end_matches(',').to_owned());
+            }
+            _ => {}
+        }
+    }
+
+    fn is_good(&self) -> bool {
+        self.takes_programs && self.is_well && !self.modes.is_empty()
+    }
+
+    fn cell(&self) -> String {
+        let of_mode = |(mode, drivers): (&String, &BTreeSet<String>)| {
+            format!("{mode} {}", drivers.iter().cloned().collect::<Vec<_>>().join(", "))
+        };
+        // Natively is what is wanted, and comes first.
+        let modes: Vec<_> = self.modes.iter().rev().map(of_mode).collect();
+        format!("{}{}", if self.is_good() { "" } else { "FAILED " }, modes.join("; "))
+    }
 }
 
 impl Outcome {
@@ -31,6 +71,9 @@ impl Outcome {
                     *found = Some(tally);
                 }
                 continue;
+            }
+            if running.is_some_and(|(name, _)| name == "doctor") {
+                outcome.doctor.get_or_insert_default().read(line);
             }
             if line.contains(REFUSAL) && running.is_some_and(|(name, _)| name == "refusal") {
                 outcome.refusal = Some(line.to_owned());
@@ -49,7 +92,13 @@ impl Outcome {
             outcome.problems.push(format!("{name} did not end"));
         }
         for lane in lanes {
-            if !outcome.lanes.iter().any(|(known, _)| known == lane) {
+            let has_result = match lane {
+                Lane::Doctor => outcome.doctor.is_some(),
+                Lane::ProgRun | Lane::Netns | Lane::Devices | Lane::Image => {
+                    outcome.lanes.iter().any(|(known, _)| known == lane)
+                }
+            };
+            if !has_result {
                 outcome.problems.push(format!("no result of {}", lane.name()));
             }
         }
@@ -68,6 +117,9 @@ impl Outcome {
         if name == "refusal" && status == "0" {
             self.problems.push("the agent has started".to_owned());
         }
+        if let Some(doctor) = self.doctor.as_mut().filter(|_| name == "doctor") {
+            doctor.is_well = status == "0";
+        }
         let Some(lane) = lanes.iter().find(|lane| lane.name() == begun) else { return };
         match tally {
             Some(tally) if (status == "0") == (tally.failed == 0) => self.lanes.push((*lane, tally)),
@@ -82,11 +134,15 @@ impl Outcome {
     /// Whether everything ran and nothing failed; a lane without a test has not run.
     pub(crate) fn is_good(&self) -> bool {
         let is_good = |tally: &Tally| tally.failed == 0 && tally.passed > 0;
-        self.problems.is_empty() && self.lanes.iter().all(|(_, tally)| is_good(tally))
+        let is_well = self.doctor.as_ref().is_none_or(Doctor::is_good);
+        self.problems.is_empty() && is_well && self.lanes.iter().all(|(_, tally)| is_good(tally))
     }
 
     /// A cell of the table.
     pub(crate) fn cell(&self, lane: Lane) -> String {
+        if let Some(doctor) = self.doctor.as_ref().filter(|_| lane == Lane::Doctor) {
+            return doctor.cell();
+        }
         let found = self.lanes.iter().find(|(known, _)| *known == lane);
         match found.map(|(_, tally)| tally) {
             Some(Tally { passed, failed: 0 }) => format!("{passed} passed"),
@@ -137,6 +193,22 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         for end in 1..GOOD.len() {
             assert!(!Outcome::read(&GOOD[..end - 1], &LANES).is_good(), "cut at {end}");
         }
+    }
+
+    #[test]
+    fn the_modes_of_drivers_are_what_doctor_says() {
+        let said = "##vm kernel 6.1\n##vm begin doctor\nok   programs      taken by the kernel\n\
+                    ok   eth2          native (driver virtio_net, MTU 1500; frames leave at XDP)\n\
+                    warn eth8          generic (driver e1000, MTU 1500; frames leave at XDP)\n\
+                    \x20                  native: not supported by the driver\n`run` would work\n##vm end doctor 0\n##vm over\n";
+        let outcome = Outcome::read(said, &[Lane::Doctor]);
+        assert!(outcome.is_good(), "{outcome:?}");
+        assert_eq!(outcome.cell(Lane::Doctor), "native virtio_net; generic e1000");
+        for (good, bad) in [("end doctor 0", "end doctor 1"), ("ok   programs", "BAD  programs")] {
+            let outcome = Outcome::read(&said.replace(good, bad), &[Lane::Doctor]);
+            assert!(!outcome.is_good() && outcome.cell(Lane::Doctor).starts_with("FAILED"), "{outcome:?}");
+        }
+        assert!(!Outcome::read("##vm kernel 6.1\n##vm over\n", &[Lane::Doctor]).is_good());
     }
 
     #[test]
