@@ -104,6 +104,14 @@ impl Namespace {
             .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
     }
 
+    /// Adds a route of IPv6 through a gateway.
+    pub fn route_via_v6(&self, destination: Ipv6Addr, prefix: u8, gateway: Ipv6Addr) -> Result<()> {
+        let route =
+            RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(destination, prefix).gateway(gateway);
+        block_on(self.netlink().route().add(route.build()).execute())
+            .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
+    }
+
     /// Adds a default route of IPv6.
     pub fn default_route_v6(&self, gateway: Ipv6Addr) -> Result<()> {
         let route = RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway);
