@@ -104,6 +104,12 @@ fn v6(link: usize, end: usize) -> Ipv6Addr {
     Ipv6Addr::new(0x2001, 0xdb8, link as u16, 0, 0, 0, 0, 1 + end as u16)
 }
 
+/// Routes the networks of a link.
+fn route(namespace: &Namespace, link: usize, gateway: Ipv4Addr, gateway_v6: Ipv6Addr) -> Result<()> {
+    namespace.route_via(Ipv4Addr::new(10, 0, link as u8, 0), 24, gateway)?;
+    namespace.route_via_v6(Ipv6Addr::new(0x2001, 0xdb8, link as u16, 0, 0, 0, 0, 0), 64, gateway_v6)
+}
+
 struct World {
     chain: Vec<Namespace>,
     agent: Option<Agent>,
@@ -153,12 +159,10 @@ impl World {
                 namespace.default_route_v6(v6(at - 1, 0))?;
             }
             for link in (0..at.saturating_sub(1)).filter(|_| at <= NODE) {
-                namespace.route_via(v4(link, 0), 24, v4(at - 1, 0))?;
-                namespace.route_via_v6(v6(link, 0), 64, v6(at - 1, 0))?;
+                route(namespace, link, v4(at - 1, 0), v6(at - 1, 0))?;
             }
             for link in (at + 1..BACKEND).filter(|_| at >= NODE) {
-                namespace.route_via(v4(link, 0), 24, v4(at, 1))?;
-                namespace.route_via_v6(v6(link, 0), 64, v6(at, 1))?;
+                route(namespace, link, v4(at, 1), v6(at, 1))?;
             }
         }
         // Without them, what a native program sends to a veth is lost.
