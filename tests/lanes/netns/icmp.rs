@@ -280,17 +280,32 @@ fn address(text: &str) -> Result<IpAddr> {
 
 each_mode_and_offload!(large_transfers_pass_narrow_links_anywhere);
 fn large_transfers_pass_narrow_links_anywhere(setup: Setup) -> Result<()> {
-    // Between routers and beside the node, on the client's side and on the backend's.
-    for narrow in [1, 2, 3, 4] {
+    // Between routers and beside the node, on the client's side and on the backend's. What does not fit into the node's
+    // own link to the client comes untranslated from a backend of the node, and so does the error about it.
+    for (narrow, related_min) in [(1, 4), (2, 2), (3, 4), (4, 4)] {
         let world = World::start(setup, Some(narrow), &[])?;
         for frontend in HERE.into_iter().chain(ELSEWHERE) {
             let target = SocketAddr::new(address(frontend)?, HTTP);
-            let place = || format!("link {narrow} is narrow, {target}");
-            world.client().run(|| upload(target)).with_context(|| format!("upload, {}", place()))?;
-            world.client().run(|| download(target)).with_context(|| format!("download, {}", place()))?;
+            let upload = || {
+                let done = world.client().run(|| upload(target));
+                done.with_context(|| format!("upload to {target}, link {narrow} is narrow"))
+            };
+            let download = || {
+                let done = world.client().run(|| download(target));
+                done.with_context(|| format!("download from {target}, link {narrow} is narrow"))
+            };
+            // What meets the narrow link behind the node comes first: later connections begin with what the other way round
+            // has learned.
+            if narrow < NODE {
+                download()?;
+                upload()?;
+            } else {
+                upload()?;
+                download()?;
+            }
         }
         let related = world.events("related")?;
-        ensure!(related >= 2.0, "link {narrow} is narrow: {related} errors were translated");
+        ensure!(related >= f64::from(related_min), "link {narrow} is narrow: {related} errors were translated");
         world.stop()?;
     }
     Ok(())
