@@ -238,8 +238,7 @@ const CHECK: usize = 2;
 const PORTS: usize = 8;
 
 /// The longest way through headers to the end of what is read or written, in bytes.
-pub const REACH: usize =
-    IP + 2 * (Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX) + HEADER + TCP_CHECK + 2;
+pub const REACH: usize = IP + 2 * (Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX) + HEADER + TCP_CHECK + 2;
 const _: () = assert!(REACH <= u8::MAX as usize, "offsets are bytes");
 const _: () = assert!(Ipv4Hdr::LEN + 40 <= Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX, "the longest is of IPv6");
 const _: () = assert!(TcpHdr::LEN >= TCP_CHECK + 2 && UdpHdr::LEN == PORTS);
@@ -295,7 +294,9 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     let Some(quote) = F::read(frame, quote_at) else { return Found::Other };
     let ports_at = quote_at + quote.len;
     // An error goes to the source of what it quotes.
-    if (quote.proto != TCP && quote.proto != UDP) || quote.src.differs(outer.dst) != 0 || ports_at + PORTS > end
+    if (quote.proto != TCP && quote.proto != UDP)
+        || quote.src.differs(outer.dst) != 0
+        || ports_at + PORTS > end
     {
         return Found::Other;
     }
@@ -317,7 +318,11 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
 /// Writes a translation into the frame of an error, with every checksum updated by what has changed (RFC 1624), so that one
 /// that was wrong is still wrong.
 #[inline(always)] // one caller per hook
-pub fn translate<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>, translation: &Translation<F::Addr>) {
+pub fn translate<F: Icmp, P: Patch>(
+    frame: &P,
+    message: &Message<F::Addr>,
+    translation: &Translation<F::Addr>,
+) {
     let (key, quote) = (&message.packet.key, &translation.quote);
     let at = message.packet.l4_offset as usize;
     let quote_at = at + HEADER;

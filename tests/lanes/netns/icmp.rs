@@ -305,7 +305,10 @@ fn large_transfers_pass_narrow_links_anywhere(setup: Setup) -> Result<()> {
             }
         }
         let related = world.events("related")?;
-        ensure!(related >= f64::from(related_min), "link {narrow} is narrow: {related} errors were translated");
+        ensure!(
+            related >= f64::from(related_min),
+            "link {narrow} is narrow: {related} errors were translated"
+        );
         world.stop()?;
     }
     Ok(())
@@ -313,7 +316,8 @@ fn large_transfers_pass_narrow_links_anywhere(setup: Setup) -> Result<()> {
 
 /// What a hop answers to a datagram that ends there: who says so, and which error the socket gets.
 fn probe(target: SocketAddr, ttl: u32) -> Result<(IpAddr, i32)> {
-    let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     if target.is_ipv4() {
         setsockopt(&socket, sockopt::Ipv4Ttl, &(ttl as i32))?;
@@ -345,7 +349,10 @@ fn probe(target: SocketAddr, ttl: u32) -> Result<(IpAddr, i32)> {
     for control in message.cmsgs()? {
         match control {
             ControlMessageOwned::Ipv4RecvErr(error, Some(from)) => {
-                return Ok((Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into(), error.ee_errno as i32));
+                return Ok((
+                    Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into(),
+                    error.ee_errno as i32,
+                ));
             }
             ControlMessageOwned::Ipv6RecvErr(error, Some(from)) => {
                 return Ok((Ipv6Addr::from(from.sin6_addr.s6_addr).into(), error.ee_errno as i32));

@@ -35,7 +35,8 @@ impl Icmp {
     fn bytes(&self) -> Vec<u8> {
         // The second half of an error's header: an MTU, where it is one that has it.
         let mut icmp = [&self.kind[..], &[0, 0, 0, 0, 5, 0x14], &self.body].concat();
-        let words = icmp.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)));
+        let words =
+            icmp.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)));
         let check = !folded(words.sum());
         icmp[2..4].copy_from_slice(&check.to_be_bytes());
         let mut ip = Ipv4Header::new(icmp.len() as u16, self.ttl, IpNumber::ICMP, self.from, self.to)
@@ -122,7 +123,8 @@ fn options_of_the_error_and_of_what_it_quotes_stay_where_they_are() {
         let flow = established(node, UDP);
         for (outer, inner) in [(0, 4), (4, 0), (40, 40)] {
             let quoted = flow.seen.with(|frame| frame.options = vec![1; inner]);
-            let original = flow.opener.with(|frame| (frame.options, frame.ttl) = (vec![1; inner], quoted.ttl));
+            let original =
+                flow.opener.with(|frame| (frame.options, frame.ttl) = (vec![1; inner], quoted.ttl));
             let of = |about: &Frame| {
                 error(node, ROUTER_INSIDE, about, [3, 4], 8).with(|error| error.options = outer)
             };
@@ -148,6 +150,8 @@ fn errors_to_and_from_a_backend_on_this_node_go_through_the_stack() {
             let inside = opener.with(|frame| frame.dst = (LOCAL, TARGET));
             let answer = inside.with(|frame| (frame.src, frame.dst) = (frame.dst, frame.src));
             let outside = answer.with(|frame| frame.src = opener.dst);
+            // An error from the client's side is about an answer.
+            assert_eq!(node.run(Hook::TcEgress, &answer.bytes()).frame, outside.bytes());
             for (from, quoted) in [(ROUTER, 8), (CLIENT, 20), (ROUTER, 1_500)] {
                 let sent = error(node, from, &outside, [3, 4], quoted).bytes();
                 let expected = error(node, from, &answer, [3, 4], quoted).bytes();
@@ -252,15 +256,8 @@ fn errors_about_anything_else_are_left_alone() {
 /// Makes an address one of a service as such.
 fn address(node: &mut Node, addr: Addr, flags: u32) {
     let key = FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 };
-    let value = Frontend {
-        service: 0,
-        ring: 0,
-        slots: 0,
-        inner_ring: 0,
-        inner_slots: 0,
-        flags,
-        affinity_seconds: 0,
-    };
+    let value =
+        Frontend { service: 0, ring: 0, slots: 0, inner_ring: 0, inner_slots: 0, flags, affinity_seconds: 0 };
     node.maps.frontends.insert(Raw(key), Raw(value), 0).expect("room for an address");
     let bit = match flags {
         frontend::ADDRESS => gate::service_network_bit(addr.network()),
