@@ -18,7 +18,6 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
-    icmp,
     net::{Ip6, TCP, V4, V6},
     verdict::{Hop, Rewrite},
 };
@@ -272,20 +271,6 @@ impl Frame for XdpFrame {
     }
 }
 
-impl icmp::Patch for XdpFrame {
-    #[inline(always)]
-    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
-        let Some(place) = self.view::<2>(at) else { return };
-        place.set_pair(0, bytes);
-    }
-
-    #[inline(always)]
-    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
-        let Some(place) = self.view::<4>(at) else { return };
-        place.set_quad(0, bytes);
-    }
-}
-
 /// A frame at tc.
 pub(crate) struct TcFrame {
     ctx: TcContext,
@@ -373,6 +358,14 @@ impl TcFrame {
         let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
     }
 
+    /// Writes by the kernel's helper: to write directly would have every skb copied that is shared with a socket, of all
+    /// that the program sees.
+    #[inline(always)]
+    pub(crate) fn put<T>(&self, at: usize, value: &T) {
+        // Fails only beyond the frame, where nothing has been read.
+        let _ = self.ctx.store(at, value, BPF_F_RECOMPUTE_CSUM as u64);
+    }
+
     /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and
     /// their answers inherit that.
     #[inline(always)]
@@ -391,20 +384,6 @@ impl Replace for TcFrame {
         // SAFETY: the context is the verifier's, valid for the whole program.
         let is_resized = unsafe { helpers::bpf_skb_change_tail(self.skb(), N as u32, 0) } == 0;
         is_resized && self.ctx.store(0, bytes, 0).is_ok()
-    }
-}
-
-/// By the kernel's helper: to write directly would have every skb of the program copied that is shared with a socket.
-impl icmp::Patch for TcFrame {
-    #[inline(always)]
-    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
-        // Fails only beyond the frame, where nothing has been read.
-        let _ = self.ctx.store(at, &bytes, BPF_F_RECOMPUTE_CSUM as u64);
-    }
-
-    #[inline(always)]
-    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
-        let _ = self.ctx.store(at, &bytes, BPF_F_RECOMPUTE_CSUM as u64);
     }
 }
 
@@ -446,7 +425,7 @@ impl<const N: usize> Bytes<N> {
     }
 
     #[inline(always)]
-    fn set_pair(self, at: usize, value: [u8; 2]) {
+    pub(crate) fn set_pair(self, at: usize, value: [u8; 2]) {
         // SAFETY: as in `set_u8`.
         unsafe {
             asm!("*(u16 *)({at} + 0) = {value}", at = in(reg) self.0.add(at), value = in(reg) u16::from_ne_bytes(value) as u64)

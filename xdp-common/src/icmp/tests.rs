@@ -3,8 +3,15 @@ use std::{vec, vec::Vec};
 
 use proptest::prelude::*;
 
-use super::*;
-use crate::conntrack::rewrite_between;
+use super::{
+    header::{ERRORS_V4, ERRORS_V6},
+    *,
+};
+use crate::{
+    conntrack::rewrite_between,
+    frame::extension,
+    net::{Ip6, V4, V6},
+};
 
 /// A frame in memory that is written to as the kernel's are.
 struct Buffer(RefCell<Vec<u8>>);
