@@ -178,6 +178,13 @@ impl Namespace {
             .with_context(|| format!("neighbour {address} on {device} in {self:?}"))
     }
 
+    /// Adds a neighbour of IPv6 that never expires.
+    pub fn static_neighbour_v6(&self, device: &str, address: Ipv6Addr, mac: [u8; 6]) -> Result<()> {
+        let request = self.netlink().neighbours().add(self.index(device)?, IpAddr::V6(address));
+        block_on(request.link_layer_address(&mac).state(NeighbourState::Permanent).replace().execute())
+            .with_context(|| format!("neighbour {address} on {device} in {self:?}"))
+    }
+
     /// Turns transmit checksum offload on or off; off means that frames leave with complete checksums.
     pub fn tx_offload(&self, device: &str, on: bool) -> Result<()> {
         #[repr(C)]
