@@ -17,6 +17,8 @@ mod clean_host;
 mod explain;
 #[path = "netns/full_maps.rs"]
 mod full_maps;
+#[path = "netns/icmp.rs"]
+mod icmp;
 #[path = "netns/ipv6.rs"]
 mod ipv6;
 #[path = "netns/neighbours.rs"]

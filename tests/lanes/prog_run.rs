@@ -20,6 +20,10 @@ mod frames;
 mod full_tables;
 #[path = "prog_run/here.rs"]
 mod here;
+#[path = "prog_run/icmp.rs"]
+mod icmp;
+#[path = "prog_run/icmp_v6.rs"]
+mod icmp_v6;
 #[path = "prog_run/maps.rs"]
 mod maps;
 /// The node of the host's own tests, of which this lane needs a part.

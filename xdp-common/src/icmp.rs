@@ -1,8 +1,6 @@
 //! ICMP about packets of ours: errors quote a packet in one of the forms that a flow gives it, and are translated into
 //! the other (RFC 5508, section 4.2); echo requests to the addresses of Services are answered (RFC 792, RFC 4443).
 
-use core::mem::offset_of;
-
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -11,15 +9,15 @@ use network_types::{
 };
 
 use crate::{
-    answer::{self, Answer},
-    checksum,
-    frame::{
-        EXTENSION_LEN_MIN, EXTENSIONS_LEN_MAX, EXTENSIONS_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View,
-        address, dmac, extension,
-    },
-    net::{Address, FlowKey, Ip6, TCP, UDP, V4, V6},
+    answer, checksum,
+    frame::{EXTENSIONS_LEN_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View, dmac},
+    net::{Address, FlowKey, TCP, UDP},
     verdict::{Hop, Rewrite},
 };
+
+mod header;
+
+pub use self::header::{Header, Icmp};
 
 /// A frame that can be written to; what is written lies where [`parse`] has read.
 pub trait Patch: Frame {
@@ -65,169 +63,6 @@ pub struct Translation<A> {
     pub hop: Hop,
 }
 
-/// What an IP header says, with the extension headers behind it.
-pub struct Header<A> {
-    src: A,
-    dst: A,
-    proto: u8,
-    is_fragment: bool,
-    /// Length up to what it carries, in bytes.
-    len: usize,
-    /// Length of the whole packet, in bytes.
-    total_len: u16,
-    tos: u8,
-    ttl: u8,
-}
-
-/// ICMP of a family.
-pub trait Icmp: Answer {
-    /// Type of an echo request.
-    const ECHO_REQUEST: u8;
-    /// Type of the reply to it.
-    const ECHO_REPLY: u8;
-    /// Offset of the source address in an IP header; the destination follows.
-    const ADDRS: usize;
-    /// Offset of the number of what an IP header is followed by.
-    const PROTO: usize;
-    /// Offset of the word that holds the time to live, or hop limit, in an IP header; the protocol is the rest of it.
-    const TTL: usize;
-    /// Offset of the checksum of the IP header, where there is one.
-    const CHECK: Option<usize>;
-    /// The word at that offset, of an ICMP packet.
-    fn ttl(ttl: u8) -> [u8; 2];
-    /// Whether a type is that of an error that quotes a packet.
-    fn is_error(kind: u8) -> bool;
-    /// Reads an IP header; nothing for later fragments, which have no ports.
-    fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<Self::Addr>>;
-    /// Writes an address.
-    fn put_addr<P: Patch>(frame: &P, at: usize, addr: Self::Addr);
-}
-
-/// Types that quote a packet (RFC 792): destination unreachable, of which "fragmentation needed" is one, time exceeded,
-/// parameter problem. A redirect is for the sender's own routing.
-const ERRORS_V4: [u8; 3] = [3, 11, 12];
-/// Types that quote a packet (RFC 4443): destination unreachable, packet too big, time exceeded, parameter problem.
-const ERRORS_V6: [u8; 4] = [1, 2, 3, 4];
-
-impl Icmp for V4 {
-    const ECHO_REQUEST: u8 = 8;
-    const ECHO_REPLY: u8 = 0;
-    const ADDRS: usize = offset_of!(Ipv4Hdr, src_addr);
-    const PROTO: usize = offset_of!(Ipv4Hdr, proto);
-    const TTL: usize = offset_of!(Ipv4Hdr, ttl);
-    const CHECK: Option<usize> = Some(offset_of!(Ipv4Hdr, check));
-
-    #[inline(always)] // a constant
-    fn ttl(ttl: u8) -> [u8; 2] {
-        [ttl, Self::ICMP]
-    }
-
-    #[inline(always)] // three comparisons
-    fn is_error(kind: u8) -> bool {
-        let [a, b, c] = ERRORS_V4;
-        kind == a || kind == b || kind == c
-    }
-
-    #[inline(always)] // bounds proofs do not survive a call
-    fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<[u8; 4]>> {
-        let ip = frame.view::<{ Ipv4Hdr::LEN }>(at)?;
-        let vihl = ip.u8(0);
-        let len = ((vihl & 0x0f) as usize) << 2;
-        let fragment = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, frags)));
-        if vihl >> 4 != 4 || len < Ipv4Hdr::LEN || fragment & 0x1fff != 0 {
-            return None;
-        }
-        Some(Header {
-            src: ip.quad(offset_of!(Ipv4Hdr, src_addr)),
-            dst: ip.quad(offset_of!(Ipv4Hdr, dst_addr)),
-            proto: ip.u8(offset_of!(Ipv4Hdr, proto)),
-            is_fragment: fragment & 0x3fff != 0,
-            len,
-            total_len: u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len))),
-            tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
-            ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
-        })
-    }
-
-    #[inline(always)] // one store
-    fn put_addr<P: Patch>(frame: &P, at: usize, addr: [u8; 4]) {
-        frame.put_quad(at, addr);
-    }
-}
-
-impl Icmp for V6 {
-    const ECHO_REQUEST: u8 = 128;
-    const ECHO_REPLY: u8 = 129;
-    const ADDRS: usize = offset_of!(Ipv6Hdr, src_addr);
-    const PROTO: usize = offset_of!(Ipv6Hdr, next_hdr);
-    const TTL: usize = offset_of!(Ipv6Hdr, next_hdr);
-    const CHECK: Option<usize> = None;
-
-    #[inline(always)] // a constant
-    fn ttl(ttl: u8) -> [u8; 2] {
-        [Self::ICMP, ttl]
-    }
-
-    #[inline(always)] // two comparisons
-    fn is_error(kind: u8) -> bool {
-        let [first, .., last] = ERRORS_V6;
-        kind >= first && kind <= last
-    }
-
-    #[inline(always)] // bounds proofs do not survive a call
-    fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<Ip6>> {
-        let ip = frame.view::<{ Ipv6Hdr::LEN }>(at)?;
-        let first = ip.quad(0);
-        let payload_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv6Hdr, payload_len)));
-        let (mut proto, mut len) = (ip.u8(offset_of!(Ipv6Hdr, next_hdr)), Ipv6Hdr::LEN);
-        if first[0] >> 4 != 6 {
-            return None;
-        }
-        let (mut is_fragment, mut step) = (false, 0);
-        while step < EXTENSIONS_MAX {
-            let is_fragment_header = proto == extension::FRAGMENT;
-            if !is_fragment_header && proto != extension::HOP_BY_HOP && proto != extension::DESTINATION {
-                break;
-            }
-            let header = frame.view::<EXTENSION_LEN_MIN>(at + len)?;
-            let mut units = header.u8(1) as usize;
-            if is_fragment_header {
-                let fragment = u16::from_be_bytes(header.pair(2));
-                if fragment & 0xfff8 != 0 {
-                    return None;
-                }
-                is_fragment |= fragment & 1 != 0;
-                units = 0;
-            }
-            len += (units + 1) * EXTENSION_LEN_MIN;
-            if len > Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX {
-                return None;
-            }
-            proto = header.u8(0);
-            step += 1;
-        }
-        Some(Header {
-            src: address(&ip, offset_of!(Ipv6Hdr, src_addr)),
-            dst: address(&ip, offset_of!(Ipv6Hdr, dst_addr)),
-            proto,
-            is_fragment,
-            len,
-            total_len: payload_len.saturating_add(Ipv6Hdr::LEN as u16),
-            tos: first[0] << 4 | first[1] >> 4,
-            ttl: ip.u8(offset_of!(Ipv6Hdr, hop_limit)),
-        })
-    }
-
-    #[inline(always)] // four stores
-    fn put_addr<P: Patch>(frame: &P, at: usize, addr: Ip6) {
-        let [a, b, c, d] = addr.words().map(u32::to_ne_bytes);
-        frame.put_quad(at, a);
-        frame.put_quad(at + 4, b);
-        frame.put_quad(at + 8, c);
-        frame.put_quad(at + 12, d);
-    }
-}
-
 /// Offset of the IP header in a frame.
 const IP: usize = EthHdr::LEN;
 /// Length of an ICMP header, behind which the quote begins.
@@ -238,8 +73,7 @@ const CHECK: usize = 2;
 const PORTS: usize = 8;
 
 /// The longest way through headers to the end of what is read or written, in bytes.
-pub const REACH: usize =
-    IP + 2 * (Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX) + HEADER + TCP_CHECK + 2;
+pub const REACH: usize = IP + 2 * (Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX) + HEADER + TCP_CHECK + 2;
 const _: () = assert!(REACH <= u8::MAX as usize, "offsets are bytes");
 const _: () = assert!(Ipv4Hdr::LEN + 40 <= Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX, "the longest is of IPv6");
 const _: () = assert!(TcpHdr::LEN >= TCP_CHECK + 2 && UdpHdr::LEN == PORTS);
@@ -295,7 +129,9 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     let Some(quote) = F::read(frame, quote_at) else { return Found::Other };
     let ports_at = quote_at + quote.len;
     // An error goes to the source of what it quotes.
-    if (quote.proto != TCP && quote.proto != UDP) || quote.src.differs(outer.dst) != 0 || ports_at + PORTS > end
+    if (quote.proto != TCP && quote.proto != UDP)
+        || quote.src.differs(outer.dst) != 0
+        || ports_at + PORTS > end
     {
         return Found::Other;
     }
@@ -317,7 +153,11 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
 /// Writes a translation into the frame of an error, with every checksum updated by what has changed (RFC 1624), so that one
 /// that was wrong is still wrong.
 #[inline(always)] // one caller per hook
-pub fn translate<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>, translation: &Translation<F::Addr>) {
+pub fn translate<F: Icmp, P: Patch>(
+    frame: &P,
+    message: &Message<F::Addr>,
+    translation: &Translation<F::Addr>,
+) {
     let (key, quote) = (&message.packet.key, &translation.quote);
     let at = message.packet.l4_offset as usize;
     let quote_at = at + HEADER;

@@ -3,7 +3,8 @@
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC, xdp_action, xdp_md};
 use xdp_common::{
     decide::related,
-    icmp::{self, Found, Icmp},
+    frame::Frame,
+    icmp::{self, Found, Icmp, Patch},
     verdict::{Action, Counter, Event, Reason},
 };
 
@@ -70,4 +71,30 @@ pub(crate) fn tc_egress<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
         icmp::translate::<F, _>(frame, message, translation);
     }
     TC_ACT_UNSPEC
+}
+
+impl Patch for XdpFrame {
+    #[inline(always)] // bounds proofs do not survive a call
+    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
+        let Some(place) = self.view::<2>(at) else { return };
+        place.set_pair(0, bytes);
+    }
+
+    #[inline(always)] // as above
+    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
+        let Some(place) = self.view::<4>(at) else { return };
+        place.set_quad(0, bytes);
+    }
+}
+
+impl Patch for TcFrame {
+    #[inline(always)] // a helper call
+    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
+        self.put(at, &bytes);
+    }
+
+    #[inline(always)] // a helper call
+    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
+        self.put(at, &bytes);
+    }
 }

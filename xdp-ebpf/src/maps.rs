@@ -401,7 +401,8 @@ pub(crate) fn place<F: Maps>() -> Option<&'static mut Packet<F::Addr>> {
 
 /// Where an ICMP message is read to, and what becomes of it: memory that programs share, for the same reasons.
 #[inline(always)] // one caller per program
-pub(crate) fn message<F: Maps>() -> Option<(&'static mut Message<F::Addr>, &'static mut Translation<F::Addr>)> {
+pub(crate) fn message<F: Maps>() -> Option<(&'static mut Message<F::Addr>, &'static mut Translation<F::Addr>)>
+{
     let (message, translation) = (F::messages().get_ptr_mut(0)?, F::translations().get_ptr_mut(0)?);
     // SAFETY: the slots belong to this CPU, programs do not interrupt each other on it, and each takes them once.
     Some(unsafe { (&mut *message, &mut *translation) })

@@ -4,9 +4,13 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
+<<<<<<< HEAD
     bindings::{
         __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, xdp_action, xdp_md,
     },
+=======
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, xdp_action, xdp_md},
+>>>>>>> w-icmp
     helpers,
     programs::{TcContext, XdpContext},
 };
@@ -20,7 +24,6 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
-    icmp,
     net::{Ip6, TCP, V4, V6},
     verdict::{Hop, Rewrite},
 };
@@ -274,6 +277,7 @@ impl Frame for XdpFrame {
     }
 }
 
+<<<<<<< HEAD
 impl icmp::Patch for XdpFrame {
     #[inline(always)]
     fn put_pair(&self, at: usize, bytes: [u8; 2]) {
@@ -297,6 +301,8 @@ pub(crate) enum Turn {
     In,
 }
 
+=======
+>>>>>>> w-icmp
 /// A frame at tc.
 pub(crate) struct TcFrame {
     ctx: TcContext,
@@ -387,6 +393,7 @@ impl TcFrame {
         let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
     }
 
+<<<<<<< HEAD
     /// Rewrites the addresses of a fragment without a TCP or UDP header.
     #[inline(always)] // one caller
     fn rewrite_addresses<F: Wire>(&self, rewrite: &Rewrite<F::Addr>) {
@@ -405,6 +412,21 @@ impl TcFrame {
     pub(crate) fn copy_to<const N: usize>(&self, room: &mut [u8; N]) -> Option<usize> {
         let len = self.ctx.len();
         if len == 0 || len > N as u32 {
+=======
+    /// Writes by the kernel's helper: to write directly would have every skb copied that is shared with a socket, of all
+    /// that the program sees.
+    #[inline(always)]
+    pub(crate) fn put<T>(&self, at: usize, value: &T) {
+        // Fails only beyond the frame, where nothing has been read.
+        let _ = self.ctx.store(at, value, BPF_F_RECOMPUTE_CSUM as u64);
+    }
+
+    /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and
+    /// their answers inherit that.
+    #[inline(always)]
+    pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<i32> {
+        if !F::answer(self, packet, Finisher::Device, area) {
+>>>>>>> w-icmp
             return None;
         }
         // SAFETY: the context is the verifier's, and the room has so many bytes.
@@ -477,20 +499,6 @@ impl Replace for TcFrame {
     }
 }
 
-/// By the kernel's helper: to write directly would have every skb of the program copied that is shared with a socket.
-impl icmp::Patch for TcFrame {
-    #[inline(always)]
-    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
-        // Fails only beyond the frame, where nothing has been read.
-        let _ = self.ctx.store(at, &bytes, BPF_F_RECOMPUTE_CSUM as u64);
-    }
-
-    #[inline(always)]
-    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
-        let _ = self.ctx.store(at, &bytes, BPF_F_RECOMPUTE_CSUM as u64);
-    }
-}
-
 const _: () = assert!(TcpHdr::LEN >= UdpHdr::LEN);
 
 impl Frame for TcFrame {
@@ -529,7 +537,7 @@ impl<const N: usize> Bytes<N> {
     }
 
     #[inline(always)]
-    fn set_pair(self, at: usize, value: [u8; 2]) {
+    pub(crate) fn set_pair(self, at: usize, value: [u8; 2]) {
         // SAFETY: as in `set_u8`.
         unsafe {
             asm!("*(u16 *)({at} + 0) = {value}", at = in(reg) self.0.add(at), value = in(reg) u16::from_ne_bytes(value) as u64)

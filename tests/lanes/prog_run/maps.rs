@@ -160,7 +160,7 @@ pub(crate) fn name(index: u32) -> String {
     }
 }
 
-fn map<T>(object: &mut Ebpf, spec: &tables::MapSpec) -> T
+pub(crate) fn map<T>(object: &mut Ebpf, spec: &tables::MapSpec) -> T
 where
     T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>,
 {
@@ -168,7 +168,7 @@ where
     T::try_from(map).unwrap_or_else(|error| panic!("{} is another kind of map: {error}", spec.name))
 }
 
-fn open(gate: &mut Array<MapData, u64>, bit: u32) {
+pub(crate) fn open(gate: &mut Array<MapData, u64>, bit: u32) {
     let word = gate.get(&(bit / 64), 0).expect("a bit lies within the gate");
     gate.set(bit / 64, word | 1 << (bit % 64), 0).expect("a word that was read can be written");
 }

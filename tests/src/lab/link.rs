@@ -115,6 +115,14 @@ impl Namespace {
             .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
     }
 
+    /// Adds a route of IPv6 through a gateway.
+    pub fn route_via_v6(&self, destination: Ipv6Addr, prefix: u8, gateway: Ipv6Addr) -> Result<()> {
+        let route =
+            RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(destination, prefix).gateway(gateway);
+        block_on(self.netlink().route().add(route.build()).execute())
+            .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
+    }
+
     /// Adds a default route of IPv6.
     pub fn default_route_v6(&self, gateway: Ipv6Addr) -> Result<()> {
         let route = RouteMessageBuilder::<Ipv6Addr>::new().gateway(gateway);
@@ -177,6 +185,13 @@ impl Namespace {
     /// Adds a neighbour that never expires.
     pub fn static_neighbour(&self, device: &str, address: Ipv4Addr, mac: [u8; 6]) -> Result<()> {
         let request = self.netlink().neighbours().add(self.index(device)?, IpAddr::V4(address));
+        block_on(request.link_layer_address(&mac).state(NeighbourState::Permanent).replace().execute())
+            .with_context(|| format!("neighbour {address} on {device} in {self:?}"))
+    }
+
+    /// Adds a neighbour of IPv6 that never expires.
+    pub fn static_neighbour_v6(&self, device: &str, address: Ipv6Addr, mac: [u8; 6]) -> Result<()> {
+        let request = self.netlink().neighbours().add(self.index(device)?, IpAddr::V6(address));
         block_on(request.link_layer_address(&mac).state(NeighbourState::Permanent).replace().execute())
             .with_context(|| format!("neighbour {address} on {device} in {self:?}"))
     }

@@ -1,9 +1,6 @@
 //! One service port: what it needs in the maps.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use xdp_common::tables::{Frontend, FrontendKey, backend, frontend};
 
@@ -139,24 +136,15 @@ impl Claims {
     /// The value of the address as such. The other ports of an external address are somebody else's, perhaps.
     pub(super) fn value(self) -> Frontend {
         let flags = if self.cluster_ips > 0 { frontend::ADDRESS } else { frontend::ECHO };
-        Frontend {
-            service: 0,
-            ring: 0,
-            slots: 0,
-            inner_ring: 0,
-            inner_slots: 0,
-            flags,
-            affinity_seconds: 0,
-        }
+        Frontend { service: 0, ring: 0, slots: 0, inner_ring: 0, inner_slots: 0, flags, affinity_seconds: 0 }
     }
 }
 
 /// The addresses of a service that are none of the node's own, and whether each is a ClusterIP.
 pub(super) fn addresses<A: IpAddress>(port: &ServicePort<A>) -> BTreeMap<A, bool> {
     let mut addresses = BTreeMap::new();
-    let is_own = |frontend: &&DesiredFrontend<A>| {
-        frontend.is_node_address || frontend.kind == FrontendKind::NodePort
-    };
+    let is_own =
+        |frontend: &&DesiredFrontend<A>| frontend.is_node_address || frontend.kind == FrontendKind::NodePort;
     for frontend in port.frontends.iter().filter(|frontend| !is_own(frontend)) {
         *addresses.entry(frontend.addr).or_default() |= frontend.kind == FrontendKind::ClusterIp;
     }

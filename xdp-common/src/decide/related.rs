@@ -120,7 +120,9 @@ pub fn echoes<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> b
         && is_ours(tables, packet)
         && packet.key.src.is_unicast()
         && tables.device(packet.ifindex).is_some_and(|entry| entry.flags & device::TRANSMIT != 0)
-        && tables.frontend(&at).is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)
+        && tables
+            .frontend(&at)
+            .is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)
 }
 
 /// Whether a frame is for this station: a promiscuous interface picks up others.

@@ -3,8 +3,15 @@ use std::{vec, vec::Vec};
 
 use proptest::prelude::*;
 
-use super::*;
-use crate::conntrack::rewrite_between;
+use super::{
+    header::{ERRORS_V4, ERRORS_V6},
+    *,
+};
+use crate::{
+    conntrack::rewrite_between,
+    frame::extension,
+    net::{Ip6, V4, V6},
+};
 
 /// A frame in memory that is written to as the kernel's are.
 struct Buffer(RefCell<Vec<u8>>);
@@ -168,7 +175,10 @@ prop_compose! {
 }
 
 /// The same error in a family.
-fn of<F: Build>(([from, src, dst], error): &([[u8; 16]; 3], Error<[u8; 4]>), errors: &[u8]) -> Error<F::Addr> {
+fn of<F: Build>(
+    ([from, src, dst], error): &([[u8; 16]; 3], Error<[u8; 4]>),
+    errors: &[u8],
+) -> Error<F::Addr> {
     let from = if error.from == error.quote.dst { dst } else { from };
     Error {
         from: F::addr(*from),
@@ -231,7 +241,13 @@ fn check_others<F: Build>(error: &Error<F::Addr>, others: &[u8]) -> Result<(), T
     Ok(())
 }
 
-fn check_echo<F: Build>(src: F::Addr, dst: F::Addr, ttl: u8, extra: u8, data: &[u8]) -> Result<(), TestCaseError> {
+fn check_echo<F: Build>(
+    src: F::Addr,
+    dst: F::Addr,
+    ttl: u8,
+    extra: u8,
+    data: &[u8],
+) -> Result<(), TestCaseError> {
     let build = |src: F::Addr, dst: F::Addr, ttl, kind: u8, macs: [u8; 12]| {
         let mut icmp = [&[kind, 0, 0, 0][..], data].concat();
         let pseudo = match F::ICMP_PSEUDO_HEADER {
@@ -321,9 +337,17 @@ proptest! {
 
 #[test]
 fn later_fragments_are_of_nobody() {
-    let quote = FlowKey { src: [198, 51, 100, 2], dst: [10, 0, 0, 1], sport: [1, 1], dport: [0, 80], proto: UDP, zero: [0; 3] };
+    let quote = FlowKey {
+        src: [198, 51, 100, 2],
+        dst: [10, 0, 0, 1],
+        sport: [1, 1],
+        dport: [0, 80],
+        proto: UDP,
+        zero: [0; 3],
+    };
     let (payload, extras) = (vec![7; 30], (0, 0));
-    let error = Error { from: [10, 0, 0, 9], quote, kind: 3, extras, ttl: 9, payload, quoted: 20, has_check: true };
+    let error =
+        Error { from: [10, 0, 0, 9], quote, kind: 3, extras, ttl: 9, payload, quoted: 20, has_check: true };
     let with = |at: usize, fragment: [u8; 2]| {
         let mut bytes = error.bytes::<V4>();
         bytes[at + 6..at + 8].copy_from_slice(&fragment);

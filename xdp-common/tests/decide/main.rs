@@ -3,5 +3,6 @@
 mod model;
 mod opening;
 mod properties;
+mod related;
 mod sending;
 mod socket;

@@ -208,6 +208,12 @@ impl Model {
         open(&self.ingress_gate, gate::frontend_bit(addr, HTTP, proto));
     }
 
+    /// Writes what stands for an address as such.
+    pub(crate) fn address(&self, addr: Addr, value: Frontend) {
+        self.frontends.borrow_mut().insert((addr, [0; 2], 0), value);
+        open(&self.ingress_gate, gate::frontend_bit(addr, [0; 2], 0));
+    }
+
     /// What XDP does with a packet.
     pub(crate) fn xdp(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
         sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Xdp))
