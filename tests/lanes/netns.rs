@@ -15,6 +15,8 @@ mod callers;
 mod clean_host;
 #[path = "netns/explain.rs"]
 mod explain;
+#[path = "netns/fragments.rs"]
+mod fragments;
 #[path = "netns/full_maps.rs"]
 mod full_maps;
 #[path = "netns/ipv6.rs"]
