@@ -25,6 +25,8 @@ mod ipv6;
 mod neighbours;
 #[path = "netns/not_ours.rs"]
 mod not_ours;
+#[path = "netns/odd_devices.rs"]
+mod odd_devices;
 #[path = "netns/policies.rs"]
 mod policies;
 #[path = "netns/restart.rs"]

@@ -295,6 +295,13 @@ impl TcFrame {
         u16::from_be(unsafe { (*self.skb()).protocol } as u16)
     }
 
+    /// Whether it bears a VLAN tag, which the kernel has taken out of the headers by then.
+    #[inline(always)]
+    pub(crate) fn is_tagged(&self) -> bool {
+        // SAFETY: the context is the verifier's, valid for the whole program.
+        unsafe { (*self.skb()).vlan_present != 0 }
+    }
+
     /// Takes a frame of a family, with its headers pulled into the linear part where a driver has left them elsewhere.
     #[inline(always)]
     pub(crate) fn new<F: Wire>(ctx: *mut __sk_buff) -> Self {

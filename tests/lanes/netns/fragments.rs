@@ -108,6 +108,16 @@ struct Row {
 
 impl Row {
     fn build(setup: Setup, plan: Plan, is_here: bool) -> Result<Self> {
+        Self::build_with(setup, plan, is_here, |_| Ok(()))
+    }
+
+    /// With something further on the node.
+    fn build_with(
+        setup: Setup,
+        plan: Plan,
+        is_here: bool,
+        furnish: impl FnOnce(&Namespace) -> Result<()>,
+    ) -> Result<Self> {
         let [client, node, backend] = ["frag-client", "frag-node", "frag-backend"].map(Namespace::new);
         let (client, node, backend) = (client?, node?, backend?);
         veth(&client, "eth0", &node, "out0")?;
@@ -135,6 +145,7 @@ impl Row {
                 IpAddr::V6(gateway) => namespace.default_route_v6(gateway)?,
             }
         }
+        furnish(&node)?;
         let peers = [PassProgram::attach(&client, "eth0")?, PassProgram::attach(&backend, "eth0")?];
         let dir = tempfile::tempdir()?;
         let place = if is_here { "node" } else { "other" };
@@ -265,9 +276,20 @@ impl Echo {
     }
 }
 
+/// Has the node follow connections, and with that put fragments together before it routes them.
+fn track_connections(node: &Namespace) -> Result<()> {
+    let rules = "table inet lab { chain forward { type filter hook forward priority 0; ct state invalid counter drop; }; }";
+    let output = node.command("nft").arg(rules).output().context("this case needs nft")?;
+    ensure!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
 /// Both orders to a backend elsewhere, whose answers come back last fragment first.
 fn elsewhere(setup: Setup, plan: Plan) -> Result<()> {
-    let row = Row::build(setup, plan, false)?;
+    pass_any_order(Row::build(setup, plan, false)?)
+}
+
+fn pass_any_order(row: Row) -> Result<()> {
     row.exchange_in_order()?;
     let held = row.events("fragment_held")?;
     let lost = row.exchange_in_the_worst_order()?;
@@ -309,4 +331,14 @@ fn fragments_of_ipv4_reach_a_backend_of_this_node_in_any_order(setup: Setup) -> 
 each_mode!(fragments_of_ipv6_reach_a_backend_of_this_node_in_any_order);
 fn fragments_of_ipv6_reach_a_backend_of_this_node_in_any_order(setup: Setup) -> Result<()> {
     here(setup, V6)
+}
+
+each_mode!(fragments_of_ipv4_pass_a_node_that_tracks_connections);
+fn fragments_of_ipv4_pass_a_node_that_tracks_connections(setup: Setup) -> Result<()> {
+    pass_any_order(Row::build_with(setup, V4, false, track_connections)?)
+}
+
+each_mode!(fragments_of_ipv6_pass_a_node_that_tracks_connections);
+fn fragments_of_ipv6_pass_a_node_that_tracks_connections(setup: Setup) -> Result<()> {
+    pass_any_order(Row::build_with(setup, V6, false, track_connections)?)
 }
