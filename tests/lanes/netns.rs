@@ -15,6 +15,8 @@ mod callers;
 mod clean_host;
 #[path = "netns/explain.rs"]
 mod explain;
+#[path = "netns/fragments.rs"]
+mod fragments;
 #[path = "netns/full_maps.rs"]
 mod full_maps;
 #[path = "netns/icmp.rs"]
@@ -27,6 +29,8 @@ mod neighbours;
 mod no_hooks;
 #[path = "netns/not_ours.rs"]
 mod not_ours;
+#[path = "netns/odd_devices.rs"]
+mod odd_devices;
 #[path = "netns/pod_devices.rs"]
 mod pod_devices;
 #[path = "netns/pods_v6.rs"]

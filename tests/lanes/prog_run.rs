@@ -14,6 +14,8 @@ mod checksums;
 mod flows;
 #[path = "prog_run/forwarding.rs"]
 mod forwarding;
+#[path = "prog_run/fragments.rs"]
+mod fragments;
 #[path = "prog_run/frames.rs"]
 mod frames;
 #[path = "prog_run/full_tables.rs"]

@@ -7,6 +7,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod clients;
 pub mod devices;
+pub mod fragments;
 pub mod link;
 pub mod load;
 pub mod manifests;

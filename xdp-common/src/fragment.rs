@@ -292,3 +292,6 @@ fn parse_body<A: Address, R: Frame + ?Sized>(
     }
     true
 }
+
+#[cfg(test)]
+mod tests;

@@ -117,6 +117,10 @@ fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 #[classifier]
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
     let skb = ctx.skb.skb;
+    // What a VLAN carries is for the device of the VLAN, as at XDP, where the tag is still in the frame.
+    if TcFrame::of(skb).is_tagged() {
+        return TC_ACT_UNSPEC;
+    }
     match TcFrame::of(skb).ethertype() {
         V4::ETHERTYPE => tc_ingress_of::<V4>(skb),
         V6::ETHERTYPE => tc_ingress_of::<V6>(skb),

@@ -4,13 +4,9 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-<<<<<<< HEAD
     bindings::{
         __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, xdp_action, xdp_md,
     },
-=======
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, xdp_action, xdp_md},
->>>>>>> w-icmp
     helpers,
     programs::{TcContext, XdpContext},
 };
@@ -277,21 +273,6 @@ impl Frame for XdpFrame {
     }
 }
 
-<<<<<<< HEAD
-impl icmp::Patch for XdpFrame {
-    #[inline(always)]
-    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
-        let Some(place) = self.view::<2>(at) else { return };
-        place.set_pair(0, bytes);
-    }
-
-    #[inline(always)]
-    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
-        let Some(place) = self.view::<4>(at) else { return };
-        place.set_quad(0, bytes);
-    }
-}
-
 /// By which side of its interface a frame goes back.
 #[derive(Clone, Copy)]
 pub(crate) enum Turn {
@@ -301,8 +282,6 @@ pub(crate) enum Turn {
     In,
 }
 
-=======
->>>>>>> w-icmp
 /// A frame at tc.
 pub(crate) struct TcFrame {
     ctx: TcContext,
@@ -325,6 +304,13 @@ impl TcFrame {
     pub(crate) fn ethertype(&self) -> u16 {
         // SAFETY: the context is the verifier's, valid for the whole program.
         u16::from_be(unsafe { (*self.skb()).protocol } as u16)
+    }
+
+    /// Whether it bears a VLAN tag, which the kernel has taken out of the headers by then.
+    #[inline(always)]
+    pub(crate) fn is_tagged(&self) -> bool {
+        // SAFETY: the context is the verifier's, valid for the whole program.
+        unsafe { (*self.skb()).vlan_present != 0 }
     }
 
     /// Takes a frame of a family, with its headers pulled into the linear part where a driver has left them elsewhere.
@@ -393,7 +379,14 @@ impl TcFrame {
         let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
     }
 
-<<<<<<< HEAD
+    /// Writes by the kernel's helper: to write directly would have every skb copied that is shared with a socket, of all
+    /// that the program sees.
+    #[inline(always)]
+    pub(crate) fn put<T>(&self, at: usize, value: &T) {
+        // Fails only beyond the frame, where nothing has been read.
+        let _ = self.ctx.store(at, value, BPF_F_RECOMPUTE_CSUM as u64);
+    }
+
     /// Rewrites the addresses of a fragment without a TCP or UDP header.
     #[inline(always)] // one caller
     fn rewrite_addresses<F: Wire>(&self, rewrite: &Rewrite<F::Addr>) {
@@ -412,21 +405,6 @@ impl TcFrame {
     pub(crate) fn copy_to<const N: usize>(&self, room: &mut [u8; N]) -> Option<usize> {
         let len = self.ctx.len();
         if len == 0 || len > N as u32 {
-=======
-    /// Writes by the kernel's helper: to write directly would have every skb copied that is shared with a socket, of all
-    /// that the program sees.
-    #[inline(always)]
-    pub(crate) fn put<T>(&self, at: usize, value: &T) {
-        // Fails only beyond the frame, where nothing has been read.
-        let _ = self.ctx.store(at, value, BPF_F_RECOMPUTE_CSUM as u64);
-    }
-
-    /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and
-    /// their answers inherit that.
-    #[inline(always)]
-    pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<i32> {
-        if !F::answer(self, packet, Finisher::Device, area) {
->>>>>>> w-icmp
             return None;
         }
         // SAFETY: the context is the verifier's, and the room has so many bytes.

@@ -240,7 +240,7 @@ impl Twins {
                 (verdict, None)
             }
             Parsed::Other => (Verdict::PASS, None),
-            Parsed::Fragment => (Verdict::PASS, Some(Counter::Event(E::Fragment))),
+            Parsed::Fragment => (Verdict::PASS, None),
             Parsed::Malformed => (Verdict::PASS, Some(Counter::Event(E::Malformed))),
         };
         let after = self.model.counters.borrow();
@@ -267,7 +267,9 @@ impl Twins {
         let cut = self.dice.of(&[0, 0, 1, 20]);
         bytes.truncate(bytes.len() - cut);
         let mut hook = self.dice.of(&[self.node.entry, Hook::TcIngress, Hook::TcEgress]);
-        if bytes.len() < SKB_MIN {
+        // What tc does with fragments depends on those before, which the model does not remember.
+        let is_fragment = V4::parse(&bytes[..], self.node.ifindex) == Parsed::Fragment;
+        if bytes.len() < SKB_MIN || is_fragment {
             hook = self.node.entry;
         }
         let (verdict, counts) = self.modelled(hook, &bytes);

@@ -4,9 +4,10 @@ use std::cell::RefCell;
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, RingBuf, lpm_trie},
 };
 use xdp_common::{
+    fragment::{FragmentKey, FragmentPorts},
     net::{FlowKey, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Backend, Config, Device, Flow, Frontend, FrontendKey,
@@ -35,6 +36,8 @@ pub(crate) struct Maps {
     pub(crate) frontends: HashMap<MapData, Raw<FrontendKey<Addr>>, Raw<Frontend>>,
     pub(crate) backends: Array<MapData, Raw<Backend<Addr>>>,
     pub(crate) rings: Array<MapData, u32>,
+    pub(crate) fragments: RefCell<HashMap<MapData, Raw<FragmentKey<Addr>>, Raw<FragmentPorts>>>,
+    held: RefCell<RingBuf<MapData>>,
     pub(crate) established: HashMap<MapData, Raw<FlowKey<Addr>>, Raw<Flow<Addr>>>,
     networks: LpmTrie<MapData, Raw<NetworkKey<Addr>>, u32>,
     affinities: RefCell<HashMap<MapData, Raw<AffinityKey<Addr>>, Raw<Affinity>>>,
@@ -54,6 +57,8 @@ impl Maps {
             frontends: map(object, &tables::FRONTENDS_V4),
             backends: map(object, &tables::BACKENDS_V4),
             rings: map(object, &tables::RINGS_V4),
+            fragments: RefCell::new(map(object, &tables::FRAGMENTS_V4)),
+            held: RefCell::new(map(object, &tables::HELD)),
             established: map(object, &tables::ESTABLISHED_V4),
             networks: map(object, &tables::NETWORKS_V4),
             affinities: RefCell::new(map(object, &tables::AFFINITY_V4)),
@@ -134,6 +139,14 @@ impl Maps {
         let mut tags = self.tags.get(&bucket, 0).expect("a bucket");
         tags[0] = hold.into();
         self.tags.set(bucket, tags, 0).expect("a bucket that was read can be written");
+    }
+
+    /// The next record of the ring of early fragments: an interface and a frame.
+    pub(crate) fn held(&self) -> Option<(u32, Vec<u8>)> {
+        let mut ring = self.held.borrow_mut();
+        let record = ring.next()?;
+        let (ifindex, frame) = record.split_first_chunk::<4>().expect("a record names its interface");
+        Some((u32::from_ne_bytes(*ifindex), frame.to_vec()))
     }
 
     /// All counters, each summed up over the processors.

@@ -202,6 +202,7 @@ impl Node {
         let key = FrontendKey { addr, port, proto, zero: 0 };
         self.maps.frontends.insert(Raw(key), Raw(frontend), 0).expect("room for a frontend");
         self.maps.open_ingress(gate::frontend_bit(addr, port, proto));
+        self.maps.open_ingress(gate::address_bit(addr));
     }
 
     /// The first frame of a flow from the client to a frontend, as the gateway hands it over.

@@ -10,6 +10,7 @@ use std::{
 use xdp_common::{
     checksum,
     decide::{self, Hook},
+    fragment::{FragmentKey, FragmentPorts},
     frame::{Packet, tcp},
     gate,
     net::{FlowKey, TCP, UDP, V4},
@@ -55,6 +56,7 @@ pub(crate) struct Model {
     pub(crate) devices: RefCell<HashMap<u32, Device<Addr>>>,
     pub(crate) route: Cell<Route>,
     pub(crate) refuse: Cell<u32>,
+    pub(crate) fragments: RefCell<HashMap<FragmentKey<Addr>, FragmentPorts>>,
     /// Whether every key is another flow's, and which were asked for.
     pub(crate) taken: Cell<bool>,
     pub(crate) asked: RefCell<HashSet<Key>>,
@@ -159,6 +161,7 @@ impl Model {
             devices: RefCell::new(HashMap::from([(UPLINK, uplink)])),
             route: Cell::new(gateway()),
             refuse: Cell::new(0),
+            fragments: RefCell::default(),
             taken: Cell::new(false),
             asked: RefCell::default(),
             networks: RefCell::default(),
@@ -206,6 +209,7 @@ impl Model {
         };
         self.frontends.borrow_mut().insert((addr, HTTP, proto), frontend);
         open(&self.ingress_gate, gate::frontend_bit(addr, HTTP, proto));
+        open(&self.ingress_gate, gate::address_bit(addr));
     }
 
     /// Writes what stands for an address as such.
