@@ -204,7 +204,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     };
     let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
     let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
-    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
+    let attacher =
+        Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
     let (reconciler, interfaces) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
     let reserved = match config.reserve_ports {
         true => reserved::reserve(loaded.reserved_ports, reconciler.snat_ports()),

@@ -4,7 +4,9 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_INGRESS, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, xdp_action, xdp_md},
+    bindings::{
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, xdp_action, xdp_md,
+    },
     helpers,
     programs::{TcContext, XdpContext},
 };
@@ -376,7 +378,9 @@ impl TcFrame {
     /// Sends the frame back to where it comes from.
     #[inline(always)]
     pub(crate) fn turn(&self, way: Turn) -> i32 {
-        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else { return TC_ACT_SHOT };
+        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else {
+            return TC_ACT_SHOT;
+        };
         // A frame that was parsed has these bytes.
         let _ = self.ctx.store(0, &[g, h, i, j, k, l, a, b, c, d, e, f], 0);
         self.redirect(way)
