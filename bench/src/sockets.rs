@@ -73,7 +73,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     xdp_agent_tests::lab::require_root()?;
     ensure!(args.rounds > 0 && args.turn > 0, "--rounds and --turn begin at 1");
-    let iptables = if Peer::IptablesLegacy.is_supported()? { Peer::IptablesLegacy } else { Peer::IptablesNft };
+    let iptables =
+        if Peer::IptablesLegacy.is_supported()? { Peer::IptablesLegacy } else { Peer::IptablesNft };
     let peers = [Peer::Nftables, iptables];
     for peer in peers {
         peer.find()?;
@@ -104,7 +105,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             }
         }
         if services > PEER_SERVICES_MAX {
-            println!("  rules of kube-proxy's form are not loaded for more than {PEER_SERVICES_MAX} services");
+            println!(
+                "  rules of kube-proxy's form are not loaded for more than {PEER_SERVICES_MAX} services"
+            );
         }
     }
     ensure!(!args.check || failed.is_empty(), "less than promised: {}", failed.join("; "));

@@ -329,8 +329,13 @@ impl Attacher {
     /// Takes off the programs of interfaces that are no longer managed.
     fn remove_orphans(&self) {
         let Ok(entries) = fs::read_dir(self.pins.links()) else { return };
-        let kept: Vec<&PathBuf> =
-            self.attached.values().flat_map(|attached| &attached.links).chain(self.pods.links()).map(|link| &link.path).collect();
+        let kept: Vec<&PathBuf> = self
+            .attached
+            .values()
+            .flat_map(|attached| &attached.links)
+            .chain(self.pods.links())
+            .map(|link| &link.path)
+            .collect();
         for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
             if !kept.contains(&&path) && !sockets::is_pin(&path) {
                 info!(pin = %path.display(), "taking off a program of an interface that is no longer managed");

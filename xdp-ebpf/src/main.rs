@@ -185,9 +185,7 @@ fn apply<F: Maps + Wire>(
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
-        Action::Reject(_) => {
-            answer(|area| frame.answer::<F>(packet, area, Turn::Out)).unwrap_or(TC_ACT_SHOT)
-        }
+        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area, Turn::Out)).unwrap_or(TC_ACT_SHOT),
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite::<F>(packet, &verdict.rewrite);
             TC_ACT_UNSPEC

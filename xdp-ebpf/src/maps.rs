@@ -433,6 +433,13 @@ pub(crate) fn hold(area: &Hold, len: usize) -> bool {
 
 const HOLD_HEAD: usize = core::mem::offset_of!(Hold, frame);
 
+/// The packet that this program has parsed last, for functions that are handed less than a reference to it.
+#[inline(always)] // a lookup
+pub(crate) fn parsed<F: Maps>() -> Option<&'static Packet<F::Addr>> {
+    // SAFETY: as in `parse`; nobody writes there before the next frame.
+    F::packets().get_ptr(0).map(|place| unsafe { &*place })
+}
+
 /// Counts on this CPU.
 #[inline(always)] // an array increment
 pub(crate) fn count(counter: Counter) {

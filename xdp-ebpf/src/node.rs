@@ -17,7 +17,7 @@ use xdp_common::{
 use crate::{
     answer, apply,
     family::Maps,
-    maps::{Kernel, parse},
+    maps::{Kernel, parse, parsed},
     packet::{TcFrame, Turn, Wire},
 };
 
@@ -57,12 +57,13 @@ pub(crate) fn tc_host(ctx: TcContext) -> i32 {
     }
 }
 
-#[inline(never)] // as above
+#[inline(always)] // a level of calls less: each would take its part of the stack that they share
 fn tc_host_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
-    let frame = &TcFrame::new::<F>(skb);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
-    match restored::<F>(skb, packet) {
-        NOT_OURS if frame.is_own() => sent::<F>(skb, packet),
+    if !is_parsed::<F>(skb) {
+        return TC_ACT_UNSPEC;
+    }
+    match restored::<F>(skb) {
+        NOT_OURS if TcFrame::of(skb).is_own() => sent::<F>(skb),
         NOT_OURS => TC_ACT_UNSPEC,
         action => action,
     }
@@ -72,7 +73,14 @@ fn tc_host_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
 const NOT_OURS: i32 = i32::MIN;
 
 #[inline(never)] // a frame of its own on a stack of 512 bytes
-fn restored<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i32 {
+fn is_parsed<F: Maps + Wire>(skb: *mut __sk_buff) -> bool {
+    let frame = &TcFrame::new::<F>(skb);
+    parse::<F, _>(frame, frame.ifindex()).is_some()
+}
+
+#[inline(never)] // as above
+fn restored<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+    let Some(packet) = parsed::<F>() else { return NOT_OURS };
     let verdict = decide::egress::<F, _>(Kernel::new(skb.cast()), packet);
     match verdict.action {
         Action::Pass => NOT_OURS,
@@ -84,7 +92,8 @@ fn restored<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i3
 }
 
 #[inline(never)] // as above
-fn sent<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i32 {
+fn sent<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+    let Some(packet) = parsed::<F>() else { return TC_ACT_UNSPEC };
     let verdict = decide::ingress::<F, _>(Kernel::new(skb.cast()), packet, Hook::Out);
     match verdict.action {
         Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::In),

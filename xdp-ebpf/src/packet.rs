@@ -437,7 +437,9 @@ impl TcFrame {
     /// Sends the frame back to where it comes from.
     #[inline(always)]
     pub(crate) fn turn(&self, way: Turn) -> i32 {
-        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else { return TC_ACT_SHOT };
+        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else {
+            return TC_ACT_SHOT;
+        };
         // A frame that was parsed has these bytes.
         let _ = self.ctx.store(0, &[g, h, i, j, k, l, a, b, c, d, e, f], 0);
         self.redirect(way)

@@ -109,8 +109,9 @@ fn write(manifests: &Manifests, world: &World) -> Result<()> {
             world::node_port(number).unwrap_or(0),
         );
         let pods = world.pods(number).iter();
-        let endpoints: Vec<Endpoint> =
-            pods.map(|&pod| Endpoint::new(world.pod_address(pod), &format!("node-{}", world.node_number(pod)))).collect();
+        let endpoints: Vec<Endpoint> = pods
+            .map(|&pod| Endpoint::new(world.pod_address(pod), &format!("node-{}", world.node_number(pod))))
+            .collect();
         objects.push(service.yaml());
         objects.push(service.slice_yaml(&endpoints));
     }

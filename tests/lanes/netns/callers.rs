@@ -78,7 +78,8 @@ impl Place {
         let mut curl = namespace.command("curl");
         self._cgroups[usize::from(!is_pod)].start_in(&mut curl)?;
         curl.args(["--silent", "--show-error", "--max-time", "5", &format!("http://{target}/whoami")]);
-        let output = curl.output().context("cannot run curl; install it, it is one of the real clients here")?;
+        let output =
+            curl.output().context("cannot run curl; install it, it is one of the real clients here")?;
         ensure!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
     }

@@ -72,7 +72,10 @@ fn a_pod_left_out_by_host_only_is_served_by_its_device() -> Result<()> {
     all_places(&repeated(|| place.pod.http(target))?, target)?;
     all_places(&repeated(|| place.node.http(target))?, target)?;
     let calls = place.agent.metric("socket_calls", "call=\"tcp_connect\",result=\"translated\"")?;
-    ensure!(calls == 40.0, "{calls} connections were translated at their sockets, not those of the node alone");
+    ensure!(
+        calls == 40.0,
+        "{calls} connections were translated at their sockets, not those of the node alone"
+    );
     place.stop()
 }
 

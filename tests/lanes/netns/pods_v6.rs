@@ -153,9 +153,5 @@ fn objects() -> [String; 3] {
          labels: {{kubernetes.io/service-name: six}}\naddressType: IPv6\nports:\n- {{name: http, port: 8080, protocol: \
          TCP}}\n- {{name: echo, port: 9000, protocol: UDP}}\nendpoints:\n{endpoints}"
     );
-    [
-        service("six", CLUSTER_IP, ["30080", "30500"]),
-        service("empty", EMPTY, ["30081", "30501"]),
-        slice,
-    ]
+    [service("six", CLUSTER_IP, ["30080", "30500"]), service("empty", EMPTY, ["30081", "30501"]), slice]
 }

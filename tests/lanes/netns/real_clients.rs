@@ -78,9 +78,11 @@ fn publish(place: &mut Place, state: &str) -> Result<()> {
     }
     // None is ready any more, but they still serve: better than nobody.
     place.world.change_endpoints(&place.agent, &[])?;
-    let leaving: Vec<_> = endpoints.into_iter().map(|endpoint| Endpoint { ready: false, ..endpoint }).collect();
+    let leaving: Vec<_> =
+        endpoints.into_iter().map(|endpoint| Endpoint { ready: false, ..endpoint }).collect();
     let slice = standard_service().slice_yaml(&leaving);
-    let slice = slice.replace("serving: false\n    terminating: false", "serving: true\n    terminating: true");
+    let slice =
+        slice.replace("serving: false\n    terminating: false", "serving: true\n    terminating: true");
     place.world.manifests.write("web-slice.yaml", &[slice])?;
     place.wait_until("terminating endpoints to be served", |place| {
         place.pod.http(http_frontends()[0].1)??;

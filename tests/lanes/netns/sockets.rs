@@ -10,9 +10,7 @@ use xdp_agent_tests::lab::world::{
     http_frontends, standard_service, udp_frontends,
 };
 
-use crate::callers::{
-    CONNECTIONS, Place, all_places, both, counted_call, mapped, places, refused, repeated,
-};
+use crate::callers::{CONNECTIONS, Place, all_places, both, counted_call, mapped, places, refused, repeated};
 
 #[test]
 fn pods_and_the_node_reach_every_frontend_and_see_its_address() -> Result<()> {

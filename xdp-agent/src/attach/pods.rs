@@ -61,9 +61,7 @@ impl PodDevices {
                 legacy::remove(&device.link);
             }
             // What translates goes before what restores.
-            take_off(
-                device.links.into_iter().rev().filter(|link| !(are_adopted_kept && link.is_adopted)),
-            );
+            take_off(device.links.into_iter().rev().filter(|link| !(are_adopted_kept && link.is_adopted)));
         }
     }
 
@@ -118,7 +116,10 @@ impl Attacher {
     /// What `follow_pods` says of the first look.
     pub(super) fn tell_pods(&self) {
         if self.pods.are_wanted() {
-            info!(interfaces = self.pods.attached.len(), "pods are served at their devices too, as they come and go");
+            info!(
+                interfaces = self.pods.attached.len(),
+                "pods are served at their devices too, as they come and go"
+            );
         }
     }
 

@@ -59,7 +59,12 @@ pub struct SocketOptions {
 
 impl From<SocketArgs> for SocketOptions {
     fn from(args: SocketArgs) -> Self {
-        Self { scope: args.socket_lb, cgroup: args.cgroup, is_on_loopback: args.localhost_nodeports, pod_devices: args.pod_iface }
+        Self {
+            scope: args.socket_lb,
+            cgroup: args.cgroup,
+            is_on_loopback: args.localhost_nodeports,
+            pod_devices: args.pod_iface,
+        }
     }
 }
 

@@ -217,7 +217,9 @@ impl FromStr for Pattern {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let text = text.trim();
         if text.is_empty() || text.bytes().all(|byte| byte == b'*') {
-            return Err("name the devices of pods, as in veth* or cali*; every device of the node is too much");
+            return Err(
+                "name the devices of pods, as in veth* or cali*; every device of the node is too much",
+            );
         }
         Ok(Self(text.to_owned()))
     }

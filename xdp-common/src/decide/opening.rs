@@ -94,8 +94,8 @@ pub(super) fn open<F: Family, T: Tables<F>>(
             return Next::Reserve(false);
         }
     } else {
-        let is_masqueraded = frontend.flags & masquerades(origin) != 0
-            || (is_wire && tables.config().masquerade_wire != 0);
+        let is_masqueraded =
+            frontend.flags & masquerades(origin) != 0 || (is_wire && tables.config().masquerade_wire != 0);
         if is_here || !is_masqueraded {
             return Next::Reserve(true);
         }
