@@ -25,6 +25,8 @@ mod neighbours;
 mod no_hooks;
 #[path = "netns/not_ours.rs"]
 mod not_ours;
+#[path = "netns/on_and_off.rs"]
+mod on_and_off;
 #[path = "netns/pod_devices.rs"]
 mod pod_devices;
 #[path = "netns/pods_v6.rs"]
