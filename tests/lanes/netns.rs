@@ -31,6 +31,8 @@ mod no_hooks;
 mod not_ours;
 #[path = "netns/odd_devices.rs"]
 mod odd_devices;
+#[path = "netns/on_and_off.rs"]
+mod on_and_off;
 #[path = "netns/pod_devices.rs"]
 mod pod_devices;
 #[path = "netns/pods_v6.rs"]

@@ -211,7 +211,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     };
     let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
     let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
-    let attacher = Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
+    let attacher =
+        Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
     let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
     let keeper = Keeper::new(loaded.held, fragments, Arc::clone(&clock))?;
     let (reconciler, interfaces, release) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;

@@ -21,7 +21,7 @@ use xdp_common::{
     frame::{Frame, Packet},
     gate,
     icmp::{Message, Translation},
-    net::FlowKey,
+    net::{Family, FlowKey},
     tables::{
         self, Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion,
         KnownHop, Mapped, NetworkKey, Route, Table, Tables, Work,
@@ -399,10 +399,12 @@ pub(crate) fn place<F: Maps>() -> Option<&'static mut Packet<F::Addr>> {
     Some(unsafe { &mut *place })
 }
 
+/// An ICMP message, and what becomes of it.
+type Icmp<F> = (&'static mut Message<<F as Family>::Addr>, &'static mut Translation<<F as Family>::Addr>);
+
 /// Where an ICMP message is read to, and what becomes of it: memory that programs share, for the same reasons.
 #[inline(always)] // one caller per program
-pub(crate) fn message<F: Maps>() -> Option<(&'static mut Message<F::Addr>, &'static mut Translation<F::Addr>)>
-{
+pub(crate) fn message<F: Maps>() -> Option<Icmp<F>> {
     let (message, translation) = (F::messages().get_ptr_mut(0)?, F::translations().get_ptr_mut(0)?);
     // SAFETY: the slots belong to this CPU, programs do not interrupt each other on it, and each takes them once.
     Some(unsafe { (&mut *message, &mut *translation) })

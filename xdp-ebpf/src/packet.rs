@@ -5,7 +5,8 @@ use core::{arch::asm, mem::offset_of};
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, xdp_action, xdp_md,
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
+        xdp_action, xdp_md,
     },
     helpers,
     programs::{TcContext, XdpContext},

@@ -31,7 +31,7 @@ pub(super) struct Place {
     client: Client,
     target: SocketAddr,
     _agent: Option<Agent>,
-    _cgroup: Option<Cgroup>,
+    _cgroups: Option<[Cgroup; 2]>,
     _bpffs: PrivateBpffs,
     _manifests: Manifests,
     _namespaces: [Namespace; 4],
@@ -62,7 +62,7 @@ impl Place {
 
         let (bpffs, manifests) = (PrivateBpffs::new()?, Manifests::new()?);
         let service_address = (world::cluster_ip(service), PORT).into();
-        let (target, agent, cgroup) = match contestant {
+        let (target, agent, cgroups) = match contestant {
             Contestant::Direct => ((server_ip, TARGET_PORT).into(), None, None),
             Contestant::Peer(peer) => {
                 node.run(|| peers::fill(peer, &world, LOAD_LIMIT))?;
@@ -71,19 +71,21 @@ impl Place {
             Contestant::Ours => {
                 write(&manifests, &world)?;
                 let cgroup = Cgroup::new("bench")?;
+                let of_client = cgroup.child("client")?;
                 let mut options = AgentOptions::new(manifests.directory(), Mode::Generic);
                 options.node = NODE.into();
                 options.cgroup = Some(cgroup.path().to_path_buf());
-                let agent = Agent::start(&node, &bpffs, &options)?;
-                (service_address, Some(agent), Some(cgroup))
+                let mut agent = Agent::start(&node, &bpffs, &options)?;
+                agent.quiet();
+                (service_address, Some(agent), Some([of_client, cgroup]))
             }
         };
-        let client_process = Client::start(&client, cgroup.as_ref())?;
+        let client_process = Client::start(&client, cgroups.as_ref().map(|[of_client, _]| of_client))?;
         Ok(Self {
             client: client_process,
             target,
             _agent: agent,
-            _cgroup: cgroup,
+            _cgroups: cgroups,
             _bpffs: bpffs,
             _manifests: manifests,
             _namespaces: [node, outside, client, server],

@@ -347,17 +347,11 @@ fn probe(target: SocketAddr, ttl: u32) -> Result<(IpAddr, i32)> {
         MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT,
     )?;
     for control in message.cmsgs()? {
-        match control {
-            ControlMessageOwned::Ipv4RecvErr(error, Some(from)) => {
-                return Ok((
-                    Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into(),
-                    error.ee_errno as i32,
-                ));
-            }
-            ControlMessageOwned::Ipv6RecvErr(error, Some(from)) => {
-                return Ok((Ipv6Addr::from(from.sin6_addr.s6_addr).into(), error.ee_errno as i32));
-            }
-            _ => {}
+        if let ControlMessageOwned::Ipv4RecvErr(error, Some(from)) = control {
+            return Ok((Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into(), error.ee_errno as i32));
+        }
+        if let ControlMessageOwned::Ipv6RecvErr(error, Some(from)) = control {
+            return Ok((Ipv6Addr::from(from.sin6_addr.s6_addr).into(), error.ee_errno as i32));
         }
     }
     bail!("an error without its sender")

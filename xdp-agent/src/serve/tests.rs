@@ -121,7 +121,10 @@ async fn the_metrics_server_has_the_paths_of_kube_proxy_and_ours() {
     drop(image);
     assert_eq!(get(agent.metrics, "/readyz").await.0, 200);
     assert_eq!(get_json(agent.metrics, "/status").await.1["node"], "node-a");
-    assert_eq!(get_json(agent.metrics, "/services").await.1, json!({ "pin-dir": "/pins", "IPv4": {}, "IPv6": {} }));
+    assert_eq!(
+        get_json(agent.metrics, "/services").await.1,
+        json!({ "pin-dir": "/pins", "IPv4": {}, "IPv6": {} })
+    );
     assert!(get(agent.metrics, "/metrics").await.1.ends_with("# EOF\n"));
     assert_eq!(get(agent.healthz, "/metrics").await.0, 404, "metrics are not for load balancers");
 }
