@@ -100,6 +100,9 @@ impl Packet {
     }
 }
 
+/// Backends, gates, rings.
+type Rest = (Array<MapData, Raw<Backend<Ip6>>>, [Array<MapData, u64>; 2], Array<MapData, u32>);
+
 struct Node {
     maps: Maps,
     devices: HashMap<MapData, u32, Raw<Device<Ip6>>>,
@@ -111,7 +114,7 @@ struct Node {
     mac: Mac,
     entry: Hook,
     /// Maps that only the programs read from here on; they are loaded when they are first run.
-    _rest: (Array<MapData, Raw<Backend<Ip6>>>, [Array<MapData, u64>; 2], Array<MapData, u32>),
+    _rest: Rest,
     _peer: Namespace,
 }
 
