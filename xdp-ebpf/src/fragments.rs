@@ -13,7 +13,8 @@ use xdp_common::{
 use crate::{
     family::Maps,
     maps::{self, Kernel, count},
-    packet::{TcFrame, Wire},
+    packet::Wire,
+    skb::TcFrame,
 };
 
 /// Reads a fragment into the place of the packet at hand, and says what is to be done with it.

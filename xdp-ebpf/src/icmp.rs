@@ -11,7 +11,8 @@ use xdp_common::{
 use crate::{
     family::Maps,
     maps::{self, Kernel, answer_area, count},
-    packet::{TcFrame, Wire, XdpFrame},
+    packet::{Wire, XdpFrame},
+    skb::TcFrame,
 };
 
 /// A frame at XDP that is neither TCP nor UDP.

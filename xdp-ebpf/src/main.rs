@@ -10,6 +10,7 @@ mod icmp;
 mod maps;
 mod node;
 mod packet;
+mod skb;
 mod socket;
 mod sockets;
 #[cfg(feature = "trace")]
@@ -36,7 +37,8 @@ use crate::{
     family::{Found, Maps},
     fragments::fragment,
     maps::{Kernel, count, parse, place},
-    packet::{TcFrame, Turn, Wire, XdpFrame},
+    packet::{Wire, XdpFrame},
+    skb::{TcFrame, Turn},
 };
 
 #[map]

@@ -18,7 +18,8 @@ use crate::{
     answer, apply,
     family::Maps,
     maps::{Kernel, parse, parsed},
-    packet::{TcFrame, Turn, Wire},
+    packet::Wire,
+    skb::{TcFrame, Turn},
 };
 
 /// tc ingress of a pod's device: what the pod sends. Answers to it are restored by `tc_egress` there.

@@ -1,15 +1,12 @@
-//! Frames in the kernel: all pointer arithmetic of the programs is here.
+//! Frames in the kernel: all pointer arithmetic of the programs is here. Those at tc are in `skb`.
 
 use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{
-        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
-        xdp_action, xdp_md,
-    },
+    bindings::{BPF_F_PSEUDO_HDR, xdp_action, xdp_md},
     helpers,
-    programs::{TcContext, XdpContext},
+    programs::XdpContext,
 };
 use network_types::{
     eth::EthHdr,
@@ -274,227 +271,7 @@ impl Frame for XdpFrame {
     }
 }
 
-/// By which side of its interface a frame goes back.
-#[derive(Clone, Copy)]
-pub(crate) enum Turn {
-    /// The interface sends it.
-    Out,
-    /// The interface receives it.
-    In,
-}
-
-/// A frame at tc.
-pub(crate) struct TcFrame {
-    ctx: TcContext,
-}
-
-impl TcFrame {
-    #[cfg(feature = "trace")]
-    pub(crate) fn ctx(&self) -> &TcContext {
-        &self.ctx
-    }
-
-    /// Takes a frame as it is.
-    #[inline(always)]
-    pub(crate) fn of(ctx: *mut __sk_buff) -> Self {
-        Self { ctx: TcContext::new(ctx) }
-    }
-
-    /// The EtherType of the packet, as the kernel has found it.
-    #[inline(always)]
-    pub(crate) fn ethertype(&self) -> u16 {
-        // SAFETY: the context is the verifier's, valid for the whole program.
-        u16::from_be(unsafe { (*self.skb()).protocol } as u16)
-    }
-
-    /// Whether it bears a VLAN tag, which the kernel has taken out of the headers by then.
-    #[inline(always)]
-    pub(crate) fn is_tagged(&self) -> bool {
-        // SAFETY: the context is the verifier's, valid for the whole program.
-        unsafe { (*self.skb()).vlan_present != 0 }
-    }
-
-    /// Takes a frame of a family, with its headers pulled into the linear part where a driver has left them elsewhere.
-    #[inline(always)]
-    pub(crate) fn new<F: Wire>(ctx: *mut __sk_buff) -> Self {
-        Self::pulled(ctx, F::HEADERS_LEN)
-    }
-
-    /// Takes a frame with so much of it in the linear part, as far as it has that.
-    #[inline(always)]
-    pub(crate) fn pulled(ctx: *mut __sk_buff, len: usize) -> Self {
-        let ctx = TcContext::new(ctx);
-        if ctx.data_end() - ctx.data() < len && ctx.len() as usize > ctx.data_end() - ctx.data() {
-            // Failure leaves the frame as it was; the parser then finds its headers out of sight.
-            let _ = ctx.pull_data((len as u32).min(ctx.len()));
-        }
-        Self { ctx }
-    }
-
-    #[inline(always)]
-    pub(crate) fn ifindex(&self) -> u32 {
-        // SAFETY: the context is the verifier's, valid for the whole program.
-        unsafe { (*self.skb()).ifindex }
-    }
-
-    #[inline(always)]
-    pub(crate) fn context(&self) -> *mut core::ffi::c_void {
-        self.ctx.as_ptr()
-    }
-
-    #[inline(always)]
-    fn skb(&self) -> *mut __sk_buff {
-        self.ctx.as_ptr().cast()
-    }
-
-    /// Rewrites addresses and ports by the kernel's helpers, which know whether a checksum is still to be finished
-    /// (`CHECKSUM_PARTIAL`) or already summed up (`CHECKSUM_COMPLETE`).
-    #[inline(always)]
-    pub(crate) fn rewrite<F: Wire>(&self, packet: &Packet<F::Addr>, rewrite: &Rewrite<F::Addr>) {
-        if packet.is_later_fragment() {
-            return self.rewrite_addresses::<F>(rewrite);
-        }
-        let (check_at, udp) = if packet.key.proto == TCP {
-            (packet.l4_offset as usize + TCP_CHECK, 0)
-        } else {
-            (packet.l4_offset as usize + UDP_CHECK, BPF_F_MARK_MANGLED_0 as u64)
-        };
-        let addrs: [F::Addr; 2] = [rewrite.src, rewrite.dst];
-        let ports: [[u8; 2]; 2] = [rewrite.sport, rewrite.dport];
-        // Size 0 says that the argument is a difference of sums (bpf_l4_csum_replace in net/core/filter.c). The helpers
-        // fail only on offsets outside the frame, which the parser has excluded, and on flags they do not know.
-        let addr_delta = rewrite.addr_delta as u64;
-        let replaced = self.ctx.l4_csum_replace(check_at, 0, addr_delta, F::PSEUDO_HEADER | udp);
-        if !F::HEADER_CHECKSUM && replaced.is_err() {
-            let _ = self.ctx.l4_csum_replace(check_at, 0, addr_delta, BPF_F_PSEUDO_HDR as u64 | udp);
-            // Without that flag the helper takes the change from the sum of the whole frame, as if the checksum of an IP
-            // header made up for it. Where there is no such sum, this fails and is not needed.
-            // SAFETY: the context is the verifier's; the helper takes a number beside it.
-            let _ = unsafe { helpers::bpf_csum_update(self.skb(), addr_delta as u32) };
-        }
-        let _ = self.ctx.l4_csum_replace(check_at, 0, rewrite.port_delta() as u64, udp);
-        if let Some(at) = F::IP_CHECK {
-            let _ = self.ctx.l3_csum_replace(at, 0, addr_delta, 0);
-        }
-        let _ = self.ctx.store(F::ADDRS, &addrs, 0);
-        let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
-    }
-
-    /// Writes by the kernel's helper: to write directly would have every skb copied that is shared with a socket, of all
-    /// that the program sees.
-    #[inline(always)]
-    pub(crate) fn put<T>(&self, at: usize, value: &T) {
-        // Fails only beyond the frame, where nothing has been read.
-        let _ = self.ctx.store(at, value, BPF_F_RECOMPUTE_CSUM as u64);
-    }
-
-    /// Rewrites the addresses of a fragment without a TCP or UDP header.
-    #[inline(always)] // one caller
-    fn rewrite_addresses<F: Wire>(&self, rewrite: &Rewrite<F::Addr>) {
-        let addr_delta = rewrite.addr_delta as u64;
-        match F::IP_CHECK {
-            Some(at) => _ = self.ctx.l3_csum_replace(at, 0, addr_delta, 0),
-            // Nothing in the frame makes up for the change; where the kernel keeps a sum of all of it, that changes too.
-            // SAFETY: the context is the verifier's; the helper takes a number beside it.
-            None => _ = unsafe { helpers::bpf_csum_update(self.skb(), addr_delta as u32) },
-        }
-        let _ = self.ctx.store(F::ADDRS, &[rewrite.src, rewrite.dst], 0);
-    }
-
-    /// Copies the frame; its length, or nothing when it does not fit.
-    #[inline(always)] // the verifier must see the length it has proven
-    pub(crate) fn copy_to<const N: usize>(&self, room: &mut [u8; N]) -> Option<usize> {
-        let len = self.ctx.len();
-        if len == 0 || len > N as u32 {
-            return None;
-        }
-        // SAFETY: the context is the verifier's, and the room has so many bytes.
-        let failed =
-            unsafe { helpers::bpf_skb_load_bytes(self.skb().cast(), 0, room.as_mut_ptr().cast(), len) };
-        if failed == 0 { Some(len as usize) } else { None }
-    }
-
-    /// Has the frame come in once more, by the interface that it names.
-    #[inline(always)] // one caller
-    pub(crate) fn receive_again(&self) -> i32 {
-        match self.ctx.clone_redirect(self.ifindex(), BPF_F_INGRESS as u64) {
-            Ok(()) => 0,
-            Err(error) => error as i32,
-        }
-    }
-
-    /// Answers a refused packet where it came in; what the device was to do for its checksum it does for the answer's.
-    #[inline(always)]
-    pub(crate) fn answer<F: Wire>(
-        &self,
-        packet: &Packet<F::Addr>,
-        area: &mut AnswerFrame,
-        way: Turn,
-    ) -> Option<i32> {
-        let finisher = if packet.looks_offloaded() { Finisher::Device } else { Finisher::Nobody };
-        if F::answer(self, packet, finisher, area) { Some(self.redirect(way)) } else { None }
-    }
-
-    /// Sends the frame back to where it comes from.
-    #[inline(always)]
-    pub(crate) fn turn(&self, way: Turn) -> i32 {
-        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else {
-            return TC_ACT_SHOT;
-        };
-        // A frame that was parsed has these bytes.
-        let _ = self.ctx.store(0, &[g, h, i, j, k, l, a, b, c, d, e, f], 0);
-        self.redirect(way)
-    }
-
-    #[inline(always)]
-    fn redirect(&self, way: Turn) -> i32 {
-        let flags = match way {
-            Turn::Out => 0,
-            Turn::In => BPF_F_INGRESS as u64,
-        };
-        // SAFETY: the helper takes numbers only.
-        unsafe { helpers::bpf_redirect(self.ifindex(), flags) as i32 }
-    }
-
-    /// Sends the frame out of an interface to whatever next hop the kernel finds there.
-    #[inline(always)]
-    pub(crate) fn leave_by(&self, ifindex: u32) -> i32 {
-        // SAFETY: without parameters the helper takes numbers only (5.10).
-        unsafe { helpers::bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
-    }
-
-    /// Whether a process of this node sends the frame, and nobody else whom the kernel forwards for.
-    #[inline(always)]
-    pub(crate) fn is_own(&self) -> bool {
-        // SAFETY: the context is the verifier's, valid for the whole program.
-        unsafe { (*self.skb()).ingress_ifindex == 0 }
-    }
-}
-
-impl Replace for TcFrame {
-    #[inline(always)]
-    fn replace<const N: usize>(&self, bytes: &[u8; N]) -> bool {
-        // SAFETY: the context is the verifier's, valid for the whole program.
-        let is_resized = unsafe { helpers::bpf_skb_change_tail(self.skb(), N as u32, 0) } == 0;
-        is_resized && self.ctx.store(0, bytes, 0).is_ok()
-    }
-}
-
 const _: () = assert!(TcpHdr::LEN >= UdpHdr::LEN);
-
-impl Frame for TcFrame {
-    type View<const N: usize> = Bytes<N>;
-
-    #[inline(always)]
-    fn view<const N: usize>(&self, offset: usize) -> Option<Bytes<N>> {
-        Bytes::within(self.ctx.data(), self.ctx.data_end(), offset)
-    }
-
-    #[inline(always)]
-    fn reaches(&self, length: usize) -> bool {
-        self.ctx.len() as usize >= length
-    }
-}
 
 /// `N` bytes of a frame, proven to lie within it.
 ///
@@ -506,7 +283,7 @@ pub(crate) struct Bytes<const N: usize>(*mut u8);
 impl<const N: usize> Bytes<N> {
     /// The comparison that the verifier looks for.
     #[inline(always)]
-    fn within(data: usize, end: usize, offset: usize) -> Option<Self> {
+    pub(crate) fn within(data: usize, end: usize, offset: usize) -> Option<Self> {
         let start = data + offset;
         if start + N > end { None } else { Some(Self(start as *mut u8)) }
     }

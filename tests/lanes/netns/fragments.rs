@@ -199,7 +199,7 @@ impl Row {
                 let fragments = datagram(self.macs, ends, number, question, PART)?;
                 frames.extend(fragments.into_iter().enumerate());
             }
-            if start / AT_A_TIME % 2 == 0 {
+            if (start / AT_A_TIME).is_multiple_of(2) {
                 frames.reverse();
             } else {
                 // Stable: all the last ones, then those before them.

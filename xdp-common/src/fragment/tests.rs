@@ -30,7 +30,10 @@ fn v6(types: &[u8], before: &[u8], next: u8, offset: u16, has_more: bool, body: 
     frame
 }
 
-fn parse<F: Fragmented>(frame: &[u8]) -> Option<(Packet<F::Addr>, FragmentKey<F::Addr>)> {
+/// A fragment's packet and key.
+type Parsed<A> = (Packet<A>, FragmentKey<A>);
+
+fn parse<F: Fragmented>(frame: &[u8]) -> Option<Parsed<F::Addr>> {
     let (mut packet, mut key) = (Packet::ZERO, FragmentKey::ZERO);
     F::parse_fragment(frame, 7, &mut packet, &mut key).then_some((packet, key))
 }

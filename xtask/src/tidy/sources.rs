@@ -8,8 +8,9 @@ const FILE_LINES_MAX: usize = 500;
 
 /// The kernel crate's files that may hold unsafe code: frames, maps and the table made of an array, and the lab's programs,
 /// which are no part of the product.
-const UNSAFE_FILES: [&str; 5] = [
+const UNSAFE_FILES: [&str; 6] = [
     "xdp-ebpf/src/packet.rs",
+    "xdp-ebpf/src/skb.rs",
     "xdp-ebpf/src/maps.rs",
     "xdp-ebpf/src/embryonic.rs",
     "xdp-ebpf/src/socket.rs",
