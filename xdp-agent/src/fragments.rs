@@ -128,7 +128,9 @@ impl Keeper {
                 match bpf::run_on_frame(release.as_fd(), held.ifindex, &held.frame) {
                     Ok(0) => {}
                     Ok(errno) => debug!(ifindex = held.ifindex, errno, "a fragment could not come in again"),
-                    Err(error) => debug!(ifindex = held.ifindex, %error, "a fragment could not be given back"),
+                    Err(error) => {
+                        debug!(ifindex = held.ifindex, %error, "a fragment could not be given back")
+                    }
                 }
             }
         }

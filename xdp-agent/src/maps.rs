@@ -197,7 +197,8 @@ const fn of<K, V>() -> Layout {
 /// Maps that outlive the agent, with their layouts. The others hold nothing that the next packet could not make again.
 fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     let shared = [(&tables::CONFIG, of::<u32, Config>()), (&tables::COUNTERS, of::<u32, u64>())];
-    let shared = shared.into_iter().chain([(&tables::HELD, Layout { key: 0, value: 0 })]).chain(sockets::PINNED);
+    let shared =
+        shared.into_iter().chain([(&tables::HELD, Layout { key: 0, value: 0 })]).chain(sockets::PINNED);
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 

@@ -332,7 +332,11 @@ pub(crate) const ETHERTYPE: usize = 12;
 
 /// Ports, checksum and TCP flags, if the header is in sight.
 #[inline(always)]
-pub(crate) fn parse_l4<R: Frame + ?Sized>(frame: &R, offset: usize, proto: u8) -> Option<(Port, Port, u16, u8)> {
+pub(crate) fn parse_l4<R: Frame + ?Sized>(
+    frame: &R,
+    offset: usize,
+    proto: u8,
+) -> Option<(Port, Port, u16, u8)> {
     if proto == TCP {
         let tcp = frame.view::<{ TcpHdr::LEN }>(offset)?;
         Some((tcp.pair(0), tcp.pair(2), u16::from_ne_bytes(tcp.pair(TCP_CHECK)), tcp.u8(TCP_FLAGS)))

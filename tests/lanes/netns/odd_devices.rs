@@ -100,9 +100,13 @@ impl Fork {
     }
 
     fn publish(&self, endpoints: &[Endpoint]) -> Result<()> {
-        let service = Service::new("web", SERVICE)
-            .port("http", "TCP", 80, HTTP_PORT, 30_080)
-            .port("echo", "UDP", SERVICE_UDP, UDP_PORT, 30_500);
+        let service = Service::new("web", SERVICE).port("http", "TCP", 80, HTTP_PORT, 30_080).port(
+            "echo",
+            "UDP",
+            SERVICE_UDP,
+            UDP_PORT,
+            30_500,
+        );
         self.manifests.write("nodes.yaml", &[node_yaml("node", NODE, "10.244.1.0/24")])?;
         self.manifests.write("web.yaml", &[service.yaml(), service.slice_yaml(endpoints)])
     }
@@ -136,9 +140,10 @@ impl Fork {
 }
 
 fn filter(namespace: &Namespace, devices: &[&str], value: &str) -> Result<()> {
-    ["all"].iter().chain(devices).try_for_each(|device| {
-        namespace.sysctl(&format!("net/ipv4/conf/{device}/rp_filter"), value)
-    })
+    ["all"]
+        .iter()
+        .chain(devices)
+        .try_for_each(|device| namespace.sysctl(&format!("net/ipv4/conf/{device}/rp_filter"), value))
 }
 
 /// Frames that a device has received.
@@ -214,7 +219,10 @@ fn through_an_overlay(mode: Mode) -> Result<()> {
         fork.reaches(&["remote"])?;
     }
     let mut peers = fork.servers.iter().flat_map(|server| server.http_served());
-    ensure!(peers.all(|served| served.peer.ip() == IpAddr::V4(NODE_OVERLAY)), "the overlay's own address is the source");
+    ensure!(
+        peers.all(|served| served.peer.ip() == IpAddr::V4(NODE_OVERLAY)),
+        "the overlay's own address is the source"
+    );
     // Into the tunnel the kernel has to put them.
     ensure!(agent.metric("xdp_agent_events_total", "event=\"slow_path\"")? > 0.0);
     agent.stop()
@@ -254,7 +262,10 @@ fn what_a_vlan_carries_is_left_to_the_device_of_the_vlan(setup: Setup) -> Result
     }
     // What is not tagged is served behind them, so they have been seen by then.
     fork.reaches(&["local", "remote"])?;
-    ensure!(fork.servers.iter().all(|server| server.udp_served().is_empty()), "a tagged datagram was delivered");
+    ensure!(
+        fork.servers.iter().all(|server| server.udp_served().is_empty()),
+        "a tagged datagram was delivered"
+    );
     for event in ["fragment", "fragment_held", "fragment_lost"] {
         let count = agent.metric("xdp_agent_events_total", &format!("event=\"{event}\""))?;
         ensure!(count == 0.0, "{count} of {event}");

@@ -35,7 +35,8 @@ fn fragments(frame: &Frame) -> Vec<Vec<u8>> {
         headers[ETHERNET + 2..][..2].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
         headers[ETHERNET + 6..][..2].copy_from_slice(&field.to_be_bytes());
         headers[ETHERNET + 10..][..2].fill(0);
-        let words = headers[ETHERNET..].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+        let words =
+            headers[ETHERNET..].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
         let check = !folded(words.sum());
         headers[ETHERNET + 10..][..2].copy_from_slice(&check.to_be_bytes());
         [&headers[..], part].concat()

@@ -6,7 +6,9 @@ use std::{
 };
 
 use xdp_common::{
-    gate::{address_bit, backend_destination_bit, backend_source_bit, frontend_bit, service_network_bit, snat_bit},
+    gate::{
+        address_bit, backend_destination_bit, backend_source_bit, frontend_bit, service_network_bit, snat_bit,
+    },
     net::Address,
     tables::{Backend, Frontend, FrontendKey, backend, frontend, network},
 };

@@ -67,8 +67,11 @@ fn the_first_fragment_tells_its_ports_and_a_later_one_does_not() {
 #[test]
 fn fragments_of_ipv6_are_found_behind_other_headers() {
     let options = [extension::FRAGMENT, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    for (types, before) in [(&[][..], &[][..]), (&[extension::HOP_BY_HOP], &options), (&[extension::DESTINATION], &options)] {
-        let (first, key) = parse::<V6>(&v6(types, before, UDP, 0, true, &body(UDP))).expect("a first fragment");
+    for (types, before) in
+        [(&[][..], &[][..]), (&[extension::HOP_BY_HOP], &options), (&[extension::DESTINATION], &options)]
+    {
+        let (first, key) =
+            parse::<V6>(&v6(types, before, UDP, 0, true, &body(UDP))).expect("a first fragment");
         assert_eq!((first.key.sport, first.key.dport), ([0x9c, 0x40], [0, 53]));
         assert_eq!(first.l4_offset as usize, IP + 40 + before.len() + 8);
         assert_eq!((first.l4_len, first.total_len as usize), (32, 40 + before.len() + 8 + 32));
