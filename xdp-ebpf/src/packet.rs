@@ -4,7 +4,7 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_action, xdp_md},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_action, xdp_md},
     helpers,
     programs::{TcContext, XdpContext},
 };
@@ -386,15 +386,6 @@ impl TcFrame {
         let failed =
             unsafe { helpers::bpf_skb_load_bytes(self.skb().cast(), 0, room.as_mut_ptr().cast(), len) };
         if failed == 0 { Some(len as usize) } else { None }
-    }
-
-    /// Has the frame come in once more, by the interface that it names.
-    #[inline(always)] // one caller
-    pub(crate) fn receive_again(&self) -> i32 {
-        match self.ctx.clone_redirect(self.ifindex(), BPF_F_INGRESS as u64) {
-            Ok(()) => 0,
-            Err(error) => error as i32,
-        }
     }
 
     /// Answers a refused packet where it came in. tc programs take packets whose checksum the device is to finish, and
