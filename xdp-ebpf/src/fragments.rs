@@ -1,7 +1,7 @@
 //! Fragments at tc: what is known of them, and those that come before it is.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{__sk_buff, BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
     programs::TcContext,
 };
@@ -44,5 +44,9 @@ pub(crate) fn hold(skb: *mut __sk_buff) -> i32 {
 /// Gives a fragment back that was kept. The agent runs it on the frame; it is attached nowhere.
 #[classifier]
 pub(crate) fn tc_release(ctx: TcContext) -> i32 {
-    TcFrame::of(ctx.skb.skb).receive_again()
+    let ifindex = TcFrame::of(ctx.skb.skb).ifindex();
+    match ctx.clone_redirect(ifindex, BPF_F_INGRESS as u64) {
+        Ok(()) => 0,
+        Err(error) => error as i32,
+    }
 }

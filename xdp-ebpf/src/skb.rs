@@ -157,15 +157,6 @@ impl TcFrame {
         if failed == 0 { Some(len as usize) } else { None }
     }
 
-    /// Has the frame come in once more, by the interface that it names.
-    #[inline(always)] // one caller
-    pub(crate) fn receive_again(&self) -> i32 {
-        match self.ctx.clone_redirect(self.ifindex(), BPF_F_INGRESS as u64) {
-            Ok(()) => 0,
-            Err(error) => error as i32,
-        }
-    }
-
     /// Answers a refused packet where it came in; what the device was to do for its checksum it does for the answer's.
     #[inline(always)]
     pub(crate) fn answer<F: Wire>(

@@ -154,13 +154,14 @@ impl<A: IpAddress> Dump<'_, A> {
         lines
     }
 
-    /// The bits that are set, by what they stand for.
+    /// The bits that are set, by what they stand for, as far as it has a name.
     fn gate(&self, words: &[u64], known: BTreeMap<u32, String>) -> Vec<String> {
         let is_set = |bit: u32| words.get(bit as usize / 64).is_some_and(|word| word >> (bit % 64) & 1 == 1);
         let set: u32 = words.iter().map(|word| word.count_ones()).sum();
         let mut lines: Vec<String> =
             known.into_iter().filter(|(bit, _)| is_set(*bit)).map(|(_, name)| name).collect();
         let others = set - lines.len() as u32;
+        lines.retain(|name| !name.is_empty());
         lines.sort_unstable();
         lines.dedup(); // a wide network has many bits
         if others > 0 {
@@ -173,8 +174,8 @@ impl<A: IpAddress> Dump<'_, A> {
         let mut bits =
             BTreeMap::from([(snat_bit(self.maps.snat), format!("snat {}", self.maps.snat.to_ip()))]);
         for (key, value) in &self.maps.frontends {
-            // Said already by what the address serves.
-            bits.entry(address_bit(key.addr)).or_insert_with(|| place(key));
+            // What the address serves says it already.
+            bits.entry(address_bit(key.addr)).or_default();
             if value.flags & frontend::ADDRESS == 0 {
                 bits.insert(frontend_bit(key.addr, key.port, key.proto), place(key));
             } else {

@@ -70,7 +70,7 @@ fn collecting_says_when_a_service_that_waits_for_backends_may_fit() {
     assert_eq!(node.plan.collect(&in_use(1_030), 1_040).retry_in_ms, Some(0));
     assert_eq!(
         node.plan.update(&Delta::default(), true, &[], 1_050).changes.len(),
-        6,
+        7,
         "gates, backend, ring, frontend"
     );
     assert_eq!((node.plan.problems(), node.plan.services()), (vec![], 1));
