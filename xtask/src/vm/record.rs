@@ -58,13 +58,19 @@ fn key(architecture: &str, kernel: &str) -> (String, Vec<u64>, String) {
 }
 
 fn parse(table: &str) -> Rows {
+    let cells =
+        |line: &'_ str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+    // A table from before a lane was added has a column less.
+    let head = table.lines().next().map(cells).unwrap_or_default();
     let mut rows = Rows::new();
     for line in table.lines().skip(2) {
-        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let [architecture, kernel, results @ ..] = cells.as_slice() else { continue };
+        let cells = cells(line);
+        let [architecture, kernel, ..] = cells.as_slice() else { continue };
         let row = rows.entry(key(architecture, kernel)).or_default();
-        for (lane, cell) in Lane::ALL.iter().zip(results).filter(|(_, cell)| **cell != NOT_RUN) {
-            row.insert(lane.name(), (*cell).to_owned());
+        for (name, cell) in head.iter().zip(&cells).filter(|(_, cell)| *cell != NOT_RUN) {
+            if let Some(lane) = Lane::ALL.iter().find(|lane| lane.name() == name) {
+                row.insert(lane.name(), cell.clone());
+            }
         }
     }
     rows
@@ -102,6 +108,8 @@ mod tests {
             .insert("prog-run", "5 passed (a day)".to_owned());
         let table = render(&rows);
         assert_eq!(parse(&table), rows);
+        let older = "| architecture | kernel | netns |\n|---|---|---|\n| arm64 | 6.1 | 7 passed (a day) |\n";
+        assert_eq!(parse(older)[&key("arm64", "6.1")]["netns"], "7 passed (a day)");
         let kernels: Vec<_> = table.lines().skip(2).filter_map(|line| line.split('|').nth(2)).collect();
         assert_eq!(kernels, [" 6.1.0-56-amd64 ", " 6.12.117-amd64 "]);
     }
