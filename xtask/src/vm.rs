@@ -174,6 +174,7 @@ impl Request {
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     let request = parse(args)?;
+    let mark = record::mark(workspace)?;
     let mut rows = Vec::new();
     for &architecture in &request.architectures {
         let payload = payload::pack(workspace, architecture.arch(), &request)?;
@@ -190,7 +191,7 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     }
     println!("{}", table(&rows, &request.lanes));
     if request.is_recorded {
-        record::write(workspace, &rows, &request.lanes, request.is_quick || !request.tests.is_empty())?;
+        record::write(workspace, &mark, &rows, &request.lanes, request.is_quick || !request.tests.is_empty())?;
     }
     let bad = rows.iter().filter(|(_, _, outcome)| !outcome.is_good()).count();
     if bad > 0 {

@@ -14,25 +14,26 @@ const END: &str = "<!-- end of measured -->";
 /// Cells by lane, of one architecture and one kernel.
 type Rows = BTreeMap<(String, Vec<u64>, String), BTreeMap<&'static str, String>>;
 
+/// The day and the commit that cells are marked by: those of the start, because a run takes long.
+pub(crate) fn mark(workspace: &Workspace) -> Result<String> {
+    let answer = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        let answer = process::output(command.args(args).current_dir(&workspace.root));
+        answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
+    };
+    Ok(format!("{}, {}", answer("date", &["-u", "+%F"])?, answer("git", &["rev-parse", "--short=10", "HEAD"])?))
+}
+
 /// Writes outcomes into the document.
 pub(crate) fn write(
     workspace: &Workspace,
+    mark: &str,
     rows: &[(Architecture, String, Outcome)],
     lanes: &[Lane],
     is_quick: bool,
 ) -> Result<()> {
     let path = workspace.root.join(DOCUMENT);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let answer = |program: &str, args: &[&str]| {
-        let mut command = Command::new(program);
-        let answer = process::output(command.args(args).current_dir(&workspace.root));
-        answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
-    };
-    let when = format!(
-        "{}, {}",
-        answer("date", &["-u", "+%F"])?,
-        answer("git", &["rev-parse", "--short=10", "HEAD"])?
-    );
     let marks = format!("{DOCUMENT} has not the comments that the table is between");
     let (before, rest) = text.split_once(START).context(marks.clone())?;
     let (table, after) = rest.split_once(END).context(marks)?;
@@ -45,7 +46,7 @@ pub(crate) fn write(
         let lanes = if is_refused { &Lane::ALL } else { lanes };
         for lane in lanes {
             let amount = if is_quick && !is_refused && *lane != Lane::Doctor { ", quick" } else { "" };
-            cells.insert(lane.name(), format!("{}{amount} ({when})", outcome.cell(*lane)));
+            cells.insert(lane.name(), format!("{}{amount} ({mark})", outcome.cell(*lane)));
         }
     }
     std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
