@@ -30,13 +30,13 @@ pub fn veth_with(
     attributes: &[LinkAttribute],
 ) -> Result<()> {
     use std::os::fd::AsFd;
-    let peer = LinkMessageBuilder::<LinkUnspec>::new()
-        .name(right_name)
-        .setns_by_fd(right.as_fd().as_raw_fd());
+    let peer =
+        LinkMessageBuilder::<LinkUnspec>::new().name(right_name).setns_by_fd(right.as_fd().as_raw_fd());
     let peer = attributes.iter().cloned().fold(peer, LinkMessageBuilder::append_extra_attribute).build();
     let message = LinkMessageBuilder::<LinkVeth>::new(left_name, right_name)
         .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
-    let message = attributes.iter().cloned().fold(message, LinkMessageBuilder::append_extra_attribute).build();
+    let message =
+        attributes.iter().cloned().fold(message, LinkMessageBuilder::append_extra_attribute).build();
     block_on(left.netlink().link().add(message).execute())
         .with_context(|| format!("veth {left_name} in {left:?} to {right_name} in {right:?}"))?;
     left.up(left_name)?;

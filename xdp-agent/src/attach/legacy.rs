@@ -83,7 +83,11 @@ pub(super) fn remove(link: &Link) {
 pub(super) fn remove_qdisc_without_filters(interface: u32) {
     let removed = filters(interface).and_then(|found| {
         if found.is_empty() {
-            Requests::open(Protocol::Route)?.request(RTM_DELQDISC, 0, &message(interface, CLSACT_HANDLE, CLSACT))?;
+            Requests::open(Protocol::Route)?.request(
+                RTM_DELQDISC,
+                0,
+                &message(interface, CLSACT_HANDLE, CLSACT),
+            )?;
         }
         Ok(())
     });

@@ -21,7 +21,11 @@ pub(crate) fn mark(workspace: &Workspace) -> Result<String> {
         let answer = process::output(command.args(args).current_dir(&workspace.root));
         answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
     };
-    Ok(format!("{}, {}", answer("date", &["-u", "+%F"])?, answer("git", &["rev-parse", "--short=10", "HEAD"])?))
+    Ok(format!(
+        "{}, {}",
+        answer("date", &["-u", "+%F"])?,
+        answer("git", &["rev-parse", "--short=10", "HEAD"])?
+    ))
 }
 
 /// Writes outcomes into the document.
@@ -59,8 +63,9 @@ fn key(architecture: &str, kernel: &str) -> (String, Vec<u64>, String) {
 }
 
 fn parse(table: &str) -> Rows {
-    let cells =
-        |line: &'_ str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+    let cells = |line: &'_ str| {
+        line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+    };
     // A table from before a lane was added has a column less.
     let head = table.lines().next().map(cells).unwrap_or_default();
     let mut rows = Rows::new();

@@ -1,8 +1,8 @@
 //! What a guest has said: results of its lanes, and everything that is missing.
 
 use super::Lane;
-use std::collections::{BTreeMap, BTreeSet};
 use crate::test::{Tally, result_line};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// In the agent's words to a kernel that lacks what the programs need.
 const REFUSAL: &str = "is too old";
