@@ -228,14 +228,14 @@ fn boot(
     }
     base.symlink("etc/mtab", "/proc/self/mounts");
     let mut initrd = base.finish();
-    initrd.extend_from_slice(&kernel.modules()?);
     initrd.extend_from_slice(payload);
-    // What is unpacked later replaces what is there.
     let kernel_is_too_old = kernel.is_too_old();
     let lanes = if kernel_is_too_old {
+        // What is unpacked later replaces what is there.
         initrd.extend_from_slice(&payload::refusal());
         &[]
     } else {
+        initrd.extend_from_slice(&kernel.modules()?);
         lanes
     };
     let directory = machine::logs(&workspace.target)?;
