@@ -31,7 +31,7 @@ cargo xtask VERB [ARGS]
   build [--debug] [--features LIST]     the BPF objects, then the agent (feature: trace)
   run ARGS                              set-up, build, then `xdp-agent run ARGS` (`run --help` shows its flags)
   demo [ARGS]                           a small world of namespaces with real traffic through the agent
-  test [LANE...]                        lanes: host, prog-run, netns, kubernetes, image, emulated; all by default
+  test [LANE...]                        lanes: host, prog-run, netns, kubernetes, image by default; emulated
   lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
   tidy                                  the rules of the source tree that a program can check
   dist [--arch NAME] [--check]          static binaries for amd64 and arm64, with checksums, into target/dist;

@@ -135,7 +135,8 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
 
 fn parse(args: &[String]) -> Result<Vec<Lane>> {
     if args.is_empty() {
-        return Ok(LANES.to_vec());
+        // It compiles everything for another processor, which takes as long as the rest.
+        return Ok(LANES.into_iter().filter(|lane| *lane != Lane::Emulated).collect());
     }
     let lane = |arg: &String| {
         let known = LANES.into_iter().find(|lane| lane.name() == arg);
@@ -253,7 +254,7 @@ mod tests {
     #[test]
     fn a_lane_is_named_exactly_or_refused() {
         assert_eq!(parse(&["netns".into(), "host".into()]).unwrap(), [Lane::Netns, Lane::Host]);
-        assert_eq!(parse(&[]).unwrap(), LANES);
+        assert_eq!(parse(&[]).unwrap(), LANES[..5]);
         let error = parse(&["hosts".into()]).unwrap_err().to_string();
         assert!(error.contains("host, prog-run, netns, kubernetes, image, emulated"), "{error}");
     }

@@ -174,6 +174,7 @@ impl Request {
 
 pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     let request = parse(args)?;
+    let mark = request.is_recorded.then(|| record::mark(workspace)).transpose()?;
     let mut rows = Vec::new();
     for &architecture in &request.architectures {
         let payload = payload::pack(workspace, architecture.arch(), &request)?;
@@ -189,8 +190,14 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
         }
     }
     println!("{}", table(&rows, &request.lanes));
-    if request.is_recorded {
-        record::write(workspace, &rows, &request.lanes, request.is_quick || !request.tests.is_empty())?;
+    if let Some(mark) = mark {
+        record::write(
+            workspace,
+            &mark,
+            &rows,
+            &request.lanes,
+            request.is_quick || !request.tests.is_empty(),
+        )?;
     }
     let bad = rows.iter().filter(|(_, _, outcome)| !outcome.is_good()).count();
     if bad > 0 {
@@ -221,14 +228,14 @@ fn boot(
     }
     base.symlink("etc/mtab", "/proc/self/mounts");
     let mut initrd = base.finish();
-    initrd.extend_from_slice(&kernel.modules()?);
     initrd.extend_from_slice(payload);
-    // What is unpacked later replaces what is there.
     let kernel_is_too_old = kernel.is_too_old();
     let lanes = if kernel_is_too_old {
+        // What is unpacked later replaces what is there.
         initrd.extend_from_slice(&payload::refusal());
         &[]
     } else {
+        initrd.extend_from_slice(&kernel.modules()?);
         lanes
     };
     let directory = machine::logs(&workspace.target)?;

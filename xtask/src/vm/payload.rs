@@ -22,6 +22,8 @@ const DOCTOR: &str = include_str!("doctor.sh");
 /// The list of what is run where the kernel is too old for the programs: the agent has to refuse it.
 pub(crate) fn refusal() -> Vec<u8> {
     let mut archive = Initramfs::default();
+    // No device is needed to be refused, and old kernels lack drivers.
+    archive.file("modules", b"");
     archive.file("run.list", b"refusal /xdp-agent run --services /tmp --iface lo 2>&1\n");
     archive.finish()
 }

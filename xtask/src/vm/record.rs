@@ -14,25 +14,30 @@ const END: &str = "<!-- end of measured -->";
 /// Cells by lane, of one architecture and one kernel.
 type Rows = BTreeMap<(String, Vec<u64>, String), BTreeMap<&'static str, String>>;
 
+/// The day and the commit that cells are marked by: those of the start, because a run takes long.
+pub(crate) fn mark(workspace: &Workspace) -> Result<String> {
+    let answer = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        let answer = process::output(command.args(args).current_dir(&workspace.root));
+        answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
+    };
+    Ok(format!(
+        "{}, {}",
+        answer("date", &["-u", "+%F"])?,
+        answer("git", &["rev-parse", "--short=10", "HEAD"])?
+    ))
+}
+
 /// Writes outcomes into the document.
 pub(crate) fn write(
     workspace: &Workspace,
+    mark: &str,
     rows: &[(Architecture, String, Outcome)],
     lanes: &[Lane],
     is_quick: bool,
 ) -> Result<()> {
     let path = workspace.root.join(DOCUMENT);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let answer = |program: &str, args: &[&str]| {
-        let mut command = Command::new(program);
-        let answer = process::output(command.args(args).current_dir(&workspace.root));
-        answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
-    };
-    let when = format!(
-        "{}, {}",
-        answer("date", &["-u", "+%F"])?,
-        answer("git", &["rev-parse", "--short=10", "HEAD"])?
-    );
     let marks = format!("{DOCUMENT} has not the comments that the table is between");
     let (before, rest) = text.split_once(START).context(marks.clone())?;
     let (table, after) = rest.split_once(END).context(marks)?;
@@ -45,7 +50,7 @@ pub(crate) fn write(
         let lanes = if is_refused { &Lane::ALL } else { lanes };
         for lane in lanes {
             let amount = if is_quick && !is_refused && *lane != Lane::Doctor { ", quick" } else { "" };
-            cells.insert(lane.name(), format!("{}{amount} ({when})", outcome.cell(*lane)));
+            cells.insert(lane.name(), format!("{}{amount} ({mark})", outcome.cell(*lane)));
         }
     }
     std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
@@ -58,13 +63,20 @@ fn key(architecture: &str, kernel: &str) -> (String, Vec<u64>, String) {
 }
 
 fn parse(table: &str) -> Rows {
+    let cells = |line: &'_ str| {
+        line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+    };
+    // A table from before a lane was added has a column less.
+    let head = table.lines().next().map(cells).unwrap_or_default();
     let mut rows = Rows::new();
     for line in table.lines().skip(2) {
-        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let [architecture, kernel, results @ ..] = cells.as_slice() else { continue };
+        let cells = cells(line);
+        let [architecture, kernel, ..] = cells.as_slice() else { continue };
         let row = rows.entry(key(architecture, kernel)).or_default();
-        for (lane, cell) in Lane::ALL.iter().zip(results).filter(|(_, cell)| **cell != NOT_RUN) {
-            row.insert(lane.name(), (*cell).to_owned());
+        for (name, cell) in head.iter().zip(&cells).filter(|(_, cell)| *cell != NOT_RUN) {
+            if let Some(lane) = Lane::ALL.iter().find(|lane| lane.name() == name) {
+                row.insert(lane.name(), cell.clone());
+            }
         }
     }
     rows
@@ -102,6 +114,8 @@ mod tests {
             .insert("prog-run", "5 passed (a day)".to_owned());
         let table = render(&rows);
         assert_eq!(parse(&table), rows);
+        let older = "| architecture | kernel | netns |\n|---|---|---|\n| arm64 | 6.1 | 7 passed (a day) |\n";
+        assert_eq!(parse(older)[&key("arm64", "6.1")]["netns"], "7 passed (a day)");
         let kernels: Vec<_> = table.lines().skip(2).filter_map(|line| line.split('|').nth(2)).collect();
         assert_eq!(kernels, [" 6.1.0-56-amd64 ", " 6.12.117-amd64 "]);
     }
