@@ -8,10 +8,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 use xdp_agent_tests::lab::{cgroup::Cgroup, netns::Namespace};
 
 /// Bytes of a request, and of its answer.
@@ -107,7 +103,6 @@ impl Drop for Client {
 
 /// Is a client until its input ends.
 pub(super) fn serve() -> Result<()> {
-    to_one_core()?;
     for line in io::stdin().lines() {
         let line = line?;
         let words: Vec<&str> = line.split(' ').collect();
@@ -176,19 +171,8 @@ fn exchange(stream: &mut TcpStream) -> io::Result<()> {
     stream.read_exact(&mut message)
 }
 
-/// Keeps this thread on the core that clients and servers share: where the scheduler puts the two of them otherwise decides
-/// more than what is measured.
-fn to_one_core() -> Result<()> {
-    let mut cpus = CpuSet::new();
-    cpus.set(0)?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
-}
-
 /// Serves one connection after the other for ever; clients take turns.
 pub(super) fn answer(listener: &TcpListener) {
-    if let Err(error) = to_one_core() {
-        eprintln!("bench: the server is not kept on one core: {error}");
-    }
     let mut bytes = vec![0; BULK];
     for stream in listener.incoming() {
         // A client that ends shows in its own figures.
