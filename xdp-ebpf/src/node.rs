@@ -114,7 +114,11 @@ fn turned<F: Maps + Wire>(
 ) -> i32 {
     let frame = &TcFrame::of(skb);
     frame.rewrite::<F>(packet, &verdict.rewrite);
-    frame.turn(way)
+    let ctx = TcContext::new(skb);
+    let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = ctx.load::<[u8; 12]>(0) else { return TC_ACT_SHOT };
+    // Addresses of the link change places; a frame that was parsed has them.
+    let _ = ctx.store(0, &[g, h, i, j, k, l, a, b, c, d, e, f], 0);
+    frame.redirect(way)
 }
 
 /// Rewrites a frame and lets it leave by the way to its backend, which need not be the way to the Service.

@@ -2,9 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{
-        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
-    },
+    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
     helpers,
     programs::TcContext,
 };
@@ -169,19 +167,9 @@ impl TcFrame {
         if F::answer(self, packet, finisher, area) { Some(self.redirect(way)) } else { None }
     }
 
-    /// Sends the frame back to where it comes from.
+    /// Sends the frame to the one or the other side of the interface it is on.
     #[inline(always)]
-    pub(crate) fn turn(&self, way: Turn) -> i32 {
-        let Ok([a, b, c, d, e, f, g, h, i, j, k, l]) = self.ctx.load::<[u8; 12]>(0) else {
-            return TC_ACT_SHOT;
-        };
-        // A frame that was parsed has these bytes.
-        let _ = self.ctx.store(0, &[g, h, i, j, k, l, a, b, c, d, e, f], 0);
-        self.redirect(way)
-    }
-
-    #[inline(always)]
-    fn redirect(&self, way: Turn) -> i32 {
+    pub(crate) fn redirect(&self, way: Turn) -> i32 {
         let flags = match way {
             Turn::Out => 0,
             Turn::In => BPF_F_INGRESS as u64,

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use xdp_agent_tests::lab::{
     agent::{Agent, AgentOptions, Mode},
     cgroup::Cgroup,
@@ -24,6 +24,8 @@ use crate::sync::{
 /// In the network of pods, far behind those of the largest world.
 const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 2);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// Each of half a minute.
+const READY_TRIES: usize = 4;
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// Fields drop in order: processes before their cgroups.
@@ -75,7 +77,8 @@ impl Place {
                 let mut options = AgentOptions::new(manifests.directory(), Mode::Generic);
                 options.node = NODE.into();
                 options.cgroup = Some(cgroup.path().to_path_buf());
-                let mut agent = Agent::start(&node, &bpffs, &options)?;
+                let mut agent = Agent::spawn(&node, &bpffs, &options)?;
+                wait_ready(&mut agent)?;
                 agent.quiet();
                 (service_address, Some(agent), Some([of_client, cgroup]))
             }
@@ -97,6 +100,12 @@ impl Place {
         ensure!(rate > 0.0, "nothing was done in {turn:?}");
         Ok(rate)
     }
+}
+
+/// Waits longer than tests do: 20,000 objects in files take a while to read.
+fn wait_ready(agent: &mut Agent) -> Result<()> {
+    let mut tries = (0..READY_TRIES).map(|_| agent.wait_ready());
+    tries.find(|result| result.is_ok()).unwrap_or_else(|| bail!("the agent does not become ready"))
 }
 
 /// The objects of the world, as few fields as they can have.

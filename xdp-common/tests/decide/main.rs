@@ -2,6 +2,7 @@
 
 mod fragments;
 mod model;
+mod node;
 mod opening;
 mod properties;
 mod related;

@@ -228,6 +228,16 @@ impl Model {
         sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Tc))
     }
 
+    /// What a pod's device does with a packet that the pod sends.
+    pub(crate) fn pod(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
+        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Pod))
+    }
+
+    /// What tc egress does with a packet of the node's own, without socket hooks.
+    pub(crate) fn out(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
+        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Out))
+    }
+
     /// What tc egress does with a packet.
     pub(crate) fn egress(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
         sound(packet, decide::egress::<V4, _>(self, packet))
