@@ -43,7 +43,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// Finds the newest kernel of a version (`6.1`, [`NEWEST`]), and fetches it once.
+    /// Finds the newest kernel of a version (`6.1`, `6.1.0-9`, [`NEWEST`]), and fetches it once.
     pub(crate) fn find(architecture: Architecture, version: &str) -> Result<Self> {
         let apt = Apt::of(architecture.arch().name())?;
         let names = apt.names("linux-")?;
@@ -221,7 +221,7 @@ fn release<'a>(name: &'a str, flavour: &str) -> Option<&'a str> {
 }
 
 fn is_version(release: &str, version: &str) -> bool {
-    release.strip_prefix(version).is_some_and(|rest| rest.starts_with(['.', '-', '+']))
+    release.strip_prefix(version).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '-', '+']))
 }
 
 fn numbers(release: &str) -> Vec<u64> {
@@ -272,6 +272,7 @@ mod tests {
             "linux-image-6.1.0-9-amd64",
         ];
         assert_eq!(of_6_1, packages);
+        assert_eq!(candidates(&names(), "amd64", "6.1.0-9"), ["linux-image-6.1.0-9-amd64"]);
         assert_eq!(candidates(&names(), "amd64", NEWEST)[0], "linux-image-7.3.4+deb13-amd64");
         assert_eq!(candidates(&names(), "arm64-16k", NEWEST), ["linux-image-7.3.4+deb13-arm64-16k"]);
         assert_eq!(candidates(&names(), "arm64", "7.3"), ["linux-image-7.3.4+deb13-arm64"]);
