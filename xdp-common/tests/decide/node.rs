@@ -44,7 +44,7 @@ fn what_a_pod_sends_is_translated_whatever_its_checksum_and_the_answer_is_restor
         let reply = answer(&seen, tcp::SYN | tcp::ACK);
         let restored = rewritten(&reply, &model.egress(&reply));
         assert_eq!(restored.key, call(LOCAL, 0).key.reversed());
-        model.pod(&from_pod(call(LOCAL, tcp::ACK)));
+        assert_eq!(model.pod(&from_pod(call(LOCAL, tcp::ACK))).action, Action::Stack);
         assert_eq!(model.events(Event::FlowEstablished), 1);
     }
 }
