@@ -244,7 +244,8 @@ impl Headers for V6 {
         let Some(ip) = frame.view::<{ Ipv6Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
         let (mut proto, mut walked, mut step) = (ip.u8(offset_of!(Ipv6Hdr, next_hdr)), 0, 0);
         while proto != TCP && proto != UDP {
-            let is_known = proto == extension::HOP_BY_HOP
+            // Hop-by-hop options come first or not at all (RFC 8200, section 4.1).
+            let is_known = (proto == extension::HOP_BY_HOP && step == 0)
                 || proto == extension::FRAGMENT
                 || proto == extension::DESTINATION;
             if step == EXTENSIONS_MAX || !is_known {
