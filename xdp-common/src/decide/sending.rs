@@ -46,13 +46,37 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
     if flow.exit == exit::LOCAL {
         return Some(Way::Stack);
     }
-    if flow.routing != tables.routing_tag() || packet.ttl <= 1 || packet.total_len > flow.mtu {
+    let is_for_others = flow.exit as u32 + is_own(packet.ifindex, flow.ifindex) != OWN_OR_OTHER;
+    if flow.routing != tables.routing_tag()
+        || packet.ttl <= 1
+        || packet.total_len > flow.mtu
+        || is_for_others
+    {
         return None;
     }
+    Some(if flow.exit == exit::TRANSMIT { Way::Transmit } else { Way::Redirect })
+}
+
+/// 1 if both interfaces are the same, else 0: by arithmetic, because the verifier follows both ways of a comparison to the
+/// end of the program.
+#[inline(always)] // three instructions
+fn is_own(from: u32, to: u32) -> u32 {
+    let differs = from ^ to;
+    1 ^ (differs | differs.wrapping_neg()) >> 31
+}
+
+/// What [`exit::TRANSMIT`] and one's own interface add up to, and [`exit::REDIRECT`] and another; nothing else does.
+const OWN_OR_OTHER: u32 = exit::TRANSMIT as u32 + 1;
+const _: () = assert!(exit::REDIRECT as u32 == OWN_OR_OTHER && exit::KERNEL as u32 > OWN_OR_OTHER);
+
+/// Whether the cached way out is that of packets which come in by another interface than this one: with two uplinks a
+/// flow may change between them.
+#[inline(always)] // one caller
+fn comes_otherwise<F: Family>(packet: &Packet<F::Addr>, flow: &Flow<F::Addr>) -> bool {
     match flow.exit {
-        exit::TRANSMIT => Some(Way::Transmit),
-        exit::REDIRECT => Some(Way::Redirect),
-        _ => None,
+        exit::TRANSMIT => flow.ifindex != packet.ifindex,
+        exit::REDIRECT => flow.ifindex == packet.ifindex,
+        _ => false,
     }
 }
 
@@ -71,7 +95,8 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         return Way::Stack;
     }
     if hook == Hook::Xdp {
-        if flow.routing != tables.routing_tag() && refresh(tables, packet, table, flow) {
+        let is_stale = flow.routing != tables.routing_tag() || comes_otherwise::<F>(packet, flow);
+        if is_stale && refresh(tables, packet, table, flow) {
             tables.count(Counter::Event(Event::HopRefreshed));
         }
         if let Some(way) = by_cache(tables, packet, flow) {

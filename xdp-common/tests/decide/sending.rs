@@ -144,3 +144,22 @@ fn the_other_direction_of_a_node_local_flow_is_not_taken_for_a_reply_at_ingress(
     assert_eq!(model.xdp(&answer(&seen, tcp::ACK)).action, Action::Pass);
     assert_eq!(model.egress(&syn(40_000, VIP)).action, Action::Pass);
 }
+
+#[test]
+fn a_flow_that_comes_in_by_another_interface_leaves_by_the_one_its_route_names() {
+    const OTHER: u32 = UPLINK + 1;
+    let (model, _) = established();
+    let other = Device { mac: [2, 0, 0, 0, 0, 3], ..model.devices.borrow()[&UPLINK] };
+    model.devices.borrow_mut().insert(OTHER, other);
+    let refreshed = model.events(Event::HopRefreshed);
+    for (ifindex, action) in [
+        (UPLINK, Action::Transmit),
+        (OTHER, Action::Redirect),
+        (OTHER, Action::Redirect),
+        (UPLINK, Action::Transmit),
+    ] {
+        let verdict = model.xdp(&Packet { ifindex, ..ack(40_000, VIP) });
+        assert_eq!((verdict.action, verdict.hop.ifindex), (action, UPLINK), "in by {ifindex}");
+    }
+    assert_eq!(model.events(Event::HopRefreshed), refreshed + 2, "once for each change");
+}
