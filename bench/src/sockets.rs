@@ -178,7 +178,7 @@ mod tests {
         let mut first = None;
         assert!(below(Verb::Connect, 1, 0.99, &mut first).is_empty());
         assert!(below(Verb::Connect, 1_000, 0.97, &mut first).is_empty());
-        assert_eq!(below(Verb::Connect, 10_000, 0.96, &mut first).len(), 1);
+        assert_eq!(below(Verb::Connect, 10_000, 0.965, &mut first).len(), 1);
         assert_eq!(below(Verb::Bulk, 1, 0.98, &mut None).len(), 1);
         assert_eq!(below(Verb::Request, 10_000, 0.5, &mut Some(1.0)).len(), 2);
     }

@@ -61,8 +61,8 @@ fn kustomizations_and_flags_that_documents_name_exist() {
     }
 }
 
-/// Flags of kubeadm, k3s, cargo and xtask, as far as the documents use them.
-const OTHERS: [&str; 4] = ["skip-phases", "disable-kube-proxy", "test", "push"];
+/// Flags of kubeadm, k3s, cargo and xtask, as far as the documents use them, and one that every program has.
+const OTHERS: [&str; 5] = ["skip-phases", "disable-kube-proxy", "test", "push", "version"];
 
 fn flags_of(command: &clap::Command) -> Vec<String> {
     let names = |arg: &clap::Arg| {
