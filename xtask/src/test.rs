@@ -163,6 +163,11 @@ fn run(workspace: &Workspace, lane: Lane) -> Result<Tally> {
     }
     let mut command = process::cargo(workspace);
     command.arg("test");
+    if lane == Lane::Netns {
+        // A client that is not ours, and rules of another proxy.
+        setup::ensure_packages("curl", &["curl"])?;
+        setup::ensure_packages("nft", &["nftables"])?;
+    }
     if lane == Lane::Image {
         setup::ensure_packages("runc", &["runc"])?;
         // Of this machine's architecture alone: it is what can run here.
