@@ -8,7 +8,9 @@ use aya_ebpf::{
 };
 use xdp_common::{
     decide::{self, Hook},
+    fragment::{Side, Step},
     frame::Packet,
+    icmp::Icmp,
     net::{Family, V4, V6},
     tables::{Route, Tables},
     verdict::{Action, Verdict},
@@ -16,8 +18,10 @@ use xdp_common::{
 
 use crate::{
     answer, apply,
-    family::Maps,
-    maps::{Kernel, parse, parsed},
+    family::{Found, Maps},
+    fragments::fragment,
+    icmp,
+    maps::{Kernel, parse, parsed, place},
     packet::Wire,
     skb::{TcFrame, Turn},
 };
@@ -59,12 +63,18 @@ pub(crate) fn tc_host(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)] // a level of calls less: each would take its part of the stack that they share
-fn tc_host_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
-    if !is_parsed::<F>(skb) {
-        return TC_ACT_UNSPEC;
-    }
+fn tc_host_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
+    let is_whole = match read::<F>(skb) {
+        Found::Nothing => return icmp::tc_egress::<F>(skb),
+        Found::Packet => true,
+        Found::Fragment => match fragment::<F>(skb, Side::Egress) {
+            Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
+            Step::Decide => false,
+        },
+    };
     match restored::<F>(skb) {
-        NOT_OURS if TcFrame::of(skb).is_own() => sent::<F>(skb),
+        // Egress cannot hold fragments, so that the node's own to Services are not served.
+        NOT_OURS if is_whole && TcFrame::of(skb).is_own() => sent::<F>(skb),
         NOT_OURS => TC_ACT_UNSPEC,
         action => action,
     }
@@ -74,9 +84,10 @@ fn tc_host_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
 const NOT_OURS: i32 = i32::MIN;
 
 #[inline(never)] // a frame of its own on a stack of 512 bytes
-fn is_parsed<F: Maps + Wire>(skb: *mut __sk_buff) -> bool {
+fn read<F: Maps + Wire>(skb: *mut __sk_buff) -> Found {
     let frame = &TcFrame::new::<F>(skb);
-    parse::<F, _>(frame, frame.ifindex()).is_some()
+    let Some(packet) = place::<F>() else { return Found::Nothing };
+    F::parse_into(frame, frame.ifindex(), packet)
 }
 
 #[inline(never)] // as above
