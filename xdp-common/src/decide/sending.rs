@@ -47,10 +47,7 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
         return Some(Way::Stack);
     }
     let is_for_others = flow.exit as u32 + is_own(packet.ifindex, flow.ifindex) != OWN_OR_OTHER;
-    if flow.routing != tables.routing_tag()
-        || packet.ttl <= 1
-        || packet.total_len > flow.mtu
-        || is_for_others
+    if flow.routing != tables.routing_tag() || packet.ttl <= 1 || packet.total_len > flow.mtu || is_for_others
     {
         return None;
     }
