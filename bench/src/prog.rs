@@ -4,7 +4,11 @@
 //! tail-calls the program under test. The wrapper's own cost, measured with a program that only drops, is subtracted.
 //! Cases take turns for several rounds and the median counts, because other work on the machine comes and goes.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    net::{Ipv4Addr, Ipv6Addr},
+    path::PathBuf,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
@@ -14,31 +18,20 @@ use aya::{
 };
 use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
-    conntrack::{mirror, opposite, translate},
+    conntrack::opposite,
     gate,
-    net::{FlowKey, Plain, TCP},
-    select::known_bit,
-    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, device, exit, frontend, kind},
+    net::{FlowKey, Plain, TCP, V4, V6},
+    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, device, frontend},
     verdict::{Counter, Event, Reason},
 };
 
-type Addr = [u8; 4];
-type Key = FlowKey<Addr>;
+mod traffic;
 
-const CLIENT: u32 = 0xc633_0000; // 198.51.0.0
-const FRONTEND: Addr = [203, 0, 113, 10];
-const NODE: Addr = [192, 168, 50, 10];
-const BACKEND: u32 = 0x0a40_0000; // 10.64.0.0
-const STRANGER: Addr = [192, 168, 50, 10];
-const GATEWAY: Addr = [192, 168, 50, 1];
-const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const PORT: [u8; 2] = [0, 80];
-const CLIENT_PORT: [u8; 2] = [0xc0, 0x01];
-const SNAT_PORT: [u8; 2] = [0x20, 0x01];
+use self::traffic::*;
+
 /// Enough of them that their source ports outlast the embryonic table.
 const BACKENDS: u32 = 64;
 const NEW_FLOWS: u32 = 1 << 24;
-const FRAME_LEN: usize = 64;
 
 /// Measures established flows (forward and reply), frames of nobody's service, and new flows.
 #[derive(clap::Args)]
@@ -72,10 +65,11 @@ struct Replay {
     count: u32,
     mask: u32,
     source: u32,
-    template: [u8; 56],
+    is_v6: u32,
+    template: [u8; TEMPLATE_LEN],
 }
 
-// SAFETY: integers and bytes, without padding (12 + 56 bytes, aligned to 4).
+// SAFETY: integers and bytes, without padding (16 + 76 bytes, aligned to 4).
 unsafe impl Pod for Replay {}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,11 +80,25 @@ enum Case {
     Reply,
     Stranger,
     NewFlow,
+    ForwardV6,
+    ReplyV6,
+    StrangerV6,
+    NewFlowV6,
 }
 
 impl Case {
-    const ALL: [Self; 6] =
-        [Self::Drop, Self::Limit, Self::Forward, Self::Reply, Self::Stranger, Self::NewFlow];
+    const ALL: [Self; 10] = [
+        Self::Drop,
+        Self::Limit,
+        Self::Forward,
+        Self::Reply,
+        Self::Stranger,
+        Self::NewFlow,
+        Self::ForwardV6,
+        Self::ReplyV6,
+        Self::StrangerV6,
+        Self::NewFlowV6,
+    ];
 
     fn label(self) -> &'static str {
         match self {
@@ -100,15 +108,21 @@ impl Case {
             Self::Reply => "established, reply",
             Self::Stranger => "not ours",
             Self::NewFlow => "new flow",
+            Self::ForwardV6 => "IPv6: established, forward",
+            Self::ReplyV6 => "IPv6: established, reply",
+            Self::StrangerV6 => "IPv6: not ours",
+            Self::NewFlowV6 => "IPv6: new flow",
         }
     }
 
-    /// The budget in nanoseconds over `drop`, given the limit.
-    fn budget(self, limit: f64) -> Option<f64> {
+    /// The budget in nanoseconds over `drop`, given the figures of this run.
+    fn budget(self, over: impl Fn(Self) -> f64) -> Option<f64> {
         match self {
-            Self::Drop | Self::Limit => None,
-            Self::Forward | Self::Reply => Some(1.5 * limit),
-            Self::Stranger => Some(25.0),
+            Self::Drop | Self::Limit | Self::NewFlowV6 => None,
+            Self::Forward | Self::Reply => Some(1.5 * over(Self::Limit)),
+            Self::ForwardV6 => Some(V6_MAX * over(Self::Forward)),
+            Self::ReplyV6 => Some(V6_MAX * over(Self::Reply)),
+            Self::Stranger | Self::StrangerV6 => Some(25.0),
             Self::NewFlow => Some(600.0),
         }
     }
@@ -120,11 +134,20 @@ impl Case {
         const XDP_TX: u32 = 3;
         match self {
             Self::Drop => XDP_DROP,
-            Self::Limit | Self::Forward | Self::Reply | Self::NewFlow => XDP_TX,
-            Self::Stranger => XDP_PASS,
+            Self::Stranger | Self::StrangerV6 => XDP_PASS,
+            Self::Limit
+            | Self::Forward
+            | Self::Reply
+            | Self::NewFlow
+            | Self::ForwardV6
+            | Self::ReplyV6
+            | Self::NewFlowV6 => XDP_TX,
         }
     }
 }
+
+/// What an established packet of IPv6 may cost, in terms of IPv4: its keys and addresses are four times as long.
+const V6_MAX: f64 = 1.25;
 
 /// Runs the cases and prints the table.
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -132,10 +155,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let node = Namespace::new("bench-node")?;
     let peer = Namespace::new("bench-peer")?;
     link::veth(&node, "eth0", &peer, "eth0")?;
-    node.address("eth0", NODE, 24)?;
-    node.route_via([0, 0, 0, 0].into(), 0, GATEWAY.into())?;
-    node.static_neighbour("eth0", GATEWAY.into(), GATEWAY_MAC)?;
+    node.sysctl("net/ipv6/conf/eth0/disable_ipv6", "0")?;
+    let v6 = |host| Ipv6Addr::from(V6::addr(host).octets());
+    node.address("eth0", Ipv4Addr::from(NODE), 24)?;
+    node.address("eth0", v6(NODE), 120)?;
+    node.route_via(Ipv4Addr::UNSPECIFIED, 0, GATEWAY.into())?;
+    node.default_route_v6(v6(GATEWAY))?;
+    node.static_neighbour("eth0", Ipv4Addr::from(GATEWAY).into(), GATEWAY_MAC)?;
+    node.static_neighbour("eth0", v6(GATEWAY).into(), GATEWAY_MAC)?;
     node.sysctl("net/ipv4/ip_forward", "1")?;
+    node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
     let (ifindex, mac) = (node.index("eth0")?, node.mac("eth0")?);
     node.run(|| {
         // One core for all cases; moves between cores would show up as noise.
@@ -166,25 +195,13 @@ impl Bench {
     fn new(ifindex: u32, mac: [u8; 6], flows: u32) -> Result<Self> {
         let mut product = load("xdp-ebpf", &["xdp_ingress"])?;
         let mut lab = load("xdp-lab", &["replay", "limit", "xdp_drop"])?;
-        let mut established: HashMap<_, Raw<Key>, Raw<Flow<Addr>>> = map(&mut product, "ESTABLISHED_V4")?;
-        let mut limit: HashMap<_, Raw<Key>, Raw<Flow<Addr>>> = map(&mut lab, "LIMIT")?;
-        let mut known = vec![0u64; tables::KNOWN_WORDS as usize];
-        for index in 0..flows {
-            let (key, flow) = forward(index, ifindex, mac);
-            let mut reply = Flow::ZERO;
-            mirror(&key, &flow, kind::REPLY_REMOTE, exit::KERNEL, &mut reply);
-            for (key, flow) in [(key, flow), (opposite(&key, &flow), reply)] {
-                let bit = known_bit(&key);
-                known[(bit / 64) as usize] |= 1 << (bit % 64);
-                established.insert(Raw(key), Raw(flow), 0).context("filling the established table")?;
-                limit.insert(Raw(key), Raw(flow), 0).context("filling the table of the limit")?;
-            }
+        let (entries, _) = traffic::flows::<V4>(flows, ifindex, mac);
+        let mut limit: HashMap<_, Raw<FlowKey<[u8; 4]>>, Raw<Flow<[u8; 4]>>> = map(&mut lab, "LIMIT")?;
+        for (key, flow) in entries {
+            limit.insert(Raw(key), Raw(flow), 0).context("filling the table of the limit")?;
         }
-        let mut words: Array<_, u64> = array(&mut product, "KNOWN_V4")?;
-        for (at, word) in (0..).zip(known) {
-            words.set(at, word, 0).context("filling the table of known keys")?;
-        }
-        configure(&mut product, ifindex, mac)?;
+        configure::<V4>(&mut product, flows, ifindex, mac)?;
+        configure::<V6>(&mut product, flows, ifindex, mac)?;
         Ok(Self { ifindex, mac, product, lab, sent: 0 })
     }
 
@@ -200,18 +217,20 @@ impl Bench {
             }
         }
         let medians: Vec<f64> = samples.iter_mut().map(|samples| median(samples)).collect();
-        let (wrapper, limit) = (medians[0], medians[1] - medians[0]);
+        let wrapper = medians[0];
+        let over = |case: Case| medians[case as usize] - wrapper;
+        let limit = over(Case::Limit);
         println!("\n{flows} flows (median of {} rounds of {} packets)", args.rounds, args.packets);
-        println!("{:<24}{:>10}{:>12}{:>12}{:>12}", "path", "ns", "over drop", "x limit", "budget");
+        println!("{:<28}{:>10}{:>12}{:>12}{:>12}", "path", "ns", "over drop", "x limit", "budget");
         let mut failed = Vec::new();
         for (case, total) in Case::ALL.iter().zip(&medians) {
-            let over = total - wrapper;
-            let budget = case.budget(limit);
+            let budget = case.budget(over);
+            let over = over(*case);
             let note = match budget {
                 None => String::from("-"),
                 Some(budget) => format!("{budget:.0} {}", if over <= budget { "ok" } else { "OVER" }),
             };
-            println!("{:<24}{total:>10.1}{over:>12.1}{:>12.2}{note:>12}", case.label(), over / limit);
+            println!("{:<28}{total:>10.1}{over:>12.1}{:>12.2}{note:>12}", case.label(), over / limit);
             if budget.is_some_and(|budget| over > budget) {
                 failed.push(format!("{} at {flows} flows: {over:.0} ns", case.label()));
             }
@@ -224,9 +243,14 @@ impl Bench {
         let (object, name) = match case {
             Case::Drop => (&mut self.lab, "xdp_drop"),
             Case::Limit => (&mut self.lab, "limit"),
-            Case::Forward | Case::Reply | Case::Stranger | Case::NewFlow => {
-                (&mut self.product, "xdp_ingress")
-            }
+            Case::Forward
+            | Case::Reply
+            | Case::Stranger
+            | Case::NewFlow
+            | Case::ForwardV6
+            | Case::ReplyV6
+            | Case::StrangerV6
+            | Case::NewFlowV6 => (&mut self.product, "xdp_ingress"),
         };
         let target = program(object, name)?.fd()?.try_clone()?;
         let mut targets: ProgramArray<&mut MapData> =
@@ -279,94 +303,84 @@ fn context(ifindex: u32) -> [u8; 24] {
 }
 
 fn replay_of(case: Case, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
-    let reply = || opposite(&forward(0, 0, mac).0, &forward(0, 0, mac).1);
-    let (key, source, mask) = match case {
-        Case::Drop | Case::Limit | Case::Forward => (forward(0, 0, mac).0, CLIENT, flows - 1),
-        Case::Reply => (reply(), BACKEND, flows - 1),
-        Case::Stranger => (Key { dst: STRANGER, dport: [0, 22], ..forward(0, 0, mac).0 }, CLIENT, flows - 1),
-        // A range of its own, and on from where the last round stopped, so that no flow is met twice.
-        Case::NewFlow => (forward(0, 0, mac).0, 0x0100_0000, NEW_FLOWS - 1),
-    };
+    match case {
+        Case::Drop | Case::Limit | Case::Forward => replay::<V4>(Way::Forward, flows, sent, mac),
+        Case::Reply => replay::<V4>(Way::Reply, flows, sent, mac),
+        Case::Stranger => replay::<V4>(Way::Stranger, flows, sent, mac),
+        Case::NewFlow => replay::<V4>(Way::NewFlow, flows, sent, mac),
+        Case::ForwardV6 => replay::<V6>(Way::Forward, flows, sent, mac),
+        Case::ReplyV6 => replay::<V6>(Way::Reply, flows, sent, mac),
+        Case::StrangerV6 => replay::<V6>(Way::Stranger, flows, sent, mac),
+        Case::NewFlowV6 => replay::<V6>(Way::NewFlow, flows, sent, mac),
+    }
+}
+
+/// Which packets of a family.
+#[derive(Clone, Copy)]
+enum Way {
+    Forward,
+    Reply,
+    Stranger,
+    NewFlow,
+}
+
+fn replay<F: Traffic>(way: Way, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
     const SYN: u8 = 0x02;
     const ACK: u8 = 0x10;
-    let flags = if case == Case::NewFlow { SYN } else { ACK };
-    Replay { count: sent, mask, source, template: frame(&key, mac, flags) }
-}
-
-/// Headers of a TCP segment without payload; its checksum is not what an offloading sender leaves.
-fn frame(key: &Key, mac: [u8; 6], tcp_flags: u8) -> [u8; 56] {
-    let mut frame = [0u8; 56];
-    frame[0..6].copy_from_slice(&mac);
-    frame[6..12].copy_from_slice(&GATEWAY_MAC);
-    frame[12..14].copy_from_slice(&[0x08, 0x00]);
-    frame[14..34].copy_from_slice(&[0x45, 0, 0, 40, 0, 1, 0x40, 0, 64, TCP, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    frame[26..30].copy_from_slice(&key.src);
-    frame[30..34].copy_from_slice(&key.dst);
-    frame[34..36].copy_from_slice(&key.sport);
-    frame[36..38].copy_from_slice(&key.dport);
-    frame[46..48].copy_from_slice(&[0x50, tcp_flags]);
-    frame[50..52].copy_from_slice(&[0x12, 0x34]);
-    frame
-}
-
-/// The forward half of a flow toward a backend elsewhere; each has a client and a backend of its own.
-fn forward(index: u32, ifindex: u32, mac: [u8; 6]) -> (Key, Flow<Addr>) {
-    let key = Key {
-        src: (CLIENT + index).to_be_bytes(),
-        dst: FRONTEND,
-        sport: CLIENT_PORT,
-        dport: PORT,
-        proto: TCP,
-        zero: [0; 3],
+    let (key, flow) = forward::<F>(0, 0, mac);
+    let (key, source, mask, flags) = match way {
+        Way::Forward => (key, CLIENT, flows - 1, ACK),
+        Way::Reply => (opposite(&key, &flow), BACKEND, flows - 1, ACK),
+        Way::Stranger => (FlowKey { dst: F::addr(NODE), dport: [0, 22], ..key }, CLIENT, flows - 1, ACK),
+        // A range of its own, and on from where the last round stopped, so that no flow is met twice.
+        Way::NewFlow => (key, 0x0100_0000, NEW_FLOWS - 1, SYN),
     };
-    let after = Key { src: NODE, dst: (BACKEND + index).to_be_bytes(), sport: SNAT_PORT, dport: PORT, ..key };
-    let mut flow = Flow {
-        dmac: GATEWAY_MAC,
-        smac: mac,
-        ifindex,
-        backend: 1,
-        generation: 1,
-        service: 1,
-        mtu: 1500,
-        kind: kind::FORWARD,
-        exit: exit::TRANSMIT,
-        ..Flow::ZERO
-    };
-    translate(&mut flow, &key, &after);
-    (key, flow)
+    Replay { count: sent, mask, source, is_v6: F::IS_V6, template: frame::<F>(&key, mac, flags) }
 }
 
-/// One service with backends elsewhere, behind the gateway.
-fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
+/// Live flows, and one service with backends elsewhere, behind the gateway.
+fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8; 6]) -> Result<()> {
+    let maps = F::Addr::MAPS;
     let config = Config {
         epoch: 1,
         clock: 1,
         snat_port_min: 1024,
         snat_port_max: 29_999,
-        embryonic_buckets: tables::TAGS_V4.entries,
+        embryonic_buckets: maps.tags.entries,
         masquerade_wire: 1,
         policy_routing: 0,
         echo: 1,
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
+    let (entries, known) = traffic::flows::<F>(flows, ifindex, mac);
+    let mut established: HashMap<_, Raw<FlowKey<F::Addr>>, Raw<Flow<F::Addr>>> =
+        map(product, maps.established.name)?;
+    for (key, flow) in entries {
+        established.insert(Raw(key), Raw(flow), 0).context("filling the established table")?;
+    }
+    let mut words: Array<_, u64> = array(product, maps.known.name)?;
+    for (at, word) in (0..).zip(known) {
+        words.set(at, word, 0).context("filling the table of known keys")?;
+    }
     let device = Device {
-        snat: NODE,
+        snat: F::addr(NODE),
         flags: device::TRANSMIT | device::REDIRECT | device::ETHERNET,
         mtu: 1500,
         mac,
         zero: [0; 2],
     };
-    let mut devices: HashMap<_, u32, Raw<Device<Addr>>> = map(product, tables::DEVICES_V4.name)?;
+    let mut devices: HashMap<_, u32, Raw<Device<F::Addr>>> = map(product, maps.devices.name)?;
     devices.insert(ifindex, Raw(device), 0)?;
     for id in 1..=BACKENDS {
-        let addr = (BACKEND + 0x0001_0000 + id).to_be_bytes();
+        let addr = F::addr(BACKEND + 0x0001_0000 + id);
         let backend = Backend { addr, port: PORT, proto: TCP, flags: 0, generation: 1, service: 1 };
-        array(product, tables::BACKENDS_V4.name)?.set(id, Raw(backend), 0)?;
-        array(product, tables::RINGS_V4.name)?.set(id - 1, id, 0)?;
+        array(product, maps.backends.name)?.set(id, Raw(backend), 0)?;
+        array(product, maps.rings.name)?.set(id - 1, id, 0)?;
     }
-    let mut frontends: HashMap<_, Raw<FrontendKey<Addr>>, Raw<Frontend>> =
-        map(product, tables::FRONTENDS_V4.name)?;
-    let key = FrontendKey { addr: FRONTEND, port: PORT, proto: TCP, zero: 0 };
+    let mut frontends: HashMap<_, Raw<FrontendKey<F::Addr>>, Raw<Frontend>> =
+        map(product, maps.frontends.name)?;
+    let addr = F::addr(FRONTEND);
+    let key = FrontendKey { addr, port: PORT, proto: TCP, zero: 0 };
     let frontend = Frontend {
         service: 1,
         ring: 0,
@@ -377,8 +391,8 @@ fn configure(product: &mut Ebpf, ifindex: u32, mac: [u8; 6]) -> Result<()> {
         affinity_seconds: 0,
     };
     frontends.insert(Raw(key), Raw(frontend), 0)?;
-    for bit in [gate::frontend_bit(FRONTEND, PORT, TCP), gate::snat_bit(NODE)] {
-        let mut gate: Array<&mut MapData, u64> = array(product, tables::GATE_INGRESS_V4.name)?;
+    for bit in [gate::frontend_bit(addr, PORT, TCP), gate::snat_bit(device.snat)] {
+        let mut gate: Array<&mut MapData, u64> = array(product, maps.gate_ingress.name)?;
         let word = gate.get(&(bit / 64), 0)?;
         gate.set(bit / 64, word | 1 << (bit % 64), 0)?;
     }

@@ -8,8 +8,18 @@
 mod agreement;
 #[path = "prog_run/answers.rs"]
 mod answers;
+#[path = "prog_run/applied.rs"]
+mod applied;
+#[path = "prog_run/batch.rs"]
+mod batch;
 #[path = "prog_run/checksums.rs"]
 mod checksums;
+#[path = "prog_run/dice.rs"]
+mod dice;
+#[path = "prog_run/extensions.rs"]
+mod extensions;
+#[path = "prog_run/family.rs"]
+mod family;
 #[path = "prog_run/flows.rs"]
 mod flows;
 #[path = "prog_run/forwarding.rs"]
@@ -32,6 +42,8 @@ mod maps;
 #[allow(dead_code, reason = "the host's tests use the rest")]
 #[path = "../../xdp-common/tests/decide/model.rs"]
 mod model;
+#[path = "prog_run/mutation.rs"]
+mod mutation;
 #[path = "prog_run/node.rs"]
 mod node;
 #[path = "prog_run/not_ours.rs"]
@@ -46,3 +58,13 @@ mod refusals;
 mod renewal;
 #[path = "prog_run/slow_path.rs"]
 mod slow_path;
+/// The stack that programs take, as the build counts it.
+#[allow(dead_code, reason = "the build uses the rest")]
+#[path = "../../xtask/src/stack.rs"]
+mod stack;
+#[path = "prog_run/twins.rs"]
+mod twins;
+#[path = "prog_run/verifier.rs"]
+mod verifier;
+#[path = "prog_run/world.rs"]
+mod world;

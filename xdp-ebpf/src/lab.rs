@@ -21,10 +21,11 @@ use xdp_common::{
 
 use crate::packet::{Wire as _, XdpFrame};
 
-/// Bytes of the template that are restored before each run: Ethernet, IPv4 and TCP headers.
-const TEMPLATE_LEN: usize = 56;
-/// Offset of the source address, the field that varies.
-const SOURCE: usize = 26;
+/// Bytes of the template that are restored before each run: Ethernet, IPv6 and TCP headers, or the shorter ones of IPv4.
+const TEMPLATE_LEN: usize = 76;
+/// Offset of what varies: the last four bytes of the source address.
+const SOURCE_V4: usize = 26;
+const SOURCE_V6: usize = 34;
 
 /// What [`replay`] sends.
 #[repr(C)]
@@ -36,6 +37,8 @@ pub(crate) struct Replay {
     mask: u32,
     /// First source address, in host order.
     source: u32,
+    /// 1 when the headers are those of IPv6.
+    is_v6: u32,
     /// The headers.
     template: [[u8; 4]; TEMPLATE_LEN / 4],
 }
@@ -77,7 +80,12 @@ pub(crate) fn replay(ctx: XdpContext) -> u32 {
     replay.count = replay.count.wrapping_add(1);
     // An odd factor visits every value below a power of two once.
     let index = replay.count.wrapping_mul(0x9e37_79b1) & replay.mask;
-    bytes.set_quad(SOURCE, (replay.source + index).to_be_bytes());
+    let source = (replay.source + index).to_be_bytes();
+    if replay.is_v6 == 0 {
+        bytes.set_quad(SOURCE_V4, source)
+    } else {
+        bytes.set_quad(SOURCE_V6, source)
+    }
     // SAFETY: a tail call; what follows runs only when the slot is empty.
     unsafe { TARGET.tail_call(&ctx, 0) };
     xdp_action::XDP_ABORTED

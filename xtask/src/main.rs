@@ -7,6 +7,7 @@ mod compiler;
 mod cross;
 mod demo;
 mod dist;
+mod fuzz;
 mod host;
 mod image;
 mod lint;
@@ -32,6 +33,8 @@ cargo xtask VERB [ARGS]
   run ARGS                              set-up, build, then `xdp-agent run ARGS` (`run --help` shows its flags)
   demo [ARGS]                           a small world of namespaces with real traffic through the agent
   test [LANE...]                        lanes: host, prog-run, netns, kubernetes, image by default; emulated
+  fuzz [--frames N] [--pairs N] [--seed N]
+                                        mutated frames, and random states and packets, through programs and host
   lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
   tidy                                  the rules of the source tree that a program can check
   dist [--arch NAME] [--check]          static binaries for amd64 and arm64, with checksums, into target/dist;
@@ -61,6 +64,7 @@ fn dispatch(verb: Option<&str>, args: &[String]) -> Result<()> {
         Some("run") => run::verb(&workspace, args),
         Some("demo") => demo::verb(&workspace, args),
         Some("test") => test::verb(&workspace, args),
+        Some("fuzz") => fuzz::verb(&workspace, args),
         Some("lint") => lint::verb(&workspace, args),
         Some("tidy") => tidy::verb(&workspace, args),
         Some("dist") => dist::verb(&workspace, args),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What a program and all it calls may use together (`MAX_BPF_STACK`).
-const STACK_MAX: u32 = 512;
+pub(crate) const STACK_MAX: u32 = 512;
 /// What each frame is rounded up to before kernel 6.8, and its least size (`check_max_stack_depth`).
 const FRAME_STEP: u32 = 32;
 /// Deeper than the verifier allows; a chain this long is a loop.
@@ -37,22 +37,37 @@ struct Function {
     is_program: bool,
 }
 
+/// What a program takes, and the chain of calls that takes it.
+pub(crate) struct Used {
+    pub(crate) program: String,
+    pub(crate) bytes: u32,
+    chain: Vec<String>,
+}
+
 /// Fails when a program of the object takes more stack than every supported kernel grants.
 pub(crate) fn check(object: &Path) -> Result<()> {
-    let bytes = std::fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
-    let functions = functions(&bytes).with_context(|| format!("{} is no BPF object", object.display()))?;
-    for (place, function) in functions.iter().filter(|(_, function)| function.is_program) {
-        let mut chain = Vec::new();
-        let used = deepest(&functions, *place, &mut chain, 0)?;
-        if used > STACK_MAX {
+    for Used { program, bytes, chain } in used(object)? {
+        if bytes > STACK_MAX {
             bail!(
-                "{} takes {used} bytes of stack and kernels before 6.8 grant {STACK_MAX}; the longest chain of calls:\n  {}",
-                function.name,
+                "{program} takes {bytes} bytes of stack and kernels before 6.8 grant {STACK_MAX}; the longest chain of calls:\n  {}",
                 chain.join("\n  ")
             );
         }
     }
     Ok(())
+}
+
+/// What every program of an object takes.
+pub(crate) fn used(object: &Path) -> Result<Vec<Used>> {
+    let bytes = std::fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
+    let functions = functions(&bytes).with_context(|| format!("{} is no BPF object", object.display()))?;
+    let programs = functions.iter().filter(|(_, function)| function.is_program);
+    let used = programs.map(|(place, function)| {
+        let mut chain = Vec::new();
+        let bytes = deepest(&functions, *place, &mut chain, 0)?;
+        Ok(Used { program: function.name.clone(), bytes, chain })
+    });
+    used.collect()
 }
 
 /// Bytes of the longest chain from a function, each frame rounded, with its frames.

@@ -62,6 +62,9 @@ const EMULATED: [&str; 14] = [
     "sockets::diag::tests::a_connected_socket_is_found_with_its_peer",
 ];
 
+/// What follows `cargo test` for the lane prog-run.
+pub(crate) const PROG_RUN: &[&str] = &["--features", "xdp-agent-tests/prog-run", "--test", "prog_run"];
+
 impl Lane {
     fn name(self) -> &'static str {
         match self {
@@ -79,7 +82,7 @@ impl Lane {
     fn arguments(self) -> &'static [&'static str] {
         match self {
             Self::Host => &[],
-            Self::ProgRun => &["--features", "xdp-agent-tests/prog-run", "--test", "prog_run"],
+            Self::ProgRun => PROG_RUN,
             Self::Netns => {
                 &["--features", "xdp-agent-tests/netns", "--test", "netns", "--", "--test-threads=2"]
             }

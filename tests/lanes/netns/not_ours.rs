@@ -27,7 +27,7 @@ each_mode!(strange_frames_pass_unchanged_and_are_answered_as_without_the_agent);
 fn strange_frames_pass_unchanged_and_are_answered_as_without_the_agent(setup: Setup) -> Result<()> {
     let world = setup.world(WorldOptions::default())?;
     // The node knows the stranger, so that its answers do not wait for ARP.
-    world.node.static_neighbour("eth0", STRANGER, STRANGER_MAC)?;
+    world.node.static_neighbour("eth0", STRANGER.into(), STRANGER_MAC)?;
     // Rate limits would make the kernel's answers depend on what was sent before.
     world.node.sysctl("net/ipv4/icmp_ratelimit", "0")?;
     world.node.sysctl("net/ipv4/conf/all/send_redirects", "0")?;

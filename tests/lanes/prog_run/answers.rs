@@ -1,27 +1,54 @@
 //! Refusals that tell their sender: resets and ICMP errors, byte for byte.
 
-use etherparse::{Icmpv4Header, Icmpv4Type, IpNumber, Ipv4Header, TcpHeader, icmpv4::DestUnreachableHeader};
+use std::net::IpAddr;
+
+use etherparse::{
+    Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpNumber, Ipv4Header, Ipv6Header, TcpHeader,
+    icmpv4::DestUnreachableHeader, icmpv6,
+};
 use xdp_common::{
-    gate,
-    net::{Address, TCP, UDP},
-    tables::{ANSWERS_PER_PERIOD_MAX, Device, network},
+    frame::{TCP_CHECK, UDP_CHECK},
+    net::{TCP, UDP},
+    tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend, network},
     verdict::{
         Counter::{Drop, Event},
         Event as E, Reason,
     },
 };
 
-use crate::{frames::*, node::*};
+use crate::{family::Family, frames::*, node::*};
 
 /// Sequence number of every frame that the builders make.
 const SEQUENCE: u32 = 0x0102_0304;
 
+/// Time to live of answers.
+const TTL: u8 = 64;
+/// Length of what precedes the quote of an ICMP error.
+const ICMP: usize = 8;
+
 /// A frame back to the client, with a header and payload of its own.
 fn back(node: &Node, vip: Addr, proto: IpNumber, rest: &[u8]) -> Vec<u8> {
-    let mut ip = Ipv4Header::new(rest.len() as u16, 64, proto, vip, CLIENT).expect("frames are short");
-    ip.dont_fragment = true;
-    ip.header_checksum = ip.calc_header_checksum();
-    [&GATEWAY_MAC[..], &node.mac[..], &[0x08, 0x00], &ip.to_bytes()[..], rest].concat()
+    let (ethertype, ip) = match (node.family.ip(vip), node.family.ip(CLIENT)) {
+        (IpAddr::V6(vip), IpAddr::V6(client)) => {
+            let ip = Ipv6Header {
+                payload_length: rest.len() as u16,
+                next_header: proto,
+                hop_limit: TTL,
+                source: vip.octets(),
+                destination: client.octets(),
+                ..Ipv6Header::default()
+            };
+            ([0x86, 0xdd], ip.to_bytes().to_vec())
+        }
+        _ => {
+            let mut ip =
+                Ipv4Header::new(rest.len() as u16, TTL, proto, vip, CLIENT).expect("frames are short");
+            ip.dont_fragment = true;
+            ip.header_checksum = ip.calc_header_checksum();
+            ([0x08, 0x00], ip.to_bytes().to_vec())
+        }
+    };
+    [&GATEWAY_MAC[..], &node.mac[..], &ethertype[..], &ip[..], rest].concat()
 }
 
 /// The reset for a segment without payload.
@@ -32,16 +59,31 @@ fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
         tcp.ack = true;
         tcp.acknowledgment_number = SEQUENCE + u32::from(sent.flags & SYN != 0) + sent.payload.len() as u32;
     }
-    tcp.checksum = tcp.calc_checksum_ipv4_raw(sent.dst.0, CLIENT, &[]).expect("frames are short");
+    let checksum = match (node.family.ip(sent.dst.0), node.family.ip(CLIENT)) {
+        (IpAddr::V6(vip), IpAddr::V6(client)) => {
+            tcp.calc_checksum_ipv6_raw(vip.octets(), client.octets(), &[])
+        }
+        _ => tcp.calc_checksum_ipv4_raw(sent.dst.0, CLIENT, &[]),
+    };
+    tcp.checksum = checksum.expect("frames are short");
     back(node, sent.dst.0, IpNumber::TCP, &tcp.to_bytes())
 }
 
 /// The ICMP error for a datagram.
 fn unreachable(node: &Node, sent: &Frame) -> Vec<u8> {
-    let quote = &sent.bytes()[ETHERNET..ETHERNET + 28];
-    let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
-    let icmp = Icmpv4Header::with_checksum(kind, quote);
-    back(node, sent.dst.0, IpNumber::ICMP, &[&icmp.to_bytes()[..], quote].concat())
+    let quote = &sent.bytes()[ETHERNET..][..node.family.header_len() + 8];
+    let (proto, header) = match (node.family.ip(sent.dst.0), node.family.ip(CLIENT)) {
+        (IpAddr::V6(vip), IpAddr::V6(client)) => {
+            let kind = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
+            let icmp = Icmpv6Header::with_checksum(kind, vip.octets(), client.octets(), quote);
+            (IpNumber::IPV6_ICMP, icmp.expect("quotes are short").to_bytes().to_vec())
+        }
+        _ => {
+            let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
+            (IpNumber::ICMP, Icmpv4Header::with_checksum(kind, quote).to_bytes().to_vec())
+        }
+    };
+    back(node, sent.dst.0, proto, &[&header[..], quote].concat())
 }
 
 fn answer_to(node: &Node, sent: &Frame) -> Vec<u8> {
@@ -103,12 +145,24 @@ fn tc_answers_frames_whose_checksum_is_left_to_the_device_in_kind() {
             node.frontend(VIP, proto, &[], 0);
             let sent = node.opener(proto, 40_000, VIP).looking_offloaded();
             let mut expected = answer_to(node, &sent);
-            // What the device is to add is not there yet: the sum of the pseudo-header for TCP, nothing for ICMP.
+            // What the device is to add is not there yet: what it starts from is, where the packet had its checksum. ICMP
+            // has its own elsewhere, and the sum comes out right all the same.
+            let l4 = ETHERNET + node.family.header_len();
             if proto == TCP {
-                let header = Frame::new(TCP, (node.mac, GATEWAY_MAC), sent.dst, sent.src);
-                expected[50..52].copy_from_slice(&header.pseudo_sum().to_be_bytes());
+                let header = node.frame(TCP, (node.mac, GATEWAY_MAC), sent.dst, sent.src);
+                expected[l4 + TCP_CHECK..][..2].copy_from_slice(&header.pseudo_sum().to_be_bytes());
             } else {
-                expected[36..38].fill(0);
+                expected[l4 + 2..][..2].fill(0);
+                let start = match node.family {
+                    Family::V4 => 0,
+                    Family::V6 => {
+                        let addrs = [sent.src.0, sent.dst.0].map(|name| node.family.octets(name)).concat();
+                        let len = (ICMP + node.family.header_len() + 8) as u16;
+                        let rest = [0, IpNumber::IPV6_ICMP.0];
+                        words_sum(&[&addrs[..], &len.to_be_bytes()[..], &rest[..]].concat())
+                    }
+                };
+                expected[l4 + UDP_CHECK..][..2].copy_from_slice(&start.to_be_bytes());
             }
             let counts = [Drop(Reason::NoEndpoint), Event(E::Answered)];
             let hook = Hook::TcIngress;
@@ -121,8 +175,8 @@ fn tc_answers_frames_whose_checksum_is_left_to_the_device_in_kind() {
 fn other_ports_of_a_cluster_ip_are_refused_and_free_addresses_of_a_service_network_drop() {
     Node::each(|node| {
         node.frontend(VIP, TCP, &[], 0);
-        node.maps.service_address(VIP);
-        node.maps.open_ingress(gate::service_network_bit(VIP.network()));
+        node.maps.service_address(VIP, frontend::ADDRESS);
+        node.maps.service_network(VIP);
         node.maps.network(network::SERVICES, VIP, 24, 1);
         let own = [VIP[0], VIP[1], VIP[2], 99];
         node.maps.network(network::SERVICES, own, 32, 0);
@@ -145,7 +199,12 @@ fn other_ports_of_a_cluster_ip_are_refused_and_free_addresses_of_a_service_netwo
 
 #[test]
 fn answers_are_limited_and_refusals_are_not() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    for family in Family::ALL {
+        limited(&mut Node::new(family, Hook::Xdp, Sizes::default()));
+    }
+}
+
+fn limited(node: &mut Node) {
     node.frontend(VIP, TCP, &[], 0);
     let frame = node.opener(TCP, 40_000, VIP).bytes();
     let mut outcomes = (0u32, 0u32);

@@ -6,7 +6,7 @@ use xdp_common::{
     verdict::{Counter::Event, Event as E},
 };
 
-use crate::{frames::*, node::*};
+use crate::{family::Family, frames::*, node::*};
 
 /// A frontend with one backend elsewhere, for TCP and for UDP.
 pub(crate) fn one_remote(node: &mut Node) {
@@ -73,9 +73,10 @@ fn packets_of_every_form_are_translated_and_otherwise_kept() {
         one_remote(node);
         for proto in [TCP, UDP] {
             let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
+            let room = 1500 - node.family.header_len() - l4_header_len(proto);
             let forms: [Form; 9] = [
                 ("an odd payload", &|frame| frame.payload = b"odd".to_vec()),
-                ("a payload of the MTU", &|frame| frame.payload = vec![0xa5; 1460]),
+                ("a payload of the MTU", &|frame| frame.payload = vec![0xa5; room]),
                 ("padding behind the packet", &|frame| frame.padding = vec![0xee; 6]),
                 ("much behind the packet", &|frame| frame.padding = vec![0xee; 333]),
                 ("one word of IP options", &|frame| frame.options = vec![1, 1, 1, 0]),
@@ -148,7 +149,9 @@ fn a_next_hop_that_moves_is_followed_with_the_routing_epoch() {
         let flow = node.connect("a flow", &node.opener(TCP, 40_000, VIP), REMOTE);
         flow.answers(node, "an answer", ACK, &[]);
         let moved = [2, 0, 0, 0, 0, 0x77];
-        node.namespace.static_neighbour("eth0", GATEWAY.into(), moved).expect("a neighbour can be replaced");
+        node.namespace
+            .static_neighbour("eth0", node.family.ip(GATEWAY), moved)
+            .expect("a neighbour can be replaced");
         node.raise_epoch();
         let sent = flow.opener.flags(ACK).bytes();
         let expected = flow.seen.flags(ACK).with(|frame| frame.mac.1 = moved).bytes();
@@ -178,8 +181,7 @@ fn a_next_hop_that_moves_is_followed_with_the_routing_epoch() {
 
 /// The clock of the last packet of each direction of the one flow there is, client's first.
 fn clocks(node: &Node) -> [u32; 2] {
-    let entries = node.maps.established.iter().flatten();
-    let mut clocks: Vec<_> = entries.map(|(_, flow)| (flow.0.kind, flow.0.seen)).collect();
+    let mut clocks = node.maps.clocks();
     clocks.sort();
     [clocks[0].1, clocks[1].1]
 }
@@ -215,19 +217,21 @@ fn a_packet_that_meets_a_stale_next_hop_keeps_its_flow_alive() {
 
 #[test]
 fn long_frames_in_several_buffers_are_forwarded_like_others() {
-    let mut node = Node::new(Hook::XdpFrags, Sizes::default());
-    one_remote(&mut node);
-    node.namespace.mtu("eth0", 9_000).expect("veth takes long frames");
-    let uplink = Device { snat: NODE, flags: CAPABLE, mtu: 9_000, mac: node.mac, zero: [0; 2] };
-    node.device(node.ifindex, uplink);
-    for proto in [TCP, UDP] {
-        let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
-        // What fits into one page besides headroom and tailroom, and what does not.
-        for len in [3_000, 4_000, 8_000] {
-            let long = |frame: &Frame| frame.flags(ACK).payload(&vec![0x5a; len]);
-            let name = format!("protocol {proto}, {len} bytes");
-            flow.forwards(&node, &name, &long(&flow.opener), &[]);
-            flow.returns(&node, &name, &long(&flow.answer(&node)), &[]);
+    for family in Family::ALL {
+        let mut node = Node::new(family, Hook::XdpFrags, Sizes::default());
+        one_remote(&mut node);
+        node.namespace.mtu("eth0", 9_000).expect("veth takes long frames");
+        let uplink = Device { snat: NODE, flags: CAPABLE, mtu: 9_000, mac: node.mac, zero: [0; 2] };
+        node.device(node.ifindex, uplink);
+        for proto in [TCP, UDP] {
+            let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
+            // What fits into one page besides headroom and tailroom, and what does not.
+            for len in [3_000, 4_000, 8_000] {
+                let long = |frame: &Frame| frame.flags(ACK).payload(&vec![0x5a; len]);
+                let name = format!("{family:?}, protocol {proto}, {len} bytes");
+                flow.forwards(&node, &name, &long(&flow.opener), &[]);
+                flow.returns(&node, &name, &long(&flow.answer(&node)), &[]);
+            }
         }
     }
 }

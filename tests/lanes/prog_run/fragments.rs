@@ -11,7 +11,7 @@ use xdp_common::{
     },
 };
 
-use crate::{frames::*, maps::Raw, node::*};
+use crate::{family::Family, frames::*, node::*};
 
 /// Bytes of the IP payload in each fragment but the last.
 const PART: usize = 64;
@@ -82,7 +82,7 @@ const NEW: &[Counter] = &[Event(E::FlowNew), SnatAttempt(0)];
 
 #[test]
 fn fragments_of_a_request_go_half_translated_up_the_stack_and_leave_whole() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     for proto in [TCP, UDP] {
         let sent = long(&node, proto, VIP);
@@ -101,11 +101,11 @@ fn fragments_of_a_request_go_half_translated_up_the_stack_and_leave_whole() {
 
 #[test]
 fn fragments_of_an_answer_from_elsewhere_find_the_client() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     for proto in [TCP, UDP] {
         node.run(Hook::TcIngress, &fragments(&long(&node, proto, VIP))[0]);
-        let answer = Frame::new(proto, (GATEWAY_MAC, node.mac), (REMOTE, TARGET), (NODE, PORT));
+        let answer = node.frame(proto, (GATEWAY_MAC, node.mac), (REMOTE, TARGET), (NODE, PORT));
         let answer = answer.flags(ACK).payload(&[0x5a; 3 * PART]);
         let half = answer.with(|frame| frame.dst = (CLIENT, PORT));
         let slow = (Event(E::SlowPath), &[][..]);
@@ -119,14 +119,14 @@ fn fragments_of_an_answer_from_elsewhere_find_the_client() {
 
 #[test]
 fn fragments_to_a_backend_here_are_delivered_and_those_of_its_answer_restored() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, LOCAL, true);
     for proto in [TCP, UDP] {
         let sent = long(&node, proto, VIP);
         let delivered = sent.with(|frame| frame.dst = (LOCAL, TARGET));
         let counts = (Event(E::Delivered), NEW);
         become_those_of(&node, Hook::TcIngress, (&sent, &delivered), &[0, 1, 2, 3], counts);
-        let answer = Frame::new(proto, (node.mac, GATEWAY_MAC), (LOCAL, TARGET), (CLIENT, PORT));
+        let answer = node.frame(proto, (node.mac, GATEWAY_MAC), (LOCAL, TARGET), (CLIENT, PORT));
         let answer = answer.flags(ACK).payload(&[0x5a; 3 * PART]);
         let restored = answer.with(|frame| frame.src = (VIP, HTTP));
         let counts = (Event(E::Restored), &[][..]);
@@ -136,7 +136,7 @@ fn fragments_to_a_backend_here_are_delivered_and_those_of_its_answer_restored() 
 
 #[test]
 fn a_fragment_that_comes_before_its_first_is_held_and_goes_on_when_it_comes_again() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     let sent = long(&node, UDP, VIP);
     let half = sent.with(|frame| frame.dst = (REMOTE, TARGET));
@@ -154,19 +154,19 @@ fn a_fragment_that_comes_before_its_first_is_held_and_goes_on_when_it_comes_agai
 
 #[test]
 fn a_fragment_whose_first_was_given_up_is_left_to_the_kernel() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     let sent = fragments(&long(&node, UDP, VIP));
     let [high, low] = ID;
     let key = FragmentKey { src: CLIENT, dst: VIP, id: [high, low, 0, 0], proto: UDP, zero: [0; 3] };
     let ports = FragmentPorts { sport: [0; 2], dport: [0; 2], seen: 100 };
-    node.maps.fragments.borrow_mut().insert(Raw(key), Raw(ports), 0).expect("room for a packet");
+    node.maps.note_fragment(key, ports);
     node.check("given up", Hook::TcIngress, &sent[2], Action::Pass, &sent[2], LOST);
 }
 
 #[test]
 fn fragments_that_cannot_be_held_are_left_to_the_kernel() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     let mut frame = fragments(&long(&node, UDP, VIP))[1].clone();
     let mut grow = |length: usize| {
@@ -186,7 +186,7 @@ fn fragments_that_cannot_be_held_are_left_to_the_kernel() {
 
 #[test]
 fn xdp_leaves_fragments_to_tc() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         one_backend(node, REMOTE, false);
         for fragment in fragments(&long(node, UDP, VIP)) {
             node.check("at XDP", node.entry, &fragment, Action::Pass, &fragment, &[]);
@@ -196,7 +196,7 @@ fn xdp_leaves_fragments_to_tc() {
 
 #[test]
 fn fragments_to_another_port_of_an_address_of_ours_are_not_touched() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     for proto in [TCP, UDP] {
         let sent = long(&node, proto, VIP).with(|frame| frame.dst.1 = 2049);
@@ -208,7 +208,7 @@ fn fragments_to_another_port_of_an_address_of_ours_are_not_touched() {
 
 #[test]
 fn every_fragment_of_a_refused_packet_is_dropped_and_the_first_of_udp_answered() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     node.frontend(VIP, UDP, &[], 0);
     let sent = fragments(&long(&node, UDP, VIP));
     let refused = [Event(E::Fragment), Drop(Reason::NoEndpoint)];
@@ -224,7 +224,7 @@ fn every_fragment_of_a_refused_packet_is_dropped_and_the_first_of_udp_answered()
 
 #[test]
 fn a_first_fragment_without_a_whole_header_is_not_touched() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     one_backend(&mut node, REMOTE, false);
     for (proto, len) in [(TCP, 16), (UDP, 0)] {
         let mut first = fragments(&long(&node, proto, VIP))[0].clone();

@@ -1,9 +1,9 @@
-//! IPv4 frames by their fields; every checksum is computed over the finished bytes, never updated.
+//! Frames of either family by their fields; every checksum is computed over the finished bytes, never updated.
 
-use etherparse::{IpNumber, Ipv4Header, Ipv4Options, TcpHeader, UdpHeader};
+use etherparse::{IpNumber, Ipv4Header, Ipv4Options, Ipv6FlowLabel, Ipv6Header, TcpHeader, UdpHeader};
 use xdp_common::net::{TCP, UDP};
 
-use crate::node::Addr;
+use crate::family::{Addr, Family};
 
 /// A hardware address.
 pub(crate) type Mac = [u8; 6];
@@ -12,8 +12,6 @@ pub(crate) type Socket = (Addr, u16);
 
 /// Length of an Ethernet header, and of the shortest frame that the kernel takes for a test run of XDP.
 pub(crate) const ETHERNET: usize = 14;
-/// The shortest IPv4 frame that the kernel makes an skb of for a test run: both headers.
-pub(crate) const SKB_MIN: usize = ETHERNET + 20;
 /// TCP flags (RFC 9293).
 pub(crate) const FIN: u8 = 0x01;
 pub(crate) const SYN: u8 = 0x02;
@@ -37,6 +35,7 @@ pub(crate) enum Check {
 /// The fields of a TCP or UDP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
 pub(crate) struct Frame {
+    pub(crate) family: Family,
     /// Source and destination on the link.
     pub(crate) mac: (Mac, Mac),
     pub(crate) src: Socket,
@@ -46,8 +45,10 @@ pub(crate) struct Frame {
     pub(crate) flags: u8,
     pub(crate) ttl: u8,
     pub(crate) tos: u8,
-    /// IP options, a multiple of four bytes.
+    /// IP options, a multiple of four bytes; of IPv6 they stand in a header of destination options.
     pub(crate) options: Vec<u8>,
+    /// Extension headers of IPv6: the number of each, and what follows its first byte.
+    pub(crate) extensions: Vec<(u8, Vec<u8>)>,
     pub(crate) payload: Vec<u8>,
     /// What follows the IP packet, as Ethernet pads short frames.
     pub(crate) padding: Vec<u8>,
@@ -55,9 +56,10 @@ pub(crate) struct Frame {
 }
 
 impl Frame {
-    /// A frame without payload.
-    pub(crate) fn new(proto: u8, mac: (Mac, Mac), src: Socket, dst: Socket) -> Self {
+    /// A frame of a family, without payload.
+    pub(crate) fn new(family: Family, proto: u8, mac: (Mac, Mac), src: Socket, dst: Socket) -> Self {
         Self {
+            family,
             mac,
             src,
             dst,
@@ -66,6 +68,7 @@ impl Frame {
             ttl: 64,
             tos: 0,
             options: Vec::new(),
+            extensions: Vec::new(),
             payload: Vec::new(),
             padding: Vec::new(),
             check: Check::Full,
@@ -112,23 +115,62 @@ impl Frame {
 
     /// The finished checksum.
     pub(crate) fn full_check(&self) -> u16 {
-        let (src, dst) = (self.src.0, self.dst.0);
-        if self.proto == TCP {
-            self.tcp().calc_checksum_ipv4_raw(src, dst, &self.payload).expect("frames are short")
+        let checksum = if self.proto == TCP {
+            match (self.family, self.octets()) {
+                (Family::V4, _) => self.tcp().calc_checksum_ipv4_raw(self.src.0, self.dst.0, &self.payload),
+                (Family::V6, (src, dst)) => self.tcp().calc_checksum_ipv6_raw(src, dst, &self.payload),
+            }
         } else {
-            self.udp().calc_checksum_ipv4_raw(src, dst, &self.payload).expect("frames are short")
-        }
+            match (self.family, self.octets()) {
+                (Family::V4, _) => self.udp().calc_checksum_ipv4_raw(self.src.0, self.dst.0, &self.payload),
+                (Family::V6, (src, dst)) => self.udp().calc_checksum_ipv6_raw(src, dst, &self.payload),
+            }
+        };
+        checksum.expect("frames are short")
     }
 
-    /// The sum of the pseudo-header (RFC 9293, section 3.1), not complemented.
+    /// Both addresses in 16 bytes, of which IPv4 uses the first four.
+    fn octets(&self) -> ([u8; 16], [u8; 16]) {
+        let octets = |name| {
+            let mut octets = [0; 16];
+            let addr = self.family.octets(name);
+            octets[..addr.len()].copy_from_slice(&addr);
+            octets
+        };
+        (octets(self.src.0), octets(self.dst.0))
+    }
+
+    /// The sum of the pseudo-header (RFC 9293, section 3.1; RFC 8200, section 8.1), not complemented.
     pub(crate) fn pseudo_sum(&self) -> u16 {
         let len = self.l4_len() as u16;
-        let bytes = [&self.src.0[..], &self.dst.0[..], &[0, self.proto], &len.to_be_bytes()[..]].concat();
-        folded(bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum())
+        let addrs = [self.src.0, self.dst.0].map(|name| self.family.octets(name)).concat();
+        words_sum(&[&addrs[..], &[0, self.proto], &len.to_be_bytes()[..]].concat())
     }
 
     /// The frame.
     pub(crate) fn bytes(&self) -> Vec<u8> {
+        let (ethertype, ip) = match self.family {
+            Family::V4 => ([0x08, 0x00], self.ipv4()),
+            Family::V6 => ([0x86, 0xdd], self.ipv6()),
+        };
+        [
+            &self.mac.1[..],
+            &self.mac.0[..],
+            &ethertype[..],
+            &ip[..],
+            &self.l4_header()[..],
+            &self.payload[..],
+            &self.padding[..],
+        ]
+        .concat()
+    }
+
+    /// Length of the IP packet.
+    pub(crate) fn total_len(&self) -> usize {
+        self.bytes().len() - ETHERNET - self.padding.len()
+    }
+
+    fn ipv4(&self) -> Vec<u8> {
         let mut ip =
             Ipv4Header::new(self.l4_len() as u16, self.ttl, IpNumber(self.proto), self.src.0, self.dst.0)
                 .expect("frames are short");
@@ -138,17 +180,35 @@ impl Frame {
         ip.dont_fragment = true;
         ip.dscp = etherparse::IpDscp::try_new(self.tos >> 2).expect("six bits");
         ip.header_checksum = ip.calc_header_checksum();
-        let ethertype = [0x08, 0x00];
-        [
-            &self.mac.1[..],
-            &self.mac.0[..],
-            &ethertype[..],
-            &ip.to_bytes()[..],
-            &self.l4_header()[..],
-            &self.payload[..],
-            &self.padding[..],
-        ]
-        .concat()
+        ip.to_bytes().to_vec()
+    }
+
+    fn ipv6(&self) -> Vec<u8> {
+        let mut chain = self.extensions.clone();
+        if !self.options.is_empty() {
+            let mut body = self.options.clone();
+            body.resize((body.len() + 2).next_multiple_of(8) - 2, 0);
+            body.insert(0, (body.len() as u8 + 2) / 8 - 1);
+            chain.push((DESTINATION_OPTIONS, body));
+        }
+        let len: usize = chain.iter().map(|(_, body)| 1 + body.len()).sum();
+        let (source, destination) = self.octets();
+        let mut ip = Ipv6Header {
+            traffic_class: self.tos,
+            flow_label: Ipv6FlowLabel::try_new(0x5_4321).expect("20 bits"),
+            payload_length: (len + self.l4_len()) as u16,
+            next_header: IpNumber(chain.first().map_or(self.proto, |(number, _)| *number)),
+            hop_limit: self.ttl,
+            source,
+            destination,
+        }
+        .to_bytes()
+        .to_vec();
+        for (at, (_, body)) in chain.iter().enumerate() {
+            ip.push(chain.get(at + 1).map_or(self.proto, |(number, _)| *number));
+            ip.extend(body);
+        }
+        ip
     }
 
     fn l4_header(&self) -> Vec<u8> {
@@ -165,8 +225,7 @@ impl Frame {
     }
 
     fn l4_len(&self) -> usize {
-        let header = if self.proto == TCP { TcpHeader::MIN_LEN } else { UdpHeader::LEN };
-        header + self.payload.len()
+        l4_header_len(self.proto) + self.payload.len()
     }
 
     fn tcp(&self) -> TcpHeader {
@@ -189,14 +248,37 @@ impl Frame {
     }
 }
 
+/// Number of the extension header with options for the destination (RFC 8200).
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// Length of a TCP or UDP header.
+pub(crate) const fn l4_header_len(proto: u8) -> usize {
+    if proto == TCP { TcpHeader::MIN_LEN } else { UdpHeader::LEN }
+}
+
+/// The sum of bytes as 16-bit words, in 16 bits; a last odd one is the first of a word (RFC 1071).
+pub(crate) fn words_sum(bytes: &[u8]) -> u16 {
+    let (words, rest) = bytes.as_chunks::<2>();
+    let last = rest.first().map_or(0, |&byte| u32::from(byte) << 8);
+    folded(words.iter().map(|&word| u32::from(u16::from_be_bytes(word))).sum::<u32>() + last)
+}
+
 /// The sum of 16-bit words in 16 bits (RFC 1071).
 pub(crate) fn folded(sum: u32) -> u16 {
     let sum = (sum & 0xffff) + (sum >> 16);
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// The source port of an IPv4 frame.
+/// The source port of a frame.
 pub(crate) fn source_port(frame: &[u8]) -> u16 {
-    let at = ETHERNET + usize::from(frame[ETHERNET] & 0x0f) * 4;
+    let at = l4_offset(frame);
     u16::from_be_bytes([frame[at], frame[at + 1]])
+}
+
+/// Where the transport header of a frame is, behind options and extension headers.
+fn l4_offset(frame: &[u8]) -> usize {
+    let etherparse::SlicedPacket { net, .. } =
+        etherparse::SlicedPacket::from_ethernet(frame).expect("a frame of a program is whole");
+    let ip = net.and_then(|net| net.ip_payload_ref().cloned()).expect("an IP packet");
+    ip.payload.as_ptr() as usize - frame.as_ptr() as usize
 }

@@ -2,16 +2,15 @@
 
 use etherparse::{IpNumber, Ipv4Header};
 use xdp_common::{
-    gate,
-    net::{Address, TCP, UDP},
-    tables::{ANSWERS_PER_PERIOD_MAX, Device, Frontend, FrontendKey, frontend},
+    net::{TCP, UDP},
+    tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend},
     verdict::{
         Counter::{Drop, Event},
         Event as E, Reason,
     },
 };
 
-use crate::{flows::Remote, forwarding::one_remote, frames::*, maps::Raw, node::*};
+use crate::{family::Family, flows::Remote, forwarding::one_remote, frames::*, node::*};
 
 /// Routers behind the gateway, before and behind the node.
 const ROUTER: Addr = [198, 51, 100, 1];
@@ -74,7 +73,7 @@ fn established(node: &mut Node, proto: u8) -> Remote {
 
 #[test]
 fn an_error_from_behind_the_node_reaches_the_client_about_its_own_packet() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         for proto in [TCP, UDP] {
             let flow = established(node, proto);
             for (kind, quoted) in KINDS.into_iter().flat_map(|kind| QUOTED.map(|quoted| (kind, quoted))) {
@@ -96,7 +95,7 @@ fn an_error_from_behind_the_node_reaches_the_client_about_its_own_packet() {
 
 #[test]
 fn an_error_from_the_clients_side_reaches_the_backend_from_this_node() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         for proto in [TCP, UDP] {
             let flow = established(node, proto);
             let answer = flow.answer(node).payload(b"what is quoted of an answer");
@@ -119,7 +118,7 @@ fn an_error_from_the_clients_side_reaches_the_backend_from_this_node() {
 
 #[test]
 fn options_of_the_error_and_of_what_it_quotes_stay_where_they_are() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         let flow = established(node, UDP);
         for (outer, inner) in [(0, 4), (4, 0), (40, 40)] {
             let quoted = flow.seen.with(|frame| frame.options = vec![1; inner]);
@@ -141,7 +140,7 @@ fn options_of_the_error_and_of_what_it_quotes_stay_where_they_are() {
 
 #[test]
 fn errors_to_and_from_a_backend_on_this_node_go_through_the_stack() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         for proto in [TCP, UDP] {
             let id = node.backend(LOCAL, proto, true);
             node.frontend(VIP, proto, &[id], 0);
@@ -171,7 +170,7 @@ fn errors_to_and_from_a_backend_on_this_node_go_through_the_stack() {
 
 #[test]
 fn what_the_kernel_says_about_half_translated_packets_is_put_right_on_its_way_out() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         for proto in [TCP, UDP] {
             let flow = established(node, proto);
             let last = |frame: &Frame| frame.flags(ACK).with(|frame| frame.ttl = 1);
@@ -197,7 +196,7 @@ fn what_the_kernel_says_about_half_translated_packets_is_put_right_on_its_way_ou
 
 #[test]
 fn an_error_that_goes_up_keeps_its_sender_until_it_leaves() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         let flow = established(node, UDP);
         let down = Device { snat: NODE, flags: 0, mtu: 1500, mac: node.mac, zero: [0; 2] };
         node.device(node.ifindex, down);
@@ -228,7 +227,7 @@ fn an_error_that_goes_up_keeps_its_sender_until_it_leaves() {
 
 #[test]
 fn errors_about_anything_else_are_left_alone() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         let flow = established(node, TCP);
         let stranger = flow.seen.with(|frame| frame.src.1 += 1);
         let plain = error(node, ROUTER_INSIDE, &flow.seen, [3, 4], 20);
@@ -255,15 +254,10 @@ fn errors_about_anything_else_are_left_alone() {
 
 /// Makes an address one of a service as such.
 fn address(node: &mut Node, addr: Addr, flags: u32) {
-    let key = FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 };
-    let value =
-        Frontend { service: 0, ring: 0, slots: 0, inner_ring: 0, inner_slots: 0, flags, affinity_seconds: 0 };
-    node.maps.frontends.insert(Raw(key), Raw(value), 0).expect("room for an address");
-    let bit = match flags {
-        frontend::ADDRESS => gate::service_network_bit(addr.network()),
-        _ => gate::frontend_bit(addr, [0; 2], 0),
-    };
-    node.maps.open_ingress(bit);
+    node.maps.service_address(addr, flags);
+    if flags == frontend::ADDRESS {
+        node.maps.service_network(addr);
+    }
 }
 
 fn echo_request(node: &Node, to: Addr, data: &[u8]) -> Icmp {
@@ -281,7 +275,7 @@ fn echo_reply(request: &Icmp) -> Icmp {
 
 #[test]
 fn addresses_of_services_answer_echo_requests() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         address(node, VIP, frontend::ADDRESS);
         address(node, VIP_TOO, frontend::ECHO);
         for to in [VIP, VIP_TOO] {
@@ -320,7 +314,7 @@ fn addresses_of_services_answer_echo_requests() {
 
 #[test]
 fn echo_replies_are_limited_as_refusals_are() {
-    let mut node = Node::new(Hook::Xdp, Sizes::default());
+    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     address(&mut node, VIP, frontend::ADDRESS);
     let request = echo_request(&node, VIP, b"").bytes();
     let (mut answered, mut dropped) = (0u32, 0u32);

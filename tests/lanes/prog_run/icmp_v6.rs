@@ -6,7 +6,7 @@ use aya::maps::{Array, HashMap, MapData};
 use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
     gate,
-    net::{Ip6, TCP, UDP},
+    net::{Ip6, TCP, UDP, V4},
     tables::{self, Backend, Config, Device, Frontend, FrontendKey, backend, frontend},
     verdict::{
         Counter::{self, Event},
@@ -16,7 +16,7 @@ use xdp_common::{
 
 use crate::{
     frames::{Mac, folded},
-    maps::{self, Maps, Raw},
+    maps::{self, Maps as _, Raw, Typed},
     node::{Action, CAPABLE, GATEWAY_MAC, HTTP, Hook, SNAT_PORTS, Sizes, TARGET},
     programs::Programs,
 };
@@ -104,7 +104,7 @@ impl Packet {
 type Rest = (Array<MapData, Raw<Backend<Ip6>>>, [Array<MapData, u64>; 2], Array<MapData, u32>);
 
 struct Node {
-    maps: Maps,
+    maps: Typed<V4>,
     devices: HashMap<MapData, u32, Raw<Device<Ip6>>>,
     frontends: HashMap<MapData, Raw<FrontendKey<Ip6>>, Raw<Frontend>>,
     config: Config,
@@ -145,7 +145,7 @@ impl Node {
         let mut rings: Array<_, u32> = maps::map(object, &tables::RINGS_V6);
         let mut ingress: Array<_, u64> = maps::map(object, &tables::GATE_INGRESS_V6);
         let mut egress: Array<_, u64> = maps::map(object, &tables::GATE_EGRESS_V6);
-        let mut maps = Maps::take(object);
+        let mut maps = Typed::<V4>::take(object);
         let config = Config {
             epoch: 1,
             clock: 100,

@@ -1,22 +1,33 @@
 //! The maps of the object, by their names and types.
 
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    os::fd::{AsFd as _, OwnedFd},
+};
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, RingBuf, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, RingBuf, lpm_trie},
+    util::nr_cpus,
 };
 use xdp_common::{
+    answer::AnswerFrame,
     fragment::{FragmentKey, FragmentPorts},
-    net::{FlowKey, Plain},
+    frame::Parsed,
+    gate,
+    net::{Address, FlowKey, Plain},
     tables::{
-        self, Account, Affinity, AffinityKey, Backend, Config, Device, Flow, Frontend, FrontendKey,
-        NetworkKey, WAYS, frontend,
+        self, Account, Affinity, AffinityKey, Answers, Backend, Config, Device, Flow, Frontend, FrontendKey,
+        Mapped, NetworkKey, WAYS, frontend,
     },
     verdict::{COUNTERS, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
 
-use crate::node::Addr;
+use crate::{
+    batch,
+    family::{Addr, Hosts},
+};
 
 /// A plain value of the shared crate as aya wants it.
 #[repr(transparent)]
@@ -29,78 +40,176 @@ unsafe impl<T: Plain> Pod for Raw<T> {}
 /// A bucket of the embryonic table: its lock, then the tag of each slot.
 type Tags = [u64; WAYS as usize + 1];
 
-/// The maps that the agent writes, and those that tests look into.
-pub(crate) struct Maps {
-    pub(crate) config: Array<MapData, Raw<Config>>,
-    pub(crate) devices: HashMap<MapData, u32, Raw<Device<Addr>>>,
-    pub(crate) frontends: HashMap<MapData, Raw<FrontendKey<Addr>>, Raw<Frontend>>,
-    pub(crate) backends: Array<MapData, Raw<Backend<Addr>>>,
-    pub(crate) rings: Array<MapData, u32>,
-    pub(crate) fragments: RefCell<HashMap<MapData, Raw<FragmentKey<Addr>>, Raw<FragmentPorts>>>,
-    held: RefCell<RingBuf<MapData>>,
-    pub(crate) established: HashMap<MapData, Raw<FlowKey<Addr>>, Raw<Flow<Addr>>>,
-    networks: LpmTrie<MapData, Raw<NetworkKey<Addr>>, u32>,
-    affinities: RefCell<HashMap<MapData, Raw<AffinityKey<Addr>>, Raw<Affinity>>>,
-    accounts: PerCpuArray<MapData, Raw<Account>>,
-    tags: Array<MapData, Tags>,
-    ingress_gate: Array<MapData, u64>,
-    egress_gate: Array<MapData, u64>,
-    counters: PerCpuArray<MapData, u64>,
+/// The maps of a family and those of both: what the agent writes, and what tests look into. Hosts are called by their
+/// names.
+pub(crate) trait Maps {
+    /// Writes the agent's settings.
+    fn configure(&mut self, config: Config);
+    /// Makes an interface a managed one.
+    fn device(&mut self, ifindex: u32, device: Device<Addr>);
+    /// Makes an interface one that is not managed.
+    fn forget_device(&mut self, ifindex: u32);
+    /// Writes a backend, and opens the gates for it.
+    fn backend(&mut self, id: u32, backend: Backend<Addr>);
+    /// Writes a slot of the rings.
+    fn slot(&mut self, slot: u32, backend: u32);
+    /// Makes an address and port a frontend, and opens the gate for it.
+    fn frontend(&mut self, addr: Addr, port: u16, proto: u8, frontend: Frontend);
+    /// Makes an address one of a service as such, with flags of a frontend.
+    fn service_address(&mut self, addr: Addr, flags: u32);
+    /// Opens the gate for everything that is addressed to where an address is.
+    fn service_network(&mut self, addr: Addr);
+    /// Puts a network into an owner's, or excepts it (value 0).
+    fn network(&mut self, owner: u32, addr: Addr, bits: u32, value: u32);
+    /// Empties the table of affinities.
+    fn forget_affinities(&self);
+    /// Packets and bytes of a service port.
+    fn account(&self, service: u32) -> (u64, u64);
+    /// The routing tag of the established flow that a frame belongs to.
+    fn routing(&self, frame: &[u8]) -> Option<u32>;
+    /// Kind and clock of every established entry.
+    fn clocks(&self) -> Vec<(u8, u32)>;
+    /// How many entries the established table has.
+    fn established_entries(&self) -> usize;
+    /// Empties the established table.
+    fn forget_established(&mut self);
+    /// Takes or frees the lock of a bucket of the embryonic table, as a program on another processor would.
+    fn hold_bucket(&mut self, bucket: u32, hold: bool);
+    /// All counters, each summed up over the processors.
+    fn counts(&self) -> Vec<u64>;
+    /// Gives every processor all its answers back.
+    fn allow_answers(&mut self);
+    /// Empties all tables of flows and affinities.
+    fn forget_all(&mut self);
+    /// Every established entry as text, without what depends on the kernel's clock.
+    fn established_dump(&self) -> BTreeMap<String, String>;
+    /// Notes the ports of a packet's fragments.
+    fn note_fragment(&mut self, key: FragmentKey<Addr>, ports: FragmentPorts);
+    /// The next record of the ring of early fragments: an interface and a frame.
+    fn held(&self) -> Option<(u32, Vec<u8>)>;
 }
 
-impl Maps {
+/// The maps of a family by their types.
+pub(crate) struct Typed<F: Hosts> {
+    pub(crate) config: Array<MapData, Raw<Config>>,
+    pub(crate) devices: HashMap<MapData, u32, Raw<Device<F::Addr>>>,
+    pub(crate) frontends: HashMap<MapData, Raw<FrontendKey<F::Addr>>, Raw<Frontend>>,
+    pub(crate) backends: Array<MapData, Raw<Backend<F::Addr>>>,
+    pub(crate) rings: Array<MapData, u32>,
+    pub(crate) established: HashMap<MapData, Raw<FlowKey<F::Addr>>, Raw<Flow<F::Addr>>>,
+    pub(crate) networks: LpmTrie<MapData, Raw<NetworkKey<F::Addr>>, u32>,
+    pub(crate) affinities: RefCell<HashMap<MapData, Raw<AffinityKey<F::Addr>>, Raw<Affinity>>>,
+    accounts: PerCpuArray<MapData, Raw<Account>>,
+    fragments: HashMap<MapData, Raw<FragmentKey<F::Addr>>, Raw<FragmentPorts>>,
+    held: RefCell<RingBuf<MapData>>,
+    pub(crate) tags: Array<MapData, Tags>,
+    ingress_gate: Array<MapData, u64>,
+    egress_gate: Array<MapData, u64>,
+    answers: PerCpuArray<MapData, Raw<Answers>>,
+    counters: PerCpuArray<MapData, u64>,
+    counters_fd: OwnedFd,
+    tags_fd: OwnedFd,
+    processors: usize,
+}
+
+impl<F: Hosts> Typed<F> {
     /// Takes the maps out of an object.
     pub(crate) fn take(object: &mut Ebpf) -> Self {
+        let maps = F::Addr::MAPS;
+        let counters_fd = descriptor(object, tables::COUNTERS.name);
+        let tags_fd = descriptor(object, maps.tags.name);
         Self {
+            counters_fd,
+            tags_fd,
+            processors: nr_cpus().expect("the number of processors"),
+            answers: map(object, &tables::ANSWERS),
             config: map(object, &tables::CONFIG),
-            devices: map(object, &tables::DEVICES_V4),
-            frontends: map(object, &tables::FRONTENDS_V4),
-            backends: map(object, &tables::BACKENDS_V4),
-            rings: map(object, &tables::RINGS_V4),
-            fragments: RefCell::new(map(object, &tables::FRAGMENTS_V4)),
+            devices: map(object, &maps.devices),
+            frontends: map(object, &maps.frontends),
+            backends: map(object, &maps.backends),
+            rings: map(object, &maps.rings),
+            established: map(object, &maps.established),
+            networks: map(object, &maps.networks),
+            affinities: RefCell::new(map(object, &maps.affinity)),
+            accounts: map(object, &maps.accounts),
+            tags: map(object, &maps.tags),
+            ingress_gate: map(object, &maps.gate_ingress),
+            egress_gate: map(object, &maps.gate_egress),
+            fragments: map(object, &maps.fragments),
             held: RefCell::new(map(object, &tables::HELD)),
-            established: map(object, &tables::ESTABLISHED_V4),
-            networks: map(object, &tables::NETWORKS_V4),
-            affinities: RefCell::new(map(object, &tables::AFFINITY_V4)),
-            accounts: map(object, &tables::ACCOUNTS_V4),
-            tags: map(object, &tables::TAGS_V4),
-            ingress_gate: map(object, &tables::GATE_INGRESS_V4),
-            egress_gate: map(object, &tables::GATE_EGRESS_V4),
             counters: map(object, &tables::COUNTERS),
         }
     }
+}
 
-    pub(crate) fn open_ingress(&mut self, bit: u32) {
-        open(&mut self.ingress_gate, bit);
+impl<F: Hosts> Maps for Typed<F> {
+    fn configure(&mut self, config: Config) {
+        self.config.set(0, Raw(config), 0).expect("the one slot of the settings");
     }
 
-    pub(crate) fn open_egress(&mut self, bit: u32) {
-        open(&mut self.egress_gate, bit);
+    fn device(&mut self, ifindex: u32, device: Device<Addr>) {
+        let Device { snat, flags, mtu, mac, zero } = device;
+        let device = Device { snat: F::addr(snat), flags, mtu, mac, zero };
+        self.devices.insert(ifindex, Raw(device), 0).expect("room for a device");
+        open(&mut self.ingress_gate, gate::snat_bit(device.snat));
     }
 
-    /// Puts a network into an owner's, or excepts it (value 0).
-    pub(crate) fn network(&mut self, owner: u32, addr: Addr, bits: u32, value: u32) {
-        let key = Raw(NetworkKey { owner: owner.to_be_bytes(), addr });
-        self.networks.insert(&lpm_trie::Key::new(32 + bits, key), value, 0).expect("room for a network");
+    fn forget_device(&mut self, ifindex: u32) {
+        self.devices.remove(&ifindex).expect("a managed interface");
     }
 
-    /// Makes an address one whose other ports are refused.
-    pub(crate) fn service_address(&mut self, addr: Addr) {
-        let key = FrontendKey { addr, port: [0; 2], proto: 0, zero: 0 };
+    fn backend(&mut self, id: u32, backend: Backend<Addr>) {
+        let Backend { addr, port, proto, flags, generation, service } = backend;
+        let backend = Backend { addr: F::addr(addr), port, proto, flags, generation, service };
+        self.backends.set(id, Raw(backend), 0).expect("room for a backend");
+        let addr = backend.addr;
+        open(&mut self.egress_gate, gate::backend_source_bit(addr, port, proto));
+        if flags & tables::backend::LOCAL == 0 {
+            open(&mut self.egress_gate, gate::backend_destination_bit(addr, port, proto));
+        }
+    }
+
+    fn slot(&mut self, slot: u32, backend: u32) {
+        self.rings.set(slot, backend, 0).expect("room for a slot of a ring");
+    }
+
+    fn frontend(&mut self, addr: Addr, port: u16, proto: u8, frontend: Frontend) {
+        let (addr, port) = (F::addr(addr), port.to_be_bytes());
+        let key = FrontendKey { addr, port, proto, zero: 0 };
+        self.frontends.insert(Raw(key), Raw(frontend), 0).expect("room for a frontend");
+        open(&mut self.ingress_gate, gate::frontend_bit(addr, port, proto));
+        open(&mut self.ingress_gate, gate::address_bit(addr));
+    }
+
+    fn service_address(&mut self, addr: Addr, flags: u32) {
+        let key = FrontendKey { addr: F::addr(addr), port: [0; 2], proto: 0, zero: 0 };
         let value = Frontend {
             service: 0,
             ring: 0,
             slots: 0,
             inner_ring: 0,
             inner_slots: 0,
-            flags: frontend::ADDRESS,
+            flags,
             affinity_seconds: 0,
         };
         self.frontends.insert(Raw(key), Raw(value), 0).expect("room for an address");
+        if flags & frontend::ADDRESS == 0 {
+            open(&mut self.ingress_gate, gate::frontend_bit(key.addr, [0; 2], 0));
+        }
     }
 
-    /// Empties the table of affinities.
-    pub(crate) fn forget_affinities(&self) {
+    fn service_network(&mut self, addr: Addr) {
+        open(&mut self.ingress_gate, gate::service_network_bit(F::addr(addr).network()));
+    }
+
+    fn network(&mut self, owner: u32, addr: Addr, bits: u32, value: u32) {
+        let key = Raw(NetworkKey { owner: owner.to_be_bytes(), addr: F::addr(addr) });
+        let whole = 8 * size_of::<Addr>() as u32;
+        let bits = if bits == whole { 8 * F::Addr::LEN as u32 } else { F::FAMILY.prefix(bits as u8).into() };
+        self.networks.insert(&lpm_trie::Key::new(32 + bits, key), value, 0).expect("room for a network");
+    }
+
+    fn forget_affinities(&self) {
         let mut affinities = self.affinities.borrow_mut();
         let keys: Vec<_> = affinities.keys().flatten().collect();
         for key in keys {
@@ -108,52 +217,88 @@ impl Maps {
         }
     }
 
-    /// Packets and bytes of a service port.
-    pub(crate) fn account(&self, service: u32) -> (u64, u64) {
+    fn account(&self, service: u32) -> (u64, u64) {
         let accounts = self.accounts.get(&service, 0).expect("an account");
         accounts
             .iter()
             .fold((0, 0), |(packets, bytes), account| (packets + account.0.packets, bytes + account.0.bytes))
     }
 
-    /// An established flow, as it is now.
-    pub(crate) fn flow(&self, key: &FlowKey<Addr>) -> Option<Flow<Addr>> {
-        self.established.get(&Raw(*key), 0).ok().map(|flow| flow.0)
+    fn routing(&self, frame: &[u8]) -> Option<u32> {
+        let Parsed::Packet(packet) = F::parse(frame, 0) else { return None };
+        self.established.get(&Raw(packet.key), 0).ok().map(|flow| flow.0.routing)
     }
 
-    /// How many entries the established table has.
-    pub(crate) fn established_entries(&self) -> usize {
+    fn clocks(&self) -> Vec<(u8, u32)> {
+        self.established.iter().flatten().map(|(_, flow)| (flow.0.kind, flow.0.seen)).collect()
+    }
+
+    fn established_entries(&self) -> usize {
         self.established.keys().count()
     }
 
-    /// Empties the established table.
-    pub(crate) fn forget_established(&mut self) {
+    fn forget_established(&mut self) {
         let keys: Vec<_> = self.established.keys().flatten().collect();
         for key in keys {
             self.established.remove(&key).expect("a flow that is there");
         }
     }
 
-    /// Takes or frees the lock of a bucket of the embryonic table, as a program on another processor would.
-    pub(crate) fn hold_bucket(&mut self, bucket: u32, hold: bool) {
+    fn hold_bucket(&mut self, bucket: u32, hold: bool) {
         let mut tags = self.tags.get(&bucket, 0).expect("a bucket");
         tags[0] = hold.into();
         self.tags.set(bucket, tags, 0).expect("a bucket that was read can be written");
     }
 
-    /// The next record of the ring of early fragments: an interface and a frame.
-    pub(crate) fn held(&self) -> Option<(u32, Vec<u8>)> {
+    fn note_fragment(&mut self, key: FragmentKey<Addr>, ports: FragmentPorts) {
+        let FragmentKey { src, dst, id, proto, zero } = key;
+        let key = FragmentKey { src: F::addr(src), dst: F::addr(dst), id, proto, zero };
+        self.fragments.insert(Raw(key), Raw(ports), 0).expect("room for a packet");
+    }
+
+    fn held(&self) -> Option<(u32, Vec<u8>)> {
         let mut ring = self.held.borrow_mut();
         let record = ring.next()?;
         let (ifindex, frame) = record.split_first_chunk::<4>().expect("a record names its interface");
         Some((u32::from_ne_bytes(*ifindex), frame.to_vec()))
     }
 
-    /// All counters, each summed up over the processors.
-    pub(crate) fn counts(&self) -> Vec<u64> {
+    fn counts(&self) -> Vec<u64> {
+        let processors = self.processors;
+        let mut values = vec![0u64; COUNTERS as usize * processors];
+        if batch::read(self.counters_fd.as_fd(), &mut values, COUNTERS) {
+            return values.chunks(processors).map(|of| of.iter().sum()).collect();
+        }
         let sum = |index| self.counters.get(&index, 0).expect("a counter").iter().sum();
         (0..COUNTERS).map(sum).collect()
     }
+
+    fn allow_answers(&mut self) {
+        let none = Raw(Answers { period: 0, spent: 0, frame: [0; size_of::<AnswerFrame>()] });
+        let everywhere = PerCpuValues::try_from(vec![none; self.processors]).expect("one for each processor");
+        self.answers.set(0, everywhere, 0).expect("the one slot of the answers");
+    }
+
+    fn forget_all(&mut self) {
+        self.forget_established();
+        self.forget_affinities();
+        let buckets = self.tags.len();
+        if !batch::clear(self.tags_fd.as_fd(), buckets, WAYS as usize + 1) {
+            for bucket in 0..buckets {
+                self.tags.set(bucket, Tags::default(), 0).expect("a bucket");
+            }
+        }
+    }
+
+    fn established_dump(&self) -> BTreeMap<String, String> {
+        let entries = self.established.iter().flatten();
+        entries.map(|(key, flow)| entry_text(&key.0, &flow.0)).collect()
+    }
+}
+
+/// An entry of a flow table as text, without what depends on the kernel's clock.
+pub(crate) fn entry_text<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> (String, String) {
+    (format!("{key:?}"), format!("{:?}", Flow { routing: 0, ..*flow }))
 }
 
 /// Every counter, in the order of its index.
@@ -171,6 +316,15 @@ pub(crate) fn name(index: u32) -> String {
         Some(Counter::SnatAttempt(attempt)) => format!("attempt {attempt}"),
         None => format!("counter {index}"),
     }
+}
+
+/// The descriptor of an array.
+fn descriptor(object: &Ebpf, name: &str) -> OwnedFd {
+    let map = object.map(name).unwrap_or_else(|| panic!("the object has no map {name}"));
+    let (aya::maps::Map::Array(data) | aya::maps::Map::PerCpuArray(data)) = map else {
+        panic!("{name} is another kind of map");
+    };
+    data.fd().as_fd().try_clone_to_owned().expect("a descriptor can be duplicated")
 }
 
 pub(crate) fn map<T>(object: &mut Ebpf, spec: &tables::MapSpec) -> T

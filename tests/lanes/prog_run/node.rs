@@ -1,23 +1,24 @@
 //! A node: the loaded programs with maps of their own, and a namespace that answers for routes and neighbours.
 
+use std::net::IpAddr;
+
 use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
-    gate,
-    net::FlowKey,
-    tables::{Backend, Config, Device, Frontend, FrontendKey, backend, device, frontend},
+    net::{V4, V6},
+    tables::{Backend, Config, Device, Frontend, backend, device, frontend},
     verdict::{Counter, Event},
 };
 
 use crate::{
-    frames::{ETHERNET, Frame, Mac},
-    maps::{self, Maps, Raw},
+    family::Family,
+    frames::{ETHERNET, Frame, Mac, Socket},
+    maps::{self, Maps, Typed},
     programs::Programs,
 };
 
 pub(crate) use crate::programs::{Action, Hook, Sizes};
 
-/// An IPv4 address.
-pub(crate) type Addr = [u8; 4];
+pub(crate) use crate::family::Addr;
 
 pub(crate) const CLIENT: Addr = [198, 51, 100, 2];
 pub(crate) const VIP: Addr = [203, 0, 113, 10];
@@ -60,9 +61,10 @@ pub(crate) struct Outcome {
     pub(crate) refreshed: bool,
 }
 
-/// A node with two managed interfaces and no service.
+/// A node with two managed interfaces and no service, as it is in one address family.
 pub(crate) struct Node {
-    pub(crate) maps: Maps,
+    pub(crate) family: Family,
+    pub(crate) maps: Box<dyn Maps>,
     pub(crate) namespace: Namespace,
     pub(crate) ifindex: u32,
     pub(crate) mac: Mac,
@@ -80,22 +82,29 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Runs a test on a fresh node for each of the two XDP programs, which have to behave alike.
+    /// Runs a test on fresh nodes: of IPv4 for each of the two XDP programs, which have to behave alike, and of IPv6.
+    /// Each is loaded by the verifier anew, which takes most of the time; long sequences drive IPv6 through both.
     pub(crate) fn each(test: impl Fn(&mut Self)) {
         Self::each_sized(Sizes::default(), test);
     }
 
     /// The same with flow tables of these sizes.
     pub(crate) fn each_sized(sizes: Sizes, test: impl Fn(&mut Self)) {
+        Self::each_of(Family::V4, sizes, &test);
+        test(&mut Self::new(Family::V6, Hook::Xdp, sizes));
+    }
+
+    /// The same for one family.
+    pub(crate) fn each_of(family: Family, sizes: Sizes, test: impl Fn(&mut Self)) {
         for entry in [Hook::Xdp, Hook::XdpFrags] {
-            test(&mut Self::new(entry, sizes));
+            test(&mut Self::new(family, entry, sizes));
         }
     }
 
     /// A node with one of the XDP programs and both tc programs.
-    pub(crate) fn new(entry: Hook, sizes: Sizes) -> Self {
+    pub(crate) fn new(family: Family, entry: Hook, sizes: Sizes) -> Self {
         let mut programs = Programs::open(sizes);
-        let (namespace, peer) = network().expect("a namespace with two interfaces");
+        let (namespace, peer) = network(family).expect("a namespace with two interfaces");
         let device = |name: &str| {
             let index = namespace.index(name).expect("a device that was just made");
             (index, namespace.mac(name).expect("an Ethernet device has an address"))
@@ -111,8 +120,12 @@ impl Node {
             policy_routing: 0,
             echo: 1,
         };
-        let maps = Maps::take(programs.object());
+        let maps: Box<dyn Maps> = match family {
+            Family::V4 => Box::new(Typed::<V4>::take(programs.object())),
+            Family::V6 => Box::new(Typed::<V6>::take(programs.object())),
+        };
         let mut node = Self {
+            family,
             maps,
             namespace,
             ifindex,
@@ -137,7 +150,7 @@ impl Node {
     /// Changes the agent's settings.
     pub(crate) fn configure(&mut self, edit: impl FnOnce(&mut Config)) {
         edit(&mut self.config);
-        self.maps.config.set(0, Raw(self.config), 0).expect("the one slot of the settings");
+        self.maps.configure(self.config);
     }
 
     /// Raises the routing epoch, as the agent does when routes or neighbours change.
@@ -147,8 +160,7 @@ impl Node {
 
     /// Makes an interface a managed one.
     pub(crate) fn device(&mut self, ifindex: u32, device: Device<Addr>) {
-        self.maps.devices.insert(ifindex, Raw(device), 0).expect("room for a device");
-        self.maps.open_ingress(gate::snat_bit(device.snat));
+        self.maps.device(ifindex, device);
     }
 
     /// Adds a backend and returns its id.
@@ -164,11 +176,7 @@ impl Node {
         let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
         let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
         let backend = Backend { addr, port, proto, flags, generation, service: 1 };
-        self.maps.backends.set(id, Raw(backend), 0).expect("room for a backend");
-        self.maps.open_egress(gate::backend_source_bit(addr, port, proto));
-        if !is_local {
-            self.maps.open_egress(gate::backend_destination_bit(addr, port, proto));
-        }
+        self.maps.backend(id, backend);
     }
 
     /// Makes an address a frontend whose ring holds these backends in turn.
@@ -190,7 +198,7 @@ impl Node {
     pub(crate) fn ring(&mut self, backends: &[u32]) -> (u32, u32) {
         let first = self.slots;
         for &id in backends {
-            self.maps.rings.set(self.slots, id, 0).expect("room for a slot of a ring");
+            self.maps.slot(self.slots, id);
             self.slots += 1;
         }
         (first, backends.len() as u32)
@@ -198,16 +206,22 @@ impl Node {
 
     /// Makes an address a frontend.
     pub(crate) fn set_frontend(&mut self, addr: Addr, proto: u8, frontend: Frontend) {
-        let port = HTTP.to_be_bytes();
-        let key = FrontendKey { addr, port, proto, zero: 0 };
-        self.maps.frontends.insert(Raw(key), Raw(frontend), 0).expect("room for a frontend");
-        self.maps.open_ingress(gate::frontend_bit(addr, port, proto));
-        self.maps.open_ingress(gate::address_bit(addr));
+        self.maps.frontend(addr, HTTP, proto, frontend);
     }
 
     /// The first frame of a flow from the client to a frontend, as the gateway hands it over.
     pub(crate) fn opener(&self, proto: u8, sport: u16, vip: Addr) -> Frame {
-        Frame::new(proto, (GATEWAY_MAC, self.mac), (CLIENT, sport), (vip, HTTP))
+        self.frame(proto, (GATEWAY_MAC, self.mac), (CLIENT, sport), (vip, HTTP))
+    }
+
+    /// A frame of the node's family, without payload.
+    pub(crate) fn frame(&self, proto: u8, mac: (Mac, Mac), src: Socket, dst: Socket) -> Frame {
+        Frame::new(self.family, proto, mac, src, dst)
+    }
+
+    /// The shortest IP frame that the kernel makes an skb of for a test run: both headers.
+    pub(crate) fn skb_min(&self) -> usize {
+        ETHERNET + self.family.header_len()
     }
 
     /// Runs a frame through a program.
@@ -218,12 +232,12 @@ impl Node {
 
     /// Runs a frame through a program, if the kernel accepts it.
     pub(crate) fn try_run(&self, hook: Hook, frame: &[u8]) -> Result<Outcome, aya::programs::ProgramError> {
-        let (before, routing) = (self.maps.counts(), self.routing(frame));
+        let (before, routing) = (self.maps.counts(), self.maps.routing(frame));
         let context = self.context(hook, frame.len());
         // The interface in the context is looked up in the namespace of the thread.
         let (action, out) = self.programs.run(hook, &self.namespace, frame, &context)?;
         let (counts, refreshed) = raised(&before, &self.maps.counts());
-        match (routing, self.routing(frame)) {
+        match (routing, self.maps.routing(frame)) {
             // Brought along from the table of new flows, or asked for at once.
             (None, Some(_)) => {}
             (before, after) => {
@@ -233,20 +247,17 @@ impl Node {
         Ok(Outcome { action, frame: out, counts, refreshed })
     }
 
-    /// The routing tag of the established flow that a frame belongs to.
-    fn routing(&self, frame: &[u8]) -> Option<u32> {
-        let at = ETHERNET + usize::from(frame.get(ETHERNET)? & 0x0f) * 4;
-        let quad = |at: usize| <[u8; 4]>::try_from(frame.get(at..at + 4)?).ok();
-        let [s0, s1, d0, d1] = quad(at)?;
-        let key = FlowKey {
-            src: quad(ETHERNET + 12)?,
-            dst: quad(ETHERNET + 16)?,
-            sport: [s0, s1],
-            dport: [d0, d1],
-            proto: frame[ETHERNET + 9],
-            zero: [0; 3],
-        };
-        self.maps.flow(&key).map(|flow| flow.routing)
+    /// What a program does with a frame, run on a thread that is in the node's namespace.
+    pub(crate) fn run_here(&self, hook: Hook, frame: &[u8]) -> (Action, Vec<u8>) {
+        self.programs
+            .run_here(hook, frame, &self.context(hook, frame.len()))
+            .unwrap_or_else(|error| panic!("{hook:?} with {} bytes: {error}", frame.len()))
+    }
+
+    /// Forgets every flow, affinity and ring.
+    pub(crate) fn forget_all(&mut self) {
+        self.maps.forget_all();
+        self.slots = 0;
     }
 
     /// A `struct xdp_md` or `struct __sk_buff` for a frame on the uplink.
@@ -331,17 +342,27 @@ fn hex(frame: &[u8]) -> String {
 }
 
 /// The uplink with its gateway, and a second interface with a neighbour.
-fn network() -> anyhow::Result<(Namespace, Namespace)> {
+fn network(family: Family) -> anyhow::Result<(Namespace, Namespace)> {
     let node = Namespace::new("prog-node")?;
     let peer = Namespace::new("prog-peer")?;
     for (name, address) in [("eth0", NODE), ("eth1", NODE_TOO)] {
         link::veth(&node, name, &peer, name)?;
-        node.address(name, address, 24)?;
+        node.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "0")?;
+        node.address(name, family.ip(address), family.prefix(24))?;
     }
     node.mtu("eth1", MTU_TOO.into())?;
-    node.route_via([0, 0, 0, 0].into(), 0, GATEWAY.into())?;
-    node.static_neighbour("eth0", GATEWAY.into(), GATEWAY_MAC)?;
-    node.static_neighbour("eth1", BESIDE.into(), BESIDE_MAC)?;
-    node.sysctl("net/ipv4/ip_forward", "1")?;
+    let forwarding = match family.ip(GATEWAY) {
+        IpAddr::V4(gateway) => {
+            node.route_via([0, 0, 0, 0].into(), 0, gateway)?;
+            "net/ipv4/ip_forward"
+        }
+        IpAddr::V6(gateway) => {
+            node.default_route_v6(gateway)?;
+            "net/ipv6/conf/all/forwarding"
+        }
+    };
+    node.static_neighbour("eth0", family.ip(GATEWAY), GATEWAY_MAC)?;
+    node.static_neighbour("eth1", family.ip(BESIDE), BESIDE_MAC)?;
+    node.sysctl(forwarding, "1")?;
     Ok((node, peer))
 }

@@ -11,7 +11,7 @@ use xdp_common::{
     },
 };
 
-use crate::{frames::*, node::*};
+use crate::{family::Family, frames::*, node::*};
 
 const MALFORMED: &[Counter] = &[Event(E::Malformed)];
 const UNCLAIMED: &[Counter] = &[Event(E::Unclaimed)];
@@ -44,15 +44,16 @@ fn untouched(node: &Node, strangers: &[Stranger]) {
     assert_eq!(node.maps.established_entries(), 0);
 }
 
-/// A frame with other bytes at an offset, and the IPv4 header checksum made right again.
-fn patched(frame: &Frame, at: usize, bytes: &[u8]) -> Vec<u8> {
-    let mut frame = frame.bytes();
-    frame[at..at + bytes.len()].copy_from_slice(bytes);
-    frame[IP_CHECK..IP_CHECK + 2].fill(0);
-    let words = frame[ETHERNET..ETHERNET + 20].chunks(2);
-    let check = !folded(words.map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum());
-    frame[IP_CHECK..IP_CHECK + 2].copy_from_slice(&check.to_be_bytes());
-    frame
+/// A frame with other bytes at an offset, and the checksum of an IPv4 header made right again.
+fn patched(frame: &Frame, at: usize, value: &[u8]) -> Vec<u8> {
+    let mut bytes = frame.bytes();
+    bytes[at..at + value.len()].copy_from_slice(value);
+    if frame.family == Family::V4 {
+        bytes[IP_CHECK..IP_CHECK + 2].fill(0);
+        let check = !words_sum(&bytes[ETHERNET..ETHERNET + 20]);
+        bytes[IP_CHECK..IP_CHECK + 2].copy_from_slice(&check.to_be_bytes());
+    }
+    bytes
 }
 
 #[test]
@@ -61,28 +62,32 @@ fn what_is_addressed_to_nobodys_service_is_not_touched() {
         busy(node);
         let ends = Ends { mac: (GATEWAY_MAC, node.mac), ip: (Ipv4Addr::from(CLIENT), Ipv4Addr::from(NODE)) };
         let to_vip = Ends { ip: (ends.ip.0, Ipv4Addr::from(VIP)), ..ends };
-        let vip_8080 = node.opener(TCP, 40_000, VIP).with(|frame| frame.dst.1 = 8080);
-        untouched(
-            node,
-            &[
-                ("SSH to the node", ends.tcp((50_000, 22), 0, b""), &[], &[]),
-                ("SSH data", ends.tcp((50_000, 22), 7, b"SSH-2.0-anything"), &[], &[]),
-                ("DNS to the node", ends.udp((50_000, 53), b"question"), &[], &[]),
-                ("ping of the node", ends.ping(1, 2, b"payload"), &[], &[]),
-                ("ping of a frontend", to_vip.ping(1, 2, b"payload"), &[], &[]),
-                ("SCTP to a frontend", to_vip.other_protocol(132, &[0; 32]), &[], &[]),
-                ("ARP", ends.arp_request(), &[], &[]),
-                ("IPv6", ends.ipv6_udp((50_000, 80), b"hello"), &[], &[]),
-                ("an unknown EtherType", ends.ethertype(EXPERIMENTAL, &[7; 64]), &[], &[]),
-                ("another port of a frontend", vip_8080.bytes(), &[], &[]),
-                (
-                    "a port of the SNAT range that no flow has",
-                    ends.tcp((50_000, 8080), 7, b"x"),
-                    &[],
-                    UNCLAIMED,
-                ),
-            ],
-        );
+        let from = |proto, port: u16, dst| node.opener(proto, port, VIP).with(|frame| frame.dst = dst);
+        let ssh = from(TCP, 50_000, (NODE, 22));
+        let of_no_flow = from(TCP, 50_000, (NODE, 8080)).flags(ACK).payload(b"x");
+        let strangers = [
+            ("SSH to the node", ssh.bytes(), &[][..], &[][..]),
+            ("SSH data", ssh.flags(ACK).payload(b"SSH-2.0-anything").bytes(), &[], &[]),
+            ("DNS to the node", from(UDP, 50_000, (NODE, 53)).payload(b"question").bytes(), &[], &[]),
+            ("another port of a frontend", from(TCP, 40_000, (VIP, 8080)).bytes(), &[], &[]),
+            ("a port of the SNAT range that no flow has", of_no_flow.bytes(), &[], UNCLAIMED),
+            ("ping of the node", ends.ping(1, 2, b"payload"), &[], &[]),
+            ("ping of a frontend", to_vip.ping(1, 2, b"payload"), &[], &[]),
+            ("SCTP to a frontend", to_vip.other_protocol(132, &[0; 32]), &[], &[]),
+            ("ARP", ends.arp_request(), &[], &[]),
+            ("IPv6 between other hosts", ends.ipv6_udp((50_000, 80), b"hello"), &[], &[]),
+            ("an unknown EtherType", ends.ethertype(EXPERIMENTAL, &[7; 64]), &[], &[]),
+        ];
+        untouched(node, &strangers);
+        // The same address and port, but in the other family.
+        let other = match node.family {
+            Family::V4 => Family::V6,
+            Family::V6 => Family::V4,
+        };
+        for proto in [TCP, UDP] {
+            let stranger = node.opener(proto, 40_000, VIP).with(|frame| frame.family = other).bytes();
+            untouched(node, &[("the other family", stranger, &[], &[])]);
+        }
     });
 }
 
@@ -131,7 +136,7 @@ fn frames_for_another_station_and_from_impossible_sources_are_not_touched() {
 
 #[test]
 fn headers_that_contradict_themselves_or_their_frame_are_not_touched() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         busy(node);
         for proto in [TCP, UDP] {
             let opener = node.opener(proto, 40_000, VIP).payload(b"some payload of the packet");
@@ -160,7 +165,7 @@ fn headers_that_contradict_themselves_or_their_frame_are_not_touched() {
 
 #[test]
 fn fragments_to_nobodys_address_are_not_touched() {
-    Node::each(|node| {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
         busy(node);
         for proto in [TCP, UDP] {
             let opener = node.opener(proto, 40_000, [203, 0, 113, 99]).payload(&[1; 64]);
@@ -193,7 +198,7 @@ fn runts_of_every_length_are_not_touched() {
                             outcome.check(&name, Action::Pass, &whole[..len], MALFORMED);
                         }
                         Err(error) => {
-                            let shortest = if hook == node.entry { ETHERNET } else { SKB_MIN };
+                            let shortest = if hook == node.entry { ETHERNET } else { node.skb_min() };
                             assert!(len < shortest, "{len} bytes at {hook:?}: {error}");
                         }
                     }

@@ -7,15 +7,17 @@ use aya::{
     programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, Xdp},
 };
 use xdp_agent_tests::lab::{self, netns::Namespace};
-use xdp_common::tables::{self, WAYS};
+use xdp_common::{
+    answer::AnswerFrame,
+    net::{Family, V4, V6},
+    tables::{Mapped, WAYS},
+};
 
 /// Where `cargo xtask build` puts the object when it is told nothing else.
 const BUILT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf");
 /// Slots of the rings, far fewer than the product has: an array is allocated whole.
 const RING_SLOTS: u32 = 1 << 13;
 const BACKENDS_MAX: u32 = 256;
-/// Room for what a program might add to a frame by mistake.
-const FRAME_ROOM: usize = 64;
 
 /// One of the programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,30 +75,39 @@ impl Default for Sizes {
     }
 }
 
+/// Where the object is; fails with one sentence that says what to do when there is none, or no right to load it.
+pub(crate) fn object() -> PathBuf {
+    if let Err(error) = lab::require_root() {
+        panic!("{error}");
+    }
+    let directory = env::var_os("XDP_AGENT_BPF_DIR").map_or_else(|| PathBuf::from(BUILT), PathBuf::from);
+    let path = directory.join("xdp-ebpf");
+    assert!(
+        path.is_file(),
+        "there is no BPF object {}: run `cargo xtask test prog-run`, or `cargo xtask build` and set XDP_AGENT_BPF_DIR",
+        path.display()
+    );
+    path
+}
+
 /// The object with maps of its own; a program is loaded when it is first run.
 pub(crate) struct Programs(RefCell<Ebpf>);
 
 impl Programs {
-    /// Opens the object; fails with one sentence that says what to do when that is impossible.
+    /// Opens the object.
     pub(crate) fn open(sizes: Sizes) -> Self {
-        if let Err(error) = lab::require_root() {
-            panic!("{error}");
+        let path = object();
+        let mut loader = EbpfLoader::new();
+        for maps in [<V4 as Family>::Addr::MAPS, <V6 as Family>::Addr::MAPS] {
+            loader
+                .map_max_entries(maps.established.name, sizes.established)
+                .map_max_entries(maps.embryonic.name, sizes.buckets * WAYS)
+                .map_max_entries(maps.tags.name, sizes.buckets)
+                .map_max_entries(maps.rings.name, RING_SLOTS)
+                .map_max_entries(maps.backends.name, BACKENDS_MAX);
         }
-        let directory = env::var_os("XDP_AGENT_BPF_DIR").map_or_else(|| PathBuf::from(BUILT), PathBuf::from);
-        let path = directory.join("xdp-ebpf");
-        assert!(
-            path.is_file(),
-            "there is no BPF object {}: run `cargo xtask test prog-run`, or `cargo xtask build` and set XDP_AGENT_BPF_DIR",
-            path.display()
-        );
-        let object = EbpfLoader::new()
-            .map_max_entries(tables::ESTABLISHED_V4.name, sizes.established)
-            .map_max_entries(tables::EMBRYONIC_V4.name, sizes.buckets * WAYS)
-            .map_max_entries(tables::TAGS_V4.name, sizes.buckets)
-            .map_max_entries(tables::RINGS_V4.name, RING_SLOTS)
-            .map_max_entries(tables::BACKENDS_V4.name, BACKENDS_MAX)
-            .load_file(&path)
-            .unwrap_or_else(|error| panic!("loading {}: {error}", path.display()));
+        let object =
+            loader.load_file(&path).unwrap_or_else(|error| panic!("loading {}: {error}", path.display()));
         Self(RefCell::new(object))
     }
 
@@ -113,33 +124,54 @@ impl Programs {
         frame: &[u8],
         context: &[u8],
     ) -> Result<(Action, Vec<u8>), ProgramError> {
-        let mut object = self.0.borrow_mut();
-        let mut out = vec![0u8; frame.len() + FRAME_ROOM];
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ctx_in: Some(context),
-            ..TestRunOptions::default()
-        };
-        let result = match hook {
-            Hook::Xdp | Hook::XdpFrags => {
-                let program: &mut Xdp = program(&mut object, hook);
-                if program.fd().is_err() {
-                    program.load().unwrap_or_else(|error| panic!("loading {}: {error}", hook.name()));
-                }
-                namespace.run(|| program.test_run(options))
-            }
-            Hook::TcIngress | Hook::TcEgress => {
-                let program: &mut SchedClassifier = program(&mut object, hook);
-                if program.fd().is_err() {
-                    program.load().unwrap_or_else(|error| panic!("loading {}: {error}", hook.name()));
-                }
-                namespace.run(|| program.test_run(options))
-            }
-        }?;
-        out.truncate(result.data_size_out as usize);
-        Ok((Action::of(hook, result.return_value), out))
+        let object = &mut *self.0.borrow_mut();
+        namespace.run(|| run(object, hook, frame, context))
     }
+
+    /// The same on a thread that is in the namespace already.
+    pub(crate) fn run_here(
+        &self,
+        hook: Hook,
+        frame: &[u8],
+        context: &[u8],
+    ) -> Result<(Action, Vec<u8>), ProgramError> {
+        run(&mut self.0.borrow_mut(), hook, frame, context)
+    }
+}
+
+fn run(
+    object: &mut Ebpf,
+    hook: Hook,
+    frame: &[u8],
+    context: &[u8],
+) -> Result<(Action, Vec<u8>), ProgramError> {
+    // An answer may be longer than what it answers.
+    let mut out = vec![0u8; frame.len() + size_of::<AnswerFrame>()];
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        data_out: Some(&mut out),
+        ctx_in: Some(context),
+        ..TestRunOptions::default()
+    };
+    let failed = |error| panic!("loading {}: {error}", hook.name());
+    let result = match hook {
+        Hook::Xdp | Hook::XdpFrags => {
+            let program: &mut Xdp = program(object, hook);
+            if program.fd().is_err() {
+                program.load().unwrap_or_else(failed);
+            }
+            program.test_run(options)
+        }
+        Hook::TcIngress | Hook::TcEgress => {
+            let program: &mut SchedClassifier = program(object, hook);
+            if program.fd().is_err() {
+                program.load().unwrap_or_else(failed);
+            }
+            program.test_run(options)
+        }
+    }?;
+    out.truncate(result.data_size_out as usize);
+    Ok((Action::of(hook, result.return_value), out))
 }
 
 fn program<'a, P>(object: &'a mut Ebpf, hook: Hook) -> &'a mut P

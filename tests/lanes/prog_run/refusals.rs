@@ -102,7 +102,7 @@ fn an_answer_of_no_known_flow_is_left_to_the_kernel() {
     Node::each(|node| {
         one_remote(node);
         for proto in [TCP, UDP] {
-            let stray = Frame::new(proto, (GATEWAY_MAC, node.mac), (REMOTE, TARGET), (NODE, 2_000)).bytes();
+            let stray = node.frame(proto, (GATEWAY_MAC, node.mac), (REMOTE, TARGET), (NODE, 2_000)).bytes();
             node.check("a stray", node.entry, &stray, Action::Pass, &stray, &[Event(E::Unclaimed)]);
         }
     });

@@ -86,7 +86,9 @@ fn as_soon_as_there_is_a_neighbour_packets_leave_directly() {
         let opener = node.opener(TCP, 40_000, VIP);
         let port = up_and_out(node, "without", &opener, UNRESOLVED, NODE, NEW_SLOW);
         let mac = [2, 0, 0, 0, 0, 0x55];
-        node.namespace.static_neighbour("eth0", UNRESOLVED.into(), mac).expect("a neighbour can be added");
+        node.namespace
+            .static_neighbour("eth0", node.family.ip(UNRESOLVED), mac)
+            .expect("a neighbour can be added");
         let whole = opener.with(|frame| {
             frame.mac = (node.mac, mac);
             frame.ttl -= 1;
@@ -103,7 +105,7 @@ fn packets_on_their_last_hop_or_over_the_mtu_go_by_the_kernel_in_both_directions
         one_remote(node);
         for proto in [TCP, UDP] {
             let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
-            let header = if proto == TCP { 40 } else { 28 };
+            let header = node.family.header_len() + l4_header_len(proto);
             let forms: [Form; 4] = [
                 ("on its last hop", &|frame| frame.ttl = 1),
                 ("without a hop", &|frame| frame.ttl = 0),
@@ -134,7 +136,8 @@ fn the_mtu_is_that_of_the_way_out() {
         node.frontend(VIP, UDP, &[id], 0);
         let opener = node.opener(UDP, 40_000, VIP);
         let flow = node.open_by("a flow", &opener, BESIDE, node.beside(), 0);
-        let long = |len: u16| opener.with(|frame| frame.payload = vec![0x5a; usize::from(len) - 28]);
+        let headers = node.family.header_len() + l4_header_len(UDP);
+        let long = |len: u16| opener.with(|frame| frame.payload = vec![0x5a; usize::from(len) - headers]);
         flow.forwards(node, "as long as the MTU", &long(MTU_TOO), &[]);
         up_and_out(node, "over the MTU", &long(MTU_TOO + 1), BESIDE, NODE_TOO, SLOW);
     });
@@ -157,7 +160,7 @@ fn a_backend_behind_an_interface_without_programs_keeps_the_clients_address() {
     Node::each(|node| {
         let id = node.backend(BESIDE, TCP, false);
         node.frontend(VIP, TCP, &[id], 0);
-        node.maps.devices.remove(&node.ifindex_too).expect("a managed interface");
+        node.maps.forget_device(node.ifindex_too);
         let opener = node.opener(TCP, 40_000, VIP);
         let seen = opener.with(|frame| frame.dst = (BESIDE, TARGET));
         let counts = [Event(E::FlowNew), SnatAttempt(0), Event(E::UnmanagedEgress), Event(E::Delivered)];

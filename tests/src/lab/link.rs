@@ -183,8 +183,8 @@ impl Namespace {
     }
 
     /// Adds a neighbour that never expires.
-    pub fn static_neighbour(&self, device: &str, address: Ipv4Addr, mac: [u8; 6]) -> Result<()> {
-        let request = self.netlink().neighbours().add(self.index(device)?, IpAddr::V4(address));
+    pub fn static_neighbour(&self, device: &str, address: IpAddr, mac: [u8; 6]) -> Result<()> {
+        let request = self.netlink().neighbours().add(self.index(device)?, address);
         block_on(request.link_layer_address(&mac).state(NeighbourState::Permanent).replace().execute())
             .with_context(|| format!("neighbour {address} on {device} in {self:?}"))
     }

@@ -1,6 +1,9 @@
 //! How a flow is opened: frontend, backend, way, source port.
 
-use super::{Hook, Next, reply_of, sending::set_hop};
+use super::{
+    Hook, Next, reply_of,
+    sending::{set_hop, tag_from},
+};
 use crate::{
     conntrack::{complete, mirror, opposite, point_back},
     frame::Packet,
@@ -210,7 +213,7 @@ pub(super) fn route_new<F: Family, T: Tables<F>>(
     packet: &Packet<F::Addr>,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
-    let tag = tables.routing_tag();
+    let tag = tag_from(tables, packet.ifindex);
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
     let out = match route {
         Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } if ifindex != packet.ifindex => {

@@ -3,7 +3,7 @@
 //! An error comes from behind the translation and quotes a packet as it looks there. The entry that recognises answers to
 //! that packet knows what it was before, and so whom the error concerns. No error makes a flow, ends one or keeps it alive.
 
-use super::sending::{Way, by_cache, refresh};
+use super::sending::{Way, by_cache, refresh, tag_from};
 use crate::{
     conntrack::{is_ingress_kind, opposite, rewrite, rewrite_between, translated},
     frame::Packet,
@@ -43,7 +43,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
     }
     let flow = &mut work.flow;
     *flow = *entry;
-    if flow.exit != exit::LOCAL && flow.routing != tables.routing_tag() {
+    if flow.exit != exit::LOCAL && flow.routing != tag_from(tables, packet.ifindex) {
         // The answer serves the flow too, whether it is kept or not.
         refresh(tables, packet, table, flow);
     }

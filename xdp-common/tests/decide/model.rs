@@ -13,20 +13,25 @@ use xdp_common::{
     fragment::{FragmentKey, FragmentPorts},
     frame::{Packet, tcp},
     gate,
-    net::{FlowKey, TCP, UDP, V4},
+    net::{Address, Family, FlowKey, TCP, UDP, V4},
     select,
     tables::{
-        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Peer,
-        PeerKey, Route, SocketSettings, Table, Tables, Work, backend, device, frontend,
+        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route,
+        Table, Tables, Work, backend, device, frontend,
     },
     verdict::{Action, Counter, Event, Reason, Verdict},
 };
 
+#[path = "told.rs"] // the lane that shares this file looks elsewhere
+mod told;
+
+use told::Told;
+
 pub(crate) type Addr = [u8; 4];
 pub(crate) type Key = FlowKey<Addr>;
 /// Address, port and protocol of a frontend.
-pub(crate) type Place = (Addr, [u8; 2], u8);
-type Flows = RefCell<HashMap<Key, Rc<Cell<Flow<Addr>>>>>;
+pub(crate) type Place<A = Addr> = (A, [u8; 2], u8);
+type Flows<A> = RefCell<HashMap<FlowKey<A>, Rc<Cell<Flow<A>>>>>;
 
 pub(crate) const CLIENT: Addr = [198, 51, 100, 2];
 pub(crate) const VIP: Addr = [203, 0, 113, 10];
@@ -44,25 +49,27 @@ pub(crate) const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 pub(crate) const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// The maps of a node.
-pub(crate) struct Model {
+pub(crate) struct Model<F: Family = V4> {
     pub(crate) config: Cell<Config>,
-    pub(crate) established: Flows,
-    pub(crate) embryonic: Flows,
+    pub(crate) established: Flows<F::Addr>,
+    pub(crate) embryonic: Flows<F::Addr>,
     pub(crate) known: RefCell<HashSet<u32>>,
     pub(crate) established_max: Cell<usize>,
-    pub(crate) frontends: RefCell<HashMap<Place, Frontend>>,
+    pub(crate) frontends: RefCell<HashMap<Place<F::Addr>, Frontend>>,
     pub(crate) rings: RefCell<Vec<u32>>,
-    pub(crate) backends: RefCell<Vec<Backend<Addr>>>,
-    pub(crate) devices: RefCell<HashMap<u32, Device<Addr>>>,
+    pub(crate) backends: RefCell<Vec<Backend<F::Addr>>>,
+    pub(crate) devices: RefCell<HashMap<u32, Device<F::Addr>>>,
     pub(crate) route: Cell<Route>,
+    /// Where the routing table has something of its own to say.
+    pub(crate) routes: RefCell<HashMap<F::Addr, Route>>,
     pub(crate) refuse: Cell<u32>,
-    pub(crate) fragments: RefCell<HashMap<FragmentKey<Addr>, FragmentPorts>>,
+    pub(crate) fragments: RefCell<HashMap<FragmentKey<F::Addr>, FragmentPorts>>,
     /// Whether every key is another flow's, and which were asked for.
     pub(crate) taken: Cell<bool>,
-    pub(crate) asked: RefCell<HashSet<Key>>,
+    pub(crate) asked: RefCell<HashSet<FlowKey<F::Addr>>>,
     /// Single addresses that are in the networks of an owner.
-    pub(crate) networks: RefCell<HashSet<(u32, Addr)>>,
-    pub(crate) affinities: RefCell<HashMap<AffinityKey<Addr>, Affinity>>,
+    pub(crate) networks: RefCell<HashSet<(u32, F::Addr)>>,
+    pub(crate) affinities: RefCell<HashMap<AffinityKey<F::Addr>, Affinity>>,
     /// Affinity of the frontends that are added from here on.
     pub(crate) affinity_seconds: Cell<u32>,
     /// Packets and bytes by service id.
@@ -72,46 +79,20 @@ pub(crate) struct Model {
     pub(crate) sockets: Told,
     ingress_gate: RefCell<HashMap<u32, u64>>,
     egress_gate: RefCell<HashMap<u32, u64>>,
-    work: RefCell<Work<Addr>>,
-}
-
-/// What the socket hooks have beside the other tables.
-pub(crate) struct Told {
-    pub(crate) settings: Cell<SocketSettings<Addr>>,
-    pub(crate) peers: RefCell<HashMap<(u8, PeerKey), Peer>>,
-    pub(crate) pods: RefCell<HashMap<u64, Addr>>,
-    pub(crate) is_full: Cell<bool>,
-}
-
-impl Default for Told {
-    fn default() -> Self {
-        let settings = SocketSettings {
-            host_namespace: HOST_NAMESPACE,
-            node: NODE,
-            loopback: [0; 4],
-            flags: 0,
-            zero: [0; 4],
-        };
-        Self {
-            settings: Cell::new(settings),
-            peers: RefCell::default(),
-            pods: RefCell::default(),
-            is_full: Cell::default(),
-        }
-    }
+    work: RefCell<Work<F::Addr>>,
 }
 
 /// An entry that shares its place with the table; it is read as it was when it was found.
-pub(crate) struct Live(Rc<Cell<Flow<Addr>>>, Flow<Addr>);
+pub(crate) struct Live<A>(Rc<Cell<Flow<A>>>, Flow<A>);
 
-impl Deref for Live {
-    type Target = Flow<Addr>;
-    fn deref(&self) -> &Flow<Addr> {
+impl<A> Deref for Live<A> {
+    type Target = Flow<A>;
+    fn deref(&self) -> &Flow<A> {
         &self.1
     }
 }
 
-impl Entry<Addr> for Live {
+impl<A: Address> Entry<A> for Live<A> {
     fn set_seen(&self, clock: u32) {
         self.0.set(Flow { seen: clock, ..self.0.get() });
     }
@@ -126,8 +107,30 @@ impl Entry<Addr> for Live {
 impl Model {
     /// A node with one uplink and a gateway; no services.
     pub(crate) fn new() -> Self {
+        Self::of(NODE)
+    }
+
+    /// A packet through XDP and, where it goes up and is routed, through tc egress; a reply of the backend on this node
+    /// through tc egress alone. Returns the packet that leaves.
+    pub(crate) fn through(&self, packet: &Packet<Addr>) -> Packet<Addr> {
+        if packet.key.src == LOCAL {
+            return rewritten(packet, &self.egress(packet));
+        }
+        let first = self.xdp(packet);
+        let half = rewritten(packet, &first);
+        match first.action {
+            Action::Transmit | Action::Redirect => half,
+            Action::Stack => rewritten(&half, &self.egress(&half)),
+            Action::Pass | Action::Drop(_) | Action::Reject(_) => panic!("not forwarded: {:?}", first.action),
+        }
+    }
+}
+
+impl<F: Family> Model<F> {
+    /// The same at another address.
+    pub(crate) fn of(node: F::Addr) -> Self {
         let uplink = Device {
-            snat: NODE,
+            snat: node,
             flags: device::TRANSMIT | device::REDIRECT | device::ETHERNET,
             mtu: 1500,
             mac: OUR_MAC,
@@ -144,14 +147,14 @@ impl Model {
                 policy_routing: 0,
                 echo: 1,
             }),
-            established: Flows::default(),
-            embryonic: Flows::default(),
+            established: Flows::<F::Addr>::default(),
+            embryonic: Flows::<F::Addr>::default(),
             known: RefCell::default(),
             established_max: Cell::new(usize::MAX),
             frontends: RefCell::default(),
             rings: RefCell::default(),
             backends: RefCell::new(vec![Backend {
-                addr: [0; 4],
+                addr: F::Addr::UNSPECIFIED,
                 port: [0; 2],
                 proto: 0,
                 flags: 0,
@@ -160,6 +163,7 @@ impl Model {
             }]),
             devices: RefCell::new(HashMap::from([(UPLINK, uplink)])),
             route: Cell::new(gateway()),
+            routes: RefCell::default(),
             refuse: Cell::new(0),
             fragments: RefCell::default(),
             taken: Cell::new(false),
@@ -174,25 +178,21 @@ impl Model {
             egress_gate: RefCell::default(),
             work: RefCell::new(Work { flow: Flow::ZERO, reply: Flow::ZERO, other_key: FlowKey::ZERO }),
         };
-        open(&model.ingress_gate, gate::snat_bit(NODE));
+        open(&model.ingress_gate, gate::snat_bit(node));
         model
     }
 
     /// Adds a backend and returns its id.
-    pub(crate) fn backend(&self, addr: Addr, proto: u8, is_local: bool) -> u32 {
+    pub(crate) fn backend(&self, addr: F::Addr, proto: u8, is_local: bool) -> u32 {
         let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
         let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
-        let mut backends = self.backends.borrow_mut();
-        backends.push(Backend { addr, port: TARGET, proto, flags, generation: 1, service: 1 });
-        open(&self.egress_gate, gate::backend_source_bit(addr, TARGET, proto));
-        if !is_local {
-            open(&self.egress_gate, gate::backend_destination_bit(addr, TARGET, proto));
-        }
-        backends.len() as u32 - 1
+        let id = self.backends.borrow().len() as u32;
+        self.set_backend(id, Backend { addr, port: TARGET, proto, flags, generation: 1, service: 1 });
+        id
     }
 
     /// Makes an address a frontend whose ring holds these backends in turn.
-    pub(crate) fn frontend(&self, addr: Addr, proto: u8, backends: &[u32], flags: u32) {
+    pub(crate) fn frontend(&self, addr: F::Addr, proto: u8, backends: &[u32], flags: u32) {
         let mut rings = self.rings.borrow_mut();
         let ring = rings.len() as u32;
         rings.extend(backends);
@@ -207,55 +207,73 @@ impl Model {
             flags,
             affinity_seconds: self.affinity_seconds.get(),
         };
-        self.frontends.borrow_mut().insert((addr, HTTP, proto), frontend);
-        open(&self.ingress_gate, gate::frontend_bit(addr, HTTP, proto));
+        self.set_frontend((addr, HTTP, proto), frontend);
+    }
+
+    /// Makes a place a frontend, and opens the gate for it.
+    pub(crate) fn set_frontend(&self, place: Place<F::Addr>, frontend: Frontend) {
+        let (addr, port, proto) = place;
+        self.frontends.borrow_mut().insert(place, frontend);
+        open(&self.ingress_gate, gate::frontend_bit(addr, port, proto));
         open(&self.ingress_gate, gate::address_bit(addr));
     }
 
     /// Writes what stands for an address as such.
-    pub(crate) fn address(&self, addr: Addr, value: Frontend) {
+    pub(crate) fn address(&self, addr: F::Addr, value: Frontend) {
         self.frontends.borrow_mut().insert((addr, [0; 2], 0), value);
         open(&self.ingress_gate, gate::frontend_bit(addr, [0; 2], 0));
     }
 
+    /// Writes a backend under an id, and opens the gates for it.
+    pub(crate) fn set_backend(&self, id: u32, backend: Backend<F::Addr>) {
+        let mut backends = self.backends.borrow_mut();
+        let (at, free) = (id as usize, backends[0]);
+        if backends.len() <= at {
+            backends.resize(at + 1, free);
+        }
+        backends[at] = backend;
+        let Backend { addr, port, proto, flags, .. } = backend;
+        open(&self.egress_gate, gate::backend_source_bit(addr, port, proto));
+        if flags & backend::LOCAL == 0 {
+            open(&self.egress_gate, gate::backend_destination_bit(addr, port, proto));
+        }
+    }
+
+    /// Makes an interface a managed one.
+    pub(crate) fn device(&self, ifindex: u32, device: Device<F::Addr>) {
+        self.devices.borrow_mut().insert(ifindex, device);
+        open(&self.ingress_gate, gate::snat_bit(device.snat));
+    }
+
+    /// Opens the gate for everything that is addressed to where an address is.
+    #[allow(dead_code, reason = "the lane that shares this file uses it")]
+    pub(crate) fn service_network(&self, addr: F::Addr) {
+        open(&self.ingress_gate, gate::service_network_bit(addr.network()));
+    }
+
     /// What XDP does with a packet.
-    pub(crate) fn xdp(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
-        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Xdp))
+    pub(crate) fn xdp(&self, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+        sound(packet, decide::ingress::<F, _>(self, packet, Hook::Xdp))
     }
 
     /// What tc ingress does with a packet.
-    pub(crate) fn tc(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
-        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Tc))
+    pub(crate) fn tc(&self, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+        sound(packet, decide::ingress::<F, _>(self, packet, Hook::Tc))
     }
 
     /// What a pod's device does with a packet that the pod sends.
-    pub(crate) fn pod(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
-        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Pod))
+    pub(crate) fn pod(&self, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+        sound(packet, decide::ingress::<F, _>(self, packet, Hook::Pod))
     }
 
     /// What tc egress does with a packet of the node's own, without socket hooks.
-    pub(crate) fn out(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
-        sound(packet, decide::ingress::<V4, _>(self, packet, Hook::Out))
+    pub(crate) fn out(&self, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+        sound(packet, decide::ingress::<F, _>(self, packet, Hook::Out))
     }
 
     /// What tc egress does with a packet.
-    pub(crate) fn egress(&self, packet: &Packet<Addr>) -> Verdict<Addr> {
-        sound(packet, decide::egress::<V4, _>(self, packet))
-    }
-
-    /// A packet through XDP and, where it goes up and is routed, through tc egress; a reply of the backend on this node
-    /// through tc egress alone. Returns the packet that leaves.
-    pub(crate) fn through(&self, packet: &Packet<Addr>) -> Packet<Addr> {
-        if packet.key.src == LOCAL {
-            return rewritten(packet, &self.egress(packet));
-        }
-        let first = self.xdp(packet);
-        let half = rewritten(packet, &first);
-        match first.action {
-            Action::Transmit | Action::Redirect => half,
-            Action::Stack => rewritten(&half, &self.egress(&half)),
-            Action::Pass | Action::Drop(_) | Action::Reject(_) => panic!("not forwarded: {:?}", first.action),
-        }
+    pub(crate) fn egress(&self, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+        sound(packet, decide::egress::<F, _>(self, packet))
     }
 
     /// How often something was counted.
@@ -275,14 +293,14 @@ impl Model {
         Reason::ALL.iter().map(|&reason| self.drops(reason)).sum()
     }
 
-    fn table(&self, table: Table) -> &Flows {
+    fn table(&self, table: Table) -> &Flows<F::Addr> {
         match table {
             Table::Established => &self.established,
             Table::Embryonic => &self.embryonic,
         }
     }
 
-    fn has_room(&self, table: Table, key: &Key) -> bool {
+    fn has_room(&self, table: Table, key: &FlowKey<F::Addr>) -> bool {
         let flows = self.table(table).borrow();
         table == Table::Embryonic || flows.contains_key(key) || flows.len() < self.established_max.get()
     }
@@ -294,9 +312,9 @@ impl Model {
     }
 }
 
-impl<'a> Tables<V4> for &'a Model {
-    type Entry = Live;
-    type Work = RefMut<'a, Work<Addr>>;
+impl<'a, F: Family> Tables<F> for &'a Model<F> {
+    type Entry = Live<F::Addr>;
+    type Work = RefMut<'a, Work<F::Addr>>;
 
     fn config(self) -> Config {
         self.config.get()
@@ -310,7 +328,7 @@ impl<'a> Tables<V4> for &'a Model {
     fn egress_gate(self, word: u32) -> u64 {
         self.egress_gate.borrow().get(&word).copied().unwrap_or(0)
     }
-    fn work(self) -> Option<RefMut<'a, Work<Addr>>> {
+    fn work(self) -> Option<RefMut<'a, Work<F::Addr>>> {
         Some(self.work.borrow_mut())
     }
     fn may_know(self, bit: u32) -> bool {
@@ -319,10 +337,10 @@ impl<'a> Tables<V4> for &'a Model {
     fn note_known(self, bit: u32) {
         self.known.borrow_mut().insert(bit);
     }
-    fn flow(self, table: Table, key: &Key) -> Option<Live> {
+    fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Live<F::Addr>> {
         self.table(table).borrow().get(key).map(|place| Live(place.clone(), place.get()))
     }
-    fn insert(self, table: Table, key: &Key, flow: &Flow<Addr>) -> Insertion {
+    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
         if self.taken.get() {
             self.asked.borrow_mut().insert(*key);
             return Insertion::Exists;
@@ -337,7 +355,7 @@ impl<'a> Tables<V4> for &'a Model {
         flows.insert(*key, Rc::new(Cell::new(*flow)));
         Insertion::Done
     }
-    fn store(self, table: Table, key: &Key, flow: &Flow<Addr>) -> bool {
+    fn store(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> bool {
         if table == Table::Established {
             assert!(self.known.borrow().contains(&select::known_bit(key)), "noted before it is there");
         }
@@ -347,25 +365,25 @@ impl<'a> Tables<V4> for &'a Model {
         self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(*flow)));
         true
     }
-    fn remove(self, table: Table, key: &Key) {
+    fn remove(self, table: Table, key: &FlowKey<F::Addr>) {
         self.table(table).borrow_mut().remove(key);
     }
-    fn frontend(self, key: &FrontendKey<Addr>) -> Option<Frontend> {
+    fn frontend(self, key: &FrontendKey<F::Addr>) -> Option<Frontend> {
         self.frontends.borrow().get(&(key.addr, key.port, key.proto)).copied()
     }
     fn ring(self, slot: u32) -> u32 {
         self.rings.borrow().get(slot as usize).copied().unwrap_or(0)
     }
-    fn backend(self, id: u32) -> Option<Backend<Addr>> {
+    fn backend(self, id: u32) -> Option<Backend<F::Addr>> {
         self.backends.borrow().get(id as usize).copied().filter(|backend| backend.proto != 0)
     }
-    fn network(self, owner: u32, addr: Addr) -> bool {
+    fn network(self, owner: u32, addr: F::Addr) -> bool {
         self.networks.borrow().contains(&(owner, addr))
     }
-    fn affinity(self, key: &AffinityKey<Addr>) -> Option<Affinity> {
+    fn affinity(self, key: &AffinityKey<F::Addr>) -> Option<Affinity> {
         self.affinities.borrow().get(key).copied()
     }
-    fn set_affinity(self, key: &AffinityKey<Addr>, affinity: &Affinity) -> bool {
+    fn set_affinity(self, key: &AffinityKey<F::Addr>, affinity: &Affinity) -> bool {
         self.affinities.borrow_mut().insert(*key, *affinity);
         true
     }
@@ -374,11 +392,11 @@ impl<'a> Tables<V4> for &'a Model {
         let (packets, sum) = accounts.entry(service).or_default();
         (*packets, *sum) = (*packets + 1, *sum + u64::from(bytes));
     }
-    fn device(self, ifindex: u32) -> Option<Device<Addr>> {
+    fn device(self, ifindex: u32) -> Option<Device<F::Addr>> {
         self.devices.borrow().get(&ifindex).copied()
     }
-    fn route(self, _ifindex: u32, _src: Addr, _dst: Addr, _tos: u8, _proto: u8) -> Route {
-        self.route.get()
+    fn route(self, _ifindex: u32, _src: F::Addr, dst: F::Addr, _tos: u8, _proto: u8) -> Route {
+        self.routes.borrow().get(&dst).copied().unwrap_or(self.route.get())
     }
     fn count(self, counter: Counter) {
         *self.counters.borrow_mut().entry(counter.index()).or_default() += 1;
@@ -435,14 +453,14 @@ fn packet(src: Addr, sport: [u8; 2], dst: Addr, dport: [u8; 2], proto: u8, tcp_f
 }
 
 /// The finished checksum of a packet whose payload sums up to a constant.
-fn finished(packet: &Packet<Addr>) -> u16 {
+fn finished<A: Address>(packet: &Packet<A>) -> u16 {
     const PAYLOAD: u32 = 0x1234;
     let pseudo = checksum::pseudo_header(packet.key.addresses_sum(), packet.key.proto, packet.l4_len);
     !checksum::fold(checksum::fold(pseudo as u32 + packet.key.ports_sum()) as u32 + PAYLOAD)
 }
 
 /// The packet after a verdict, its checksum updated by the verdict's deltas.
-pub(crate) fn rewritten(packet: &Packet<Addr>, verdict: &Verdict<Addr>) -> Packet<Addr> {
+pub(crate) fn rewritten<A: Address>(packet: &Packet<A>, verdict: &Verdict<A>) -> Packet<A> {
     if matches!(verdict.action, Action::Pass | Action::Drop(_) | Action::Reject(_)) {
         return *packet;
     }
@@ -458,7 +476,7 @@ pub(crate) fn rewritten(packet: &Packet<Addr>, verdict: &Verdict<Addr>) -> Packe
 }
 
 /// Checks what must hold of every verdict: its deltas are those of its translation.
-fn sound(packet: &Packet<Addr>, verdict: Verdict<Addr>) -> Verdict<Addr> {
+fn sound<A: Address>(packet: &Packet<A>, verdict: Verdict<A>) -> Verdict<A> {
     let after = rewritten(packet, &verdict);
     if packet.check == finished(packet) {
         assert_eq!(after.check, finished(&after), "checksum after {verdict:?} of {packet:?}");

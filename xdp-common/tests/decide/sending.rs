@@ -150,7 +150,7 @@ fn a_flow_that_comes_in_by_another_interface_leaves_by_the_one_its_route_names()
     const OTHER: u32 = UPLINK + 1;
     let (model, _) = established();
     let other = Device { mac: [2, 0, 0, 0, 0, 3], ..model.devices.borrow()[&UPLINK] };
-    model.devices.borrow_mut().insert(OTHER, other);
+    model.device(OTHER, other);
     let refreshed = model.events(Event::HopRefreshed);
     for (ifindex, action) in [
         (UPLINK, Action::Transmit),

@@ -1,0 +1,184 @@
+//! What a verdict makes of the bytes of a frame, computed another way than the programs do; and what must hold of every
+//! frame that a program has changed, whatever the verdict was.
+
+use etherparse::IpSlice;
+use xdp_common::{
+    answer::{self, Answer, Finisher},
+    frame::{Packet, TCP_CHECK, UDP_CHECK},
+    net::{Address, Family as _, TCP, UDP, V4},
+    verdict::{Action, Verdict},
+};
+
+use crate::{
+    family::{Family, Hosts},
+    frames::{ETHERNET, words_sum},
+    node::Hook,
+};
+
+/// Longest part of a frame that answers look at: Ethernet, IPv6 and TCP headers, in whole words.
+const HEAD: usize = 80;
+
+/// The frame after a verdict, and whether a refused packet is answered.
+pub(crate) fn applied<F: Hosts + Answer>(
+    hook: Hook,
+    frame: &[u8],
+    packet: &Packet<F::Addr>,
+    verdict: &Verdict<F::Addr>,
+) -> (Vec<u8>, bool) {
+    match verdict.action {
+        Action::Pass | Action::Drop(_) => (frame.to_vec(), false),
+        Action::Reject(_) => match answered::<F>(hook, frame, packet) {
+            Some(answer) => (answer, true),
+            None => (frame.to_vec(), false),
+        },
+        Action::Stack => (rewritten::<F>(frame, packet, verdict), false),
+        Action::Transmit | Action::Redirect => {
+            let mut out = rewritten::<F>(frame, packet, verdict);
+            out[0..6].copy_from_slice(&verdict.hop.dmac);
+            out[6..12].copy_from_slice(&verdict.hop.smac);
+            let ttl_at = ETHERNET + if F::FAMILY == Family::V4 { 8 } else { 7 };
+            // Time to live and protocol share a word.
+            replace(&mut out, ttl_at, &[packet.ttl - 1], ip_check::<F>().as_slice());
+            (out, false)
+        }
+    }
+}
+
+fn ip_check<F: Hosts>() -> Option<usize> {
+    (F::FAMILY == Family::V4).then_some(ETHERNET + 10)
+}
+
+fn answered<F: Hosts + Answer>(hook: Hook, frame: &[u8], packet: &Packet<F::Addr>) -> Option<Vec<u8>> {
+    if usize::from(packet.l4_offset) != ETHERNET + F::LEN {
+        return None;
+    }
+    let mut head = [0; HEAD];
+    let seen = frame.len().min(HEAD);
+    head[..seen].copy_from_slice(&frame[..seen]);
+    let finisher = match hook {
+        Hook::Xdp | Hook::XdpFrags => Finisher::Nobody,
+        Hook::TcIngress | Hook::TcEgress => Finisher::Device,
+    };
+    if packet.key.proto == TCP {
+        let mut out = vec![0; answer::reset_len::<F>()];
+        answer::reset::<F, _>(&head, packet.l4_len, finisher, &mut out).then_some(out)
+    } else {
+        let mut out = vec![0; answer::unreachable_len::<F>()];
+        answer::unreachable::<F, _>(&head, finisher, &mut out);
+        Some(out)
+    }
+}
+
+fn rewritten<F: Hosts>(frame: &[u8], packet: &Packet<F::Addr>, verdict: &Verdict<F::Addr>) -> Vec<u8> {
+    let (mut out, to) = (frame.to_vec(), verdict.rewrite);
+    let len = F::Addr::LEN;
+    let addrs = ETHERNET + if F::FAMILY == Family::V4 { 12 } else { 8 };
+    let l4 = usize::from(packet.l4_offset);
+    let is_udp = packet.key.proto == UDP;
+    let check_at = l4 + if is_udp { UDP_CHECK } else { TCP_CHECK };
+    let has_check = !is_udp || frame[check_at..check_at + 2] != [0, 0];
+    let mut checks: Vec<usize> = has_check.then_some(check_at).into_iter().collect();
+    replace(&mut out, l4, &[to.sport, to.dport].concat(), &checks);
+    checks.extend(ip_check::<F>());
+    let (src, dst) = (octets::<F>(to.src), octets::<F>(to.dst));
+    replace(&mut out, addrs, &[&src[..len], &dst[..len]].concat(), &checks);
+    if is_udp && has_check && out[check_at..check_at + 2] == [0, 0] {
+        out[check_at..check_at + 2].fill(0xff);
+    }
+    out
+}
+
+fn octets<F: Hosts>(addr: F::Addr) -> [u8; 16] {
+    let wide = addr.wide().octets();
+    if F::FAMILY == Family::V6 {
+        return wide;
+    }
+    let mut octets = [0; 16];
+    octets[..4].copy_from_slice(&wide[12..]);
+    octets
+}
+
+/// Writes bytes and updates the checksums at these offsets by the words around them (RFC 1624, equation 3).
+fn replace(frame: &mut [u8], at: usize, bytes: &[u8], checks: &[usize]) {
+    let (from, to) = (at & !1, (at + bytes.len()).next_multiple_of(2));
+    let before = words_sum(&frame[from..to]);
+    frame[at..at + bytes.len()].copy_from_slice(bytes);
+    let after = words_sum(&frame[from..to]);
+    for &check in checks {
+        let old = u16::from_be_bytes([frame[check], frame[check + 1]]);
+        let new = !words_sum(&[!old, !before, after].map(u16::to_be_bytes).concat());
+        frame[check..check + 2].copy_from_slice(&new.to_be_bytes());
+    }
+}
+
+/// Whether a frame holds a whole ICMP message, of either version.
+pub(crate) fn is_icmp(frame: &[u8]) -> bool {
+    let ip = frame.get(ETHERNET..).and_then(|ip| IpSlice::from_slice(ip).ok());
+    ip.is_some_and(|ip| matches!(ip.payload().ip_number.0, 1 | 58))
+}
+
+/// Where a frame has its checksums, and which of them are right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Checked {
+    /// That of the IPv4 header; right where there is none.
+    pub(crate) ip: bool,
+    /// That of TCP, UDP or ICMP; right where a UDP datagram goes without.
+    pub(crate) l4: bool,
+}
+
+/// Looks at an IP packet in a frame; nothing when lengths contradict each other or the frame, or it carries something
+/// else.
+pub(crate) fn checked(frame: &[u8]) -> Option<Checked> {
+    let ip = IpSlice::from_slice(frame.get(ETHERNET..)?).ok()?;
+    let payload = ip.payload();
+    let proto = payload.ip_number.0;
+    let (ip_sum, addrs) = match &ip {
+        IpSlice::Ipv4(v4) => {
+            let header = v4.header();
+            let addrs = [header.source(), header.destination()].concat();
+            (words_sum(header.slice()), addrs)
+        }
+        IpSlice::Ipv6(v6) => {
+            let header = v6.header();
+            (u16::MAX, [header.source(), header.destination()].concat())
+        }
+    };
+    let at = match proto {
+        TCP => TCP_CHECK,
+        UDP => UDP_CHECK,
+        1 | 58 => 2,
+        _ => return None,
+    };
+    let bytes = payload.payload;
+    let check = bytes.get(at..at + 2)?;
+    let has_pseudo_header = proto != 1;
+    let mut sum = words_sum(bytes);
+    if has_pseudo_header {
+        let len = (bytes.len() as u16).to_be_bytes();
+        sum = words_sum(&[&addrs[..], &len[..], &[0, proto], &sum.to_be_bytes()].concat());
+    }
+    let is_absent = proto == UDP && check == [0, 0];
+    Some(Checked { ip: ip_sum == u16::MAX, l4: is_absent || sum == u16::MAX })
+}
+
+/// Whether two frames are the same but for checksums that have two forms of zero (RFC 1071): all zeros and all ones.
+pub(crate) fn same(a: &[u8], b: &[u8], packet_l4: usize, proto: u8) -> bool {
+    if a == b {
+        return true;
+    }
+    let l4_check = packet_l4 + if proto == UDP { UDP_CHECK } else { TCP_CHECK };
+    let ip_check = ETHERNET + 10;
+    let is_v4 = a.get(12..14) == Some(&V4::ETHERTYPE.to_be_bytes()[..]);
+    let mut a = a.to_vec();
+    if a.len() != b.len() {
+        return false;
+    }
+    for at in [Some(l4_check), is_v4.then_some(ip_check)].into_iter().flatten() {
+        let pair = |frame: &[u8]| frame.get(at..at + 2).map(|pair| [pair[0], pair[1]]);
+        let zeros = [Some([0, 0]), Some([0xff, 0xff])];
+        if zeros.contains(&pair(&a)) && zeros.contains(&pair(b)) && (proto != UDP || at == ip_check) {
+            a[at..at + 2].copy_from_slice(&b[at..at + 2]);
+        }
+    }
+    a == b
+}

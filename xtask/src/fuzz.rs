@@ -1,0 +1,68 @@
+//! `fuzz`: the comparison of the loaded programs with the host's decision, for longer than a test run has time.
+
+use crate::build;
+use crate::host;
+use crate::process;
+use crate::test;
+use crate::workspace::Workspace;
+use anyhow::{Context, Result, bail};
+
+/// Mutated frames, and pairs of a random state and a packet, when nothing else is asked for.
+const FRAMES: u64 = 10_000_000;
+const PAIRS: u64 = 1_000_000;
+
+#[derive(Debug, PartialEq, Eq)]
+struct Asked {
+    frames: u64,
+    pairs: u64,
+    /// That of the tests, or another one.
+    seed: Option<u64>,
+}
+
+pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
+    let asked = parse(args)?;
+    host::can_become_root("fuzz")?;
+    build::release_agent(workspace)?;
+    let mut command = process::cargo(workspace);
+    command.args(["test", "--release"]).args(test::PROG_RUN).args(["--", "--nocapture", "agreement::"]);
+    command.env("XDP_AGENT_FUZZ_FRAMES", asked.frames.to_string());
+    command.env("XDP_AGENT_FUZZ_PAIRS", asked.pairs.to_string());
+    if let Some(seed) = asked.seed {
+        command.env("XDP_AGENT_FUZZ_SEED", seed.to_string());
+    }
+    process::run(&mut command)
+}
+
+fn parse(args: &[String]) -> Result<Asked> {
+    let mut asked = Asked { frames: FRAMES, pairs: PAIRS, seed: None };
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut number = || -> Result<u64> {
+            let value = args.next().with_context(|| format!("`{arg}` needs a number"))?;
+            value.parse().with_context(|| format!("`{arg} {value}`"))
+        };
+        match arg.as_str() {
+            "--frames" => asked.frames = number()?,
+            "--pairs" => asked.pairs = number()?,
+            "--seed" => asked.seed = Some(number()?),
+            other => bail!("`fuzz` does not know `{other}`; it takes --frames N, --pairs N and --seed N"),
+        }
+    }
+    Ok(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_taken_and_everything_else_is_refused() {
+        let parse = |args: &[&str]| parse(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>());
+        assert_eq!(parse(&[]).unwrap(), Asked { frames: FRAMES, pairs: PAIRS, seed: None });
+        let asked = parse(&["--seed", "7", "--frames", "100", "--pairs", "5"]).unwrap();
+        assert_eq!(asked, Asked { frames: 100, pairs: 5, seed: Some(7) });
+        for wrong in [&["--frames"][..], &["--frames", "many"], &["100"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
