@@ -65,8 +65,8 @@ pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Resu
         archive.copy(name, binary)?;
     }
     archive.file("run.list", list.as_bytes());
-    if request.lanes.contains(&Lane::Netns) {
-        // It is started by tests of that lane, at the path where cargo has built it.
+    if request.lanes.contains(&Lane::Netns) || request.lanes.contains(&Lane::Image) {
+        // It is started by tests of these lanes, at the path where cargo has built it.
         let caller = program("caller")?;
         archive.copy(&caller.to_string_lossy(), &caller)?;
     }
