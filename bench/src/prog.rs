@@ -16,11 +16,12 @@ use aya::{
     maps::{Array, HashMap, MapData, PerCpuArray, ProgramArray},
     programs::{TestRun, TestRunOptions, Xdp},
 };
+use xdp_agent::attach::programs::load_xdp;
 use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
     conntrack::opposite,
     gate,
-    net::{FlowKey, Plain, TCP, V4, V6},
+    net::{Family, FlowKey, Plain, TCP, V4, V6},
     tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, device, frontend},
     verdict::{Counter, Event, Reason},
 };
@@ -57,6 +58,10 @@ struct Raw<T>(T);
 
 // SAFETY: `Plain` has proven at compile time that the type has no padding, and holds no invalid bit patterns.
 unsafe impl<T: Plain> Pod for Raw<T> {}
+
+/// A table of flows in the kernel.
+type FlowMap<'a, F> =
+    HashMap<&'a mut MapData, Raw<FlowKey<<F as Family>::Addr>>, Raw<Flow<<F as Family>::Addr>>>;
 
 /// What the wrapper replays; as in the lab's object.
 #[repr(C)]
@@ -193,10 +198,14 @@ struct Bench {
 
 impl Bench {
     fn new(ifindex: u32, mac: [u8; 6], flows: u32) -> Result<Self> {
-        let mut product = load("xdp-ebpf", &["xdp_ingress"])?;
-        let mut lab = load("xdp-lab", &["replay", "limit", "xdp_drop"])?;
+        let mut product = load("xdp-ebpf")?;
+        load_xdp(&mut product, "xdp_ingress")?;
+        let mut lab = load("xdp-lab")?;
+        for name in ["replay", "limit", "xdp_drop"] {
+            program(&mut lab, name)?.load().with_context(|| format!("loading the program {name}"))?;
+        }
         let (entries, _) = traffic::flows::<V4>(flows, ifindex, mac);
-        let mut limit: HashMap<_, Raw<FlowKey<[u8; 4]>>, Raw<Flow<[u8; 4]>>> = map(&mut lab, "LIMIT")?;
+        let mut limit: FlowMap<'_, V4> = map(&mut lab, "LIMIT")?;
         for (key, flow) in entries {
             limit.insert(Raw(key), Raw(flow), 0).context("filling the table of the limit")?;
         }
@@ -353,8 +362,7 @@ fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8;
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
     let (entries, known) = traffic::flows::<F>(flows, ifindex, mac);
-    let mut established: HashMap<_, Raw<FlowKey<F::Addr>>, Raw<Flow<F::Addr>>> =
-        map(product, maps.established.name)?;
+    let mut established: FlowMap<'_, F> = map(product, maps.established.name)?;
     for (key, flow) in entries {
         established.insert(Raw(key), Raw(flow), 0).context("filling the established table")?;
     }
@@ -399,17 +407,13 @@ fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8;
     Ok(())
 }
 
-fn load(object: &str, programs: &[&str]) -> Result<Ebpf> {
+fn load(object: &str) -> Result<Ebpf> {
     let directory =
         env::var_os("XDP_AGENT_BPF_DIR").map_or_else(|| PathBuf::from("target/bpf"), PathBuf::from);
     let path = directory.join(object);
-    let mut loaded = EbpfLoader::new()
+    EbpfLoader::new()
         .load_file(&path)
-        .with_context(|| format!("loading {}: run `cargo xtask build` first", path.display()))?;
-    for name in programs {
-        program(&mut loaded, name)?.load().with_context(|| format!("loading the program {name}"))?;
-    }
-    Ok(loaded)
+        .with_context(|| format!("loading {}: run `cargo xtask build` first", path.display()))
 }
 
 fn program<'a>(object: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {

@@ -204,6 +204,7 @@ fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     let shared = shared
         .into_iter()
         .chain([(&tables::HELD, Layout { key: 0, value: 0 }), reserved::PINNED])
+        .chain([(&tables::XDP_NEXT, of::<u32, u32>()), (&tables::XDP_NEXT_FRAGS, of::<u32, u32>())])
         .chain(sockets::PINNED);
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
@@ -347,7 +348,7 @@ fn take(ebpf: &mut Ebpf, spec: &MapSpec) -> anyhow::Result<Map> {
     ebpf.take_map(spec.name).with_context(|| missing(spec))
 }
 
-fn missing(spec: &MapSpec) -> String {
+pub(crate) fn missing(spec: &MapSpec) -> String {
     format!(
         "the BPF object has no map {}; it is of another version, build it with `cargo xtask build`",
         spec.name

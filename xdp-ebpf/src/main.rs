@@ -15,12 +15,13 @@ mod socket;
 mod sockets;
 #[cfg(feature = "trace")]
 mod trace;
+mod xdp;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
-    macros::{classifier, map, xdp},
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    macros::{classifier, map},
     maps::{Array, PerCpuArray, RingBuf},
-    programs::{TcContext, XdpContext},
+    programs::TcContext,
 };
 use xdp_common::{
     answer::AnswerFrame,
@@ -36,8 +37,8 @@ use xdp_common::{
 use crate::{
     family::{Found, Maps},
     fragments::fragment,
-    maps::{Kernel, count, parse, place},
-    packet::{Wire, XdpFrame},
+    maps::{Kernel, count, place},
+    packet::Wire,
     skb::{TcFrame, Turn},
 };
 
@@ -56,65 +57,6 @@ static HOLDS: PerCpuArray<Hold> = PerCpuArray::with_max_entries(tables::HOLDS.en
 #[map]
 static RESERVED_PORTS: Array<u64> = Array::with_max_entries(tables::RESERVED_PORTS.entries, 0);
 
-/// XDP on a managed interface.
-#[xdp]
-pub(crate) fn xdp_ingress(ctx: XdpContext) -> u32 {
-    xdp::<false>(ctx.ctx)
-}
-
-/// The same for drivers that hand over long frames in several buffers; the headers are always in the first.
-#[xdp(frags)]
-pub(crate) fn xdp_ingress_frags(ctx: XdpContext) -> u32 {
-    xdp::<true>(ctx.ctx)
-}
-
-#[inline(always)] // the two entry points differ in their section only
-fn xdp<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
-    // What is no TCP or UDP goes on beside their functions, not below: those need the whole stack.
-    match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
-        V4::ETHERTYPE => match xdp_of::<V4, FRAGS>(ctx) {
-            OTHER => icmp::xdp::<V4, FRAGS>(ctx),
-            action => action,
-        },
-        V6::ETHERTYPE => match xdp_of::<V6, FRAGS>(ctx) {
-            OTHER => icmp::xdp::<V6, FRAGS>(ctx),
-            action => action,
-        },
-        _ => xdp_action::XDP_PASS,
-    }
-}
-
-/// No action of the kernel's: the frame holds neither TCP nor UDP that can be read.
-const OTHER: u32 = u32::MAX;
-
-#[inline(never)] // each family has the stack of 512 bytes to itself
-fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
-    let frame = &XdpFrame::new(ctx, FRAGS);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return OTHER };
-    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
-    #[cfg(feature = "trace")]
-    trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
-    match verdict.action {
-        Action::Pass => xdp_action::XDP_PASS,
-        Action::Drop(_) => xdp_action::XDP_DROP,
-        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
-        Action::Stack => {
-            F::rewrite(frame, packet, &verdict.rewrite);
-            xdp_action::XDP_PASS
-        }
-        Action::Transmit => {
-            F::address(frame, packet, &verdict.hop);
-            F::rewrite(frame, packet, &verdict.rewrite);
-            xdp_action::XDP_TX
-        }
-        Action::Redirect => {
-            F::address(frame, packet, &verdict.hop);
-            F::rewrite(frame, packet, &verdict.rewrite);
-            frame.redirect(verdict.hop.ifindex)
-        }
-    }
-}
-
 /// tc ingress behind XDP: frames whose checksum their sender left to the device, and fragments.
 #[classifier]
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
@@ -130,7 +72,7 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
     }
 }
 
-#[inline(never)] // as for XDP
+#[inline(never)] // each family has the stack of 512 bytes to itself
 fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
@@ -158,7 +100,7 @@ pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
     }
 }
 
-#[inline(never)] // as for XDP
+#[inline(never)] // as above
 fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };

@@ -112,12 +112,11 @@ pub(super) fn forward<F: Traffic>(
     (key, flow)
 }
 
+/// Flows by their keys.
+pub(super) type FlowTable<A> = HashMap<FlowKey<A>, Flow<A>>;
+
 /// Both halves of so many flows, and the words of the bits that say which keys are known.
-pub(super) fn flows<F: Traffic>(
-    flows: u32,
-    ifindex: u32,
-    mac: [u8; 6],
-) -> (HashMap<FlowKey<F::Addr>, Flow<F::Addr>>, Vec<u64>) {
+pub(super) fn flows<F: Traffic>(flows: u32, ifindex: u32, mac: [u8; 6]) -> (FlowTable<F::Addr>, Vec<u64>) {
     let mut entries = HashMap::new();
     let mut known = vec![0u64; tables::KNOWN_WORDS as usize];
     for index in 0..flows {

@@ -6,6 +6,7 @@ use aya::{
     Ebpf, EbpfLoader,
     programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, Xdp},
 };
+use xdp_agent::attach::programs::load_xdp;
 use xdp_agent_tests::lab::{self, netns::Namespace};
 use xdp_common::{
     answer::AnswerFrame,
@@ -153,19 +154,17 @@ fn run(
         ctx_in: Some(context),
         ..TestRunOptions::default()
     };
-    let failed = |error| panic!("loading {}: {error}", hook.name());
     let result = match hook {
         Hook::Xdp | Hook::XdpFrags => {
+            load_xdp(object, hook.name())
+                .unwrap_or_else(|error| panic!("loading {}: {error:#}", hook.name()));
             let program: &mut Xdp = program(object, hook);
-            if program.fd().is_err() {
-                program.load().unwrap_or_else(failed);
-            }
             program.test_run(options)
         }
         Hook::TcIngress | Hook::TcEgress => {
             let program: &mut SchedClassifier = program(object, hook);
             if program.fd().is_err() {
-                program.load().unwrap_or_else(failed);
+                program.load().unwrap_or_else(|error| panic!("loading {}: {error}", hook.name()));
             }
             program.test_run(options)
         }

@@ -8,17 +8,20 @@ use std::{
 use anyhow::{Context, bail};
 use aya::{
     Ebpf,
+    maps::ProgramArray,
     programs::{
         CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs,
         tc::SchedClassifierLink,
     },
 };
 use tracing::debug;
+use xdp_common::tables::{self, next};
 
 use super::legacy;
 use crate::{
     bpf::{self, AttachType},
     host::Link,
+    maps,
 };
 
 /// The programs of the object.
@@ -85,11 +88,8 @@ impl Programs {
     /// # Errors
     /// When the kernel refuses it.
     pub fn xdp(&mut self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
-        let program: &mut Xdp = self.ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
-        if program.fd().is_err() {
-            program.load().map_err(|error| refused(name, error))?;
-        }
-        Ok(program.fd()?.as_fd())
+        load_xdp(&mut self.ebpf, name)?;
+        Ok(xdp(&mut self.ebpf, name)?.fd()?.as_fd())
     }
 
     /// A tc program.
@@ -141,6 +141,37 @@ impl Programs {
     pub(super) fn keep_legacy(mut self) {
         self.legacy.drain(..).for_each(std::mem::forget);
     }
+}
+
+/// The programs that XDP goes on to, by slot, without and with frags.
+const NEXT: [(u32, &str, &str); next::ALL.len()] =
+    [(next::V6, "xdp_v6", "xdp_v6_frags"), (next::ICMP, "xdp_icmp", "xdp_icmp_frags")];
+
+/// Loads an XDP program of an object, if it is not loaded, and before it those that it goes on to.
+///
+/// # Errors
+/// When the kernel refuses one.
+pub fn load_xdp(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<()> {
+    if xdp(ebpf, name)?.fd().is_ok() {
+        return Ok(());
+    }
+    let has_frags = name.ends_with("_frags");
+    let spec = if has_frags { &tables::XDP_NEXT_FRAGS } else { &tables::XDP_NEXT };
+    for (slot, plain, frags) in NEXT {
+        let name = if has_frags { frags } else { plain };
+        let program = xdp(ebpf, name)?;
+        program.load().map_err(|error| refused(name, error))?;
+        let fd = program.fd()?.try_clone()?;
+        let map = ebpf.map_mut(spec.name).with_context(|| maps::missing(spec))?;
+        ProgramArray::try_from(map)?
+            .set(slot, &fd, 0)
+            .with_context(|| format!("cannot put {name} where XDP goes on to it"))?;
+    }
+    xdp(ebpf, name)?.load().map_err(|error| refused(name, error))
+}
+
+fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+    Ok(ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?)
 }
 
 /// Whether a program is among the tc programs of an interface.

@@ -131,6 +131,33 @@ pub const HOLDS: MapSpec = MapSpec { name: "HOLDS", entries: 1 };
 /// A bit for each port that the agent keeps from the kernel's choice; for agents only.
 pub const RESERVED_PORTS: MapSpec = MapSpec { name: "RESERVED_PORTS", entries: 1 << 10 };
 
+/// Programs that XDP goes on to. Pinned, because the kernel empties such a table once no process has it open, whatever is
+/// attached.
+pub const XDP_NEXT: MapSpec = MapSpec { name: "XDP_NEXT", entries: next::ALL.len() as u32 };
+/// Those for drivers that hand over long frames in several buffers: a table takes programs of one kind.
+pub const XDP_NEXT_FRAGS: MapSpec = MapSpec { name: "XDP_NEXT_FRAGS", entries: XDP_NEXT.entries };
+
+/// Slots of [`XDP_NEXT`].
+pub mod next {
+    /// TCP and UDP over IPv6.
+    pub const V6: u32 = 0;
+    /// What is neither.
+    pub const ICMP: u32 = 1;
+    /// All of them.
+    pub const ALL: [u32; 2] = [V6, ICMP];
+}
+
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 9] =
-    [&ANSWERS, &CONFIG, &COUNTERS, &HELD, &HOLDS, &UDP_PEERS, &TCP_PEERS, &SOCKET_COUNTERS, &RESERVED_PORTS];
+pub const SHARED: [&MapSpec; 11] = [
+    &ANSWERS,
+    &CONFIG,
+    &COUNTERS,
+    &HELD,
+    &HOLDS,
+    &UDP_PEERS,
+    &TCP_PEERS,
+    &SOCKET_COUNTERS,
+    &RESERVED_PORTS,
+    &XDP_NEXT,
+    &XDP_NEXT_FRAGS,
+];

@@ -1,0 +1,137 @@
+//! XDP on a managed interface: TCP and UDP over IPv4, and the programs that it goes on to with all else.
+//!
+//! A program each, because a call and its return cost a packet some 8 ns where the kernel guards returns against
+//! speculation; a tail call with a constant slot is a jump. Nothing is handed over but the frame.
+
+use aya_ebpf::{
+    bindings::{xdp_action, xdp_md},
+    macros::{map, xdp},
+    maps::ProgramArray,
+    programs::XdpContext,
+};
+use xdp_common::{
+    decide::{self, Hook},
+    frame::{self, Parsed},
+    net::{Family, V4, V6},
+    tables::{self, next},
+    verdict::{Action, Counter, Event},
+};
+
+#[cfg(feature = "trace")]
+use crate::trace;
+use crate::{
+    answer,
+    family::Maps,
+    icmp,
+    maps::{Kernel, count, place},
+    packet::{Wire, XdpFrame},
+};
+
+#[map]
+static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(tables::XDP_NEXT.entries, 0);
+#[map]
+static XDP_NEXT_FRAGS: ProgramArray = ProgramArray::with_max_entries(tables::XDP_NEXT_FRAGS.entries, 0);
+
+/// XDP on a managed interface.
+#[xdp]
+pub(crate) fn xdp_ingress(ctx: XdpContext) -> u32 {
+    ingress::<false>(ctx.ctx)
+}
+
+/// The same for drivers that hand over long frames in several buffers; the headers are always in the first.
+#[xdp(frags)]
+pub(crate) fn xdp_ingress_frags(ctx: XdpContext) -> u32 {
+    ingress::<true>(ctx.ctx)
+}
+
+/// TCP and UDP over IPv6.
+#[xdp]
+pub(crate) fn xdp_v6(ctx: XdpContext) -> u32 {
+    transport::<V6, false>(ctx.ctx)
+}
+
+/// The same for long frames.
+#[xdp(frags)]
+pub(crate) fn xdp_v6_frags(ctx: XdpContext) -> u32 {
+    transport::<V6, true>(ctx.ctx)
+}
+
+/// What is neither TCP nor UDP.
+#[xdp]
+pub(crate) fn xdp_icmp(ctx: XdpContext) -> u32 {
+    messages::<false>(ctx.ctx)
+}
+
+/// The same for long frames.
+#[xdp(frags)]
+pub(crate) fn xdp_icmp_frags(ctx: XdpContext) -> u32 {
+    messages::<true>(ctx.ctx)
+}
+
+#[inline(always)] // the two entry points differ in their section only
+fn ingress<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
+        V4::ETHERTYPE => transport::<V4, FRAGS>(ctx),
+        V6::ETHERTYPE => go_on::<FRAGS>(ctx, next::V6),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(always)] // the whole of a program
+fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let Some(place) = place::<F>() else { return xdp_action::XDP_PASS };
+    let packet = match F::parse(frame, frame.ifindex()) {
+        Parsed::Packet(packet) => {
+            *place = packet;
+            &*place
+        }
+        Parsed::Other => return go_on::<FRAGS>(ctx, next::ICMP),
+        // For tc ingress, which the kernel gives them next.
+        Parsed::Fragment => return xdp_action::XDP_PASS,
+        Parsed::Malformed => {
+            count(Counter::Event(Event::Malformed));
+            return xdp_action::XDP_PASS;
+        }
+    };
+    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
+    #[cfg(feature = "trace")]
+    trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
+    match verdict.action {
+        Action::Pass => xdp_action::XDP_PASS,
+        Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
+        Action::Stack => {
+            F::rewrite(frame, packet, &verdict.rewrite);
+            xdp_action::XDP_PASS
+        }
+        Action::Transmit => {
+            F::address(frame, packet, &verdict.hop);
+            F::rewrite(frame, packet, &verdict.rewrite);
+            xdp_action::XDP_TX
+        }
+        Action::Redirect => {
+            F::address(frame, packet, &verdict.hop);
+            F::rewrite(frame, packet, &verdict.rewrite);
+            frame.redirect(verdict.hop.ifindex)
+        }
+    }
+}
+
+#[inline(always)] // as for `ingress`
+fn messages<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
+        V4::ETHERTYPE => icmp::xdp::<V4, FRAGS>(ctx),
+        V6::ETHERTYPE => icmp::xdp::<V6, FRAGS>(ctx),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+/// Hands the frame to another program; without one in the slot it is the kernel's.
+#[inline(always)] // two instructions
+fn go_on<const FRAGS: bool>(ctx: *mut xdp_md, slot: u32) -> u32 {
+    let programs = if FRAGS { &XDP_NEXT_FRAGS } else { &XDP_NEXT };
+    // SAFETY: a tail call; what follows runs only when the slot is empty.
+    unsafe { programs.tail_call(&XdpContext::new(ctx), slot) };
+    xdp_action::XDP_PASS
+}
