@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 /// Where a lane finds the programs, and that time goes slowly.
 const ENVIRONMENT: &str =
-    "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_IMAGE=/image XDP_AGENT_LAB_PATIENCE=10";
+    "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_IMAGE=/layout XDP_AGENT_LAB_PATIENCE=10";
 
 /// What is asked of the agent about every card.
 const DOCTOR: &str = include_str!("doctor.sh");
