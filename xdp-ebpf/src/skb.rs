@@ -15,6 +15,9 @@ use xdp_common::{
 
 use crate::packet::{Bytes, Replace, Wire};
 
+/// What every frame has at least.
+const ETHERNET_LEN: u32 = 14;
+
 /// By which side of its interface a frame goes back.
 #[derive(Clone, Copy)]
 pub(crate) enum Turn {
@@ -146,7 +149,8 @@ impl TcFrame {
     #[inline(always)] // the verifier must see the length it has proven
     pub(crate) fn copy_to<const N: usize>(&self, room: &mut [u8; N]) -> Option<usize> {
         let len = self.ctx.len();
-        if len == 0 || len > N as u32 {
+        // Compared with zero, it would be proven not to be by newer kernels than 6.1 only.
+        if len < ETHERNET_LEN || len > N as u32 {
             return None;
         }
         // SAFETY: the context is the verifier's, and the room has so many bytes.

@@ -29,14 +29,8 @@ pub(crate) struct Cross {
     pub(crate) sysroot: PathBuf,
     /// As `rustc --version` has it.
     pub(crate) version: String,
-}
-
-impl Cross {
-    /// The number in the version.
-    pub(crate) fn release(&self) -> Result<String> {
-        let number = self.version.split_whitespace().nth(1);
-        number.map(str::to_owned).with_context(|| format!("no number in the version `{}`", self.version))
-    }
+    /// The number in it.
+    pub(crate) release: String,
 }
 
 /// Finds compiler and linkers and installs what is missing; quick and silent when all is there.
@@ -87,8 +81,8 @@ fn inspect(rustc: &Path, sysroot: Option<&Path>, archs: &[Arch]) -> Option<Cross
             .map(|answer| answer.trim().to_owned())
     };
     let version = ask(&["--version"])?;
-    let number = version.split_whitespace().nth(1)?;
-    if !compiler::is_new_enough(number).ok()? {
+    let release = version.split_whitespace().nth(1)?.to_owned();
+    if !compiler::is_new_enough(&release).ok()? {
         return None;
     }
     let own = PathBuf::from(ask(&["--print", "sysroot"])?);
@@ -96,7 +90,8 @@ fn inspect(rustc: &Path, sysroot: Option<&Path>, archs: &[Arch]) -> Option<Cross
     let real = own.join("bin/rustc");
     let rustc = if process::is_executable(&real) { real } else { rustc.to_path_buf() };
     let sysroot = sysroot.map_or(own, Path::to_path_buf);
-    archs.iter().all(|arch| has_std(&sysroot, *arch)).then_some(Cross { rustc, sysroot, version })
+    let has_all = archs.iter().all(|arch| has_std(&sysroot, *arch));
+    has_all.then_some(Cross { rustc, sysroot, version, release })
 }
 
 fn has_std(sysroot: &Path, arch: Arch) -> bool {

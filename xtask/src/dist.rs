@@ -98,7 +98,7 @@ impl Commit {
 
 fn agent(workspace: &Workspace, cross: &Cross, arch: Arch, commit: &Commit) -> Result<PathBuf> {
     let target = arch.target();
-    let build = workspace.dist_build();
+    let build = workspace.dist_build(&cross.release);
     let mut command = process::cargo_compile(workspace);
     command.args(["build", "--release", "--locked", "--package", "xdp-agent"]);
     command.env("XDP_AGENT_REVISION", &commit.revision).env("SOURCE_DATE_EPOCH", &commit.epoch);
@@ -114,7 +114,7 @@ pub(crate) fn released<'a>(
     arch: Arch,
 ) -> &'a mut Command {
     let target = arch.target();
-    let build = workspace.dist_build();
+    let build = workspace.dist_build(&cross.release);
     let mut flags = remap::flags(workspace, &cross.sysroot, &build);
     flags.push(format!("--sysroot={}", cross.sysroot.display()));
     flags.push("-Ctarget-feature=+crt-static".to_owned());

@@ -55,7 +55,7 @@ pub(crate) fn write(
         );
     }
     let mut files = dist::binaries(workspace, archs)?;
-    let rust = cross::ensure(archs)?.release()?;
+    let rust = cross::ensure(archs)?.release;
     let layout = workspace.dist().join("image");
     let mut command = Command::new(tool);
     command.arg("--repository").arg(&workspace.root);

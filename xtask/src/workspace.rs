@@ -38,9 +38,10 @@ impl Workspace {
         self.target.join("dist")
     }
 
-    /// The target directory of released binaries: another compiler and other flags leave the host's alone.
-    pub(crate) fn dist_build(&self) -> PathBuf {
-        self.target.join("dist-build")
+    /// The target directory of what a released compiler builds: another one and other flags leave the host's alone, and
+    /// compilers each other's.
+    pub(crate) fn dist_build(&self, compiler: &str) -> PathBuf {
+        self.target.join("dist-build").join(compiler)
     }
 
     /// A binary of this workspace, as built in `profile`.

@@ -37,6 +37,16 @@ fn virtio_with_one_queue_runs_natively() -> Result<()> {
 }
 
 #[test]
+fn virtio_that_merges_frames_for_the_guest_falls_back_and_serves() -> Result<()> {
+    card(
+        6,
+        "virtio_net",
+        "generic",
+        "native: guest offloads are on [virtio_net: Can't set XDP while host is implementing",
+    )
+}
+
+#[test]
 fn e1000_falls_back_and_serves() -> Result<()> {
     card(2, "e1000", "generic", UNSUPPORTED)
 }

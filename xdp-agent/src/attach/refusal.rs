@@ -170,7 +170,7 @@ mod tests {
             (libc::EINVAL, "", 1500, RefusalKind::Other),
             (
                 libc::EOPNOTSUPP,
-                "Can't set XDP while host is implementing GRO_HW/CSUM, disable GRO_HW/CSUM first",
+                "virtio_net: Can't set XDP while host is implementing GRO_HW/CSUM, disable GRO_HW/CSUM first",
                 1500,
                 RefusalKind::Offloads,
             ),

@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 /// Debian's runc and the libraries it is linked to.
 const PACKAGES: [&str; 3] = ["runc", "libseccomp2", "libc6"];
 
-/// Adds the half of an architecture as `cargo xtask image` makes it, below `/image`, and `/bin/runc`; returns the programs
+/// Adds the half of an architecture as `cargo xtask image` makes it, below `/layout`, and `/bin/runc`; returns the programs
 /// whose libraries are still to be added.
 pub(crate) fn pack(workspace: &Workspace, arch: Arch, archive: &mut Initramfs) -> Result<Vec<PathBuf>> {
-    add(archive, &image::layout(workspace, &[arch], None)?, "image")?;
+    add(archive, &image::layout(workspace, &[arch], None)?, "layout")?;
     if arch == Arch::here()? {
         setup::ensure_packages("runc", &["runc"])?;
         let runc = process::on_path("runc").context("the package runc has no runc")?;

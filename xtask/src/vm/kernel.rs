@@ -10,7 +10,7 @@ use std::process::Command;
 
 /// What the lanes make devices with, and drivers of the machine's network cards. One that is neither built in nor there
 /// ends the run.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 15] = [
     "veth",
     "bridge",
     "vxlan",
@@ -19,6 +19,7 @@ const MODULES: [&str; 14] = [
     "dummy",
     "sch_ingress",
     "cls_bpf",
+    "udp_diag",
     "virtio_pci",
     "virtio_net",
     "e1000",

@@ -15,10 +15,32 @@ const SILENCE_MAX: Duration = Duration::from_secs(600);
 /// What all lanes of one guest may take together.
 const TOTAL_MAX: Duration = Duration::from_secs(7_200);
 
+/// What a card is connected to its peer by.
+#[derive(Clone, Copy)]
+enum Cable {
+    /// A hub of the emulator, which carries finished frames.
+    Hub,
+    /// Devices of this machine's kernel with a bridge between them, in a namespace that ends with the emulator: they carry
+    /// frames as virtio does, long ones that are to be cut and checksums that are not finished.
+    Bridge,
+}
+
 /// Network cards of the lane `devices`: each with a peer at the other end of a cable, and nothing of this machine near it.
 /// The last two bytes of an address are the number of the cable, and which end of it (1 the card, 2 its peer).
-const CARDS: [&str; 6] =
-    ["virtio-net-pci,mq=on,vectors=10", "virtio-net-pci", "e1000", "e1000e", "igb", "vmxnet3"];
+const CARDS: [(&str, Cable); 7] = [
+    ("virtio-net-pci,mq=on,vectors=10", Cable::Hub),
+    ("virtio-net-pci", Cable::Hub),
+    ("e1000", Cable::Hub),
+    ("e1000e", Cable::Hub),
+    ("igb", Cable::Hub),
+    ("vmxnet3", Cable::Hub),
+    // It cannot be asked to stop merging frames.
+    ("virtio-net-pci,ctrl_guest_offloads=off", Cable::Bridge),
+];
+
+/// Starts the emulator, which is what follows, in the namespace that it is in, with the ends of such a cable there.
+const PLUGGED: &str = "set -e; ip link add cables type bridge; ip link set cables up; for end in $ENDS; do \
+                       ip tuntap add \"$end\" mode tap; ip link set \"$end\" master cables up; done; exec \"$@\"";
 
 /// Finds the emulator of an architecture, or installs its package.
 pub(crate) fn emulator(architecture: Architecture) -> Result<PathBuf> {
@@ -91,7 +113,10 @@ fn end(child: &mut Child, by_force: bool) -> Result<()> {
 
 fn command(guest: &Guest) -> Result<Command> {
     let emulator = emulator(guest.architecture)?;
-    let mut command = Command::new(emulator);
+    let mut command = Command::new("unshare");
+    // Who is not root is so in there.
+    command.arg("--net").args((!crate::host::is_root()).then_some("--map-root-user"));
+    command.args(["sh", "-c", PLUGGED, "sh"]).arg(emulator);
     command.args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", "3G", "-nodefaults"]);
     command.args(["-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
     let console = match guest.architecture {
@@ -114,14 +139,23 @@ fn command(guest: &Guest) -> Result<Command> {
     command.args(["-append", &format!("{console} panic=-1 quiet loglevel=1")]);
     command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initrd);
     if guest.has_cards {
-        for (number, card) in CARDS.iter().enumerate() {
+        let mut ends = String::new();
+        for (number, (card, cable)) in CARDS.iter().enumerate() {
             for (end, device) in [(1, *card), (2, "virtio-net-pci")] {
                 let id = format!("cable{number}end{end}");
-                command.args(["-netdev", &format!("hubport,id={id},hubid={number}")]);
+                let netdev = match cable {
+                    Cable::Hub => format!("hubport,id={id},hubid={number}"),
+                    Cable::Bridge => {
+                        ends.push_str(&format!(" {id}"));
+                        format!("tap,id={id},ifname={id},script=no,downscript=no")
+                    }
+                };
+                command.args(["-netdev", &netdev]);
                 let mac = format!("52:54:00:00:{number:02x}:{end:02x}");
                 command.args(["-device", &format!("{device},netdev={id},mac={mac},romfile=")]);
             }
         }
+        command.env("ENDS", ends);
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     Ok(command)

@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 /// Where a lane finds the programs, and that time goes slowly.
 const ENVIRONMENT: &str =
-    "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_IMAGE=/image XDP_AGENT_LAB_PATIENCE=10";
+    "XDP_AGENT_BPF_DIR=/bpf XDP_AGENT_BIN=/xdp-agent XDP_AGENT_IMAGE=/layout XDP_AGENT_LAB_PATIENCE=10";
 
 /// What is asked of the agent about every card.
 const DOCTOR: &str = include_str!("doctor.sh");
@@ -65,8 +65,8 @@ pub(crate) fn pack(workspace: &Workspace, arch: Arch, request: &Request) -> Resu
         archive.copy(name, binary)?;
     }
     archive.file("run.list", list.as_bytes());
-    if request.lanes.contains(&Lane::Netns) {
-        // It is started by tests of that lane, at the path where cargo has built it.
+    if request.lanes.contains(&Lane::Netns) || request.lanes.contains(&Lane::Image) {
+        // It is started by tests of these lanes, at the path where cargo has built it.
         let caller = program("caller")?;
         archive.copy(&caller.to_string_lossy(), &caller)?;
     }

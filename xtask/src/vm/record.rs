@@ -1,6 +1,6 @@
 //! The table of what was run, in docs/compatibility.md: a run with `--record` replaces the cells it has measured.
 
-use super::{Architecture, Lane, results::Outcome};
+use super::{Architecture, Lane, Request, results::Outcome};
 use crate::process;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result};
@@ -28,30 +28,26 @@ pub(crate) fn mark(workspace: &Workspace) -> Result<String> {
     ))
 }
 
-/// Writes outcomes into the document.
+/// Writes the outcome of a machine into the document.
 pub(crate) fn write(
     workspace: &Workspace,
     mark: &str,
-    rows: &[(Architecture, String, Outcome)],
-    lanes: &[Lane],
-    is_quick: bool,
+    (architecture, _, outcome): &(Architecture, String, Outcome),
+    request: &Request,
 ) -> Result<()> {
+    let Some(kernel) = &outcome.kernel else { return Ok(()) };
     let path = workspace.root.join(DOCUMENT);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
     let marks = format!("{DOCUMENT} has not the comments that the table is between");
     let (before, rest) = text.split_once(START).context(marks.clone())?;
     let (table, after) = rest.split_once(END).context(marks)?;
     let mut known = parse(table);
-    for (architecture, _, outcome) in rows {
-        let Some(kernel) = &outcome.kernel else { continue };
-        let cells = known.entry(key(architecture.name(), kernel)).or_default();
-        // What is refused is so in every lane.
-        let is_refused = outcome.refusal.is_some();
-        let lanes = if is_refused { &Lane::ALL } else { lanes };
-        for lane in lanes {
-            let amount = if is_quick && !is_refused && *lane != Lane::Doctor { ", quick" } else { "" };
-            cells.insert(lane.name(), format!("{}{amount} ({mark})", outcome.cell(*lane)));
-        }
+    let cells = known.entry(key(architecture.name(), kernel)).or_default();
+    // What is refused is so in every lane.
+    let is_refused = outcome.refusal.is_some();
+    for lane in if is_refused { &Lane::ALL[..] } else { &request.lanes } {
+        let amount = if request.is_part(*lane) && !is_refused { ", quick" } else { "" };
+        cells.insert(lane.name(), format!("{}{amount} ({mark})", outcome.cell(*lane)));
     }
     std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
     Ok(())
