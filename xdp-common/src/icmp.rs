@@ -236,12 +236,7 @@ fn update<P: Patch>(frame: &P, at: usize, delta: u16) {
 
 impl<A: Address> Message<A> {
     /// A message with nothing in it.
-    pub const ZERO: Self = Self {
-        packet: Packet::ZERO,
-        from: A::UNSPECIFIED,
-        ports_at: 0,
-        check_at: 0,
-    };
+    pub const ZERO: Self = Self { packet: Packet::ZERO, from: A::UNSPECIFIED, ports_at: 0, check_at: 0 };
 }
 
 #[cfg(test)]
