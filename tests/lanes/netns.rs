@@ -13,6 +13,8 @@ mod bad_input;
 mod callers;
 #[path = "netns/clean_host.rs"]
 mod clean_host;
+#[path = "netns/dead_backends.rs"]
+mod dead_backends;
 #[path = "netns/explain.rs"]
 mod explain;
 #[path = "netns/fragments.rs"]
@@ -63,3 +65,5 @@ mod sockets_v6;
 mod the_lab;
 #[path = "netns/traffic.rs"]
 mod traffic;
+#[path = "netns/two_backends.rs"]
+mod two_backends;
