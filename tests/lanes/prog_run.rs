@@ -54,6 +54,8 @@ mod policies;
 mod programs;
 #[path = "prog_run/refusals.rs"]
 mod refusals;
+#[path = "prog_run/removed.rs"]
+mod removed;
 #[path = "prog_run/renewal.rs"]
 mod renewal;
 #[path = "prog_run/slow_path.rs"]

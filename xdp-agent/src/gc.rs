@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{debug, warn};
 use xdp_common::{
     conntrack::{Timeouts, expired, opposite},
@@ -21,13 +21,15 @@ use xdp_common::{
 
 use crate::{
     cluster::wanted::{Ip6, IpAddress},
-    maps::{EmbryonicTable, EstablishedTable},
+    maps::{EmbryonicTable, EstablishedTable, Generations},
     metrics::Metrics,
     neighbours::UsedMacs,
     plan::InUse,
     reconcile::Needs,
     status::{FlowCounts, Shared},
 };
+
+mod removed;
 
 /// Time between two looks at the flow tables.
 pub const PERIOD: Duration = Duration::from_secs(10);
@@ -80,6 +82,8 @@ pub struct FlowTables<A: IpAddress> {
     pub established: EstablishedTable<A>,
     /// New flows.
     pub embryonic: EmbryonicTable<A>,
+    /// The generations of their backends.
+    pub backends: Generations<A>,
 }
 
 /// The task that collects.
@@ -90,6 +94,8 @@ pub struct Collector {
     timeouts: Timeouts,
     clock: Arc<AtomicU32>,
     origin: Instant,
+    /// Says that backends may have gone, where connections to them are to be reset.
+    gone: Option<Arc<Notify>>,
 }
 
 /// Where the results go.
@@ -106,15 +112,17 @@ pub struct Outlets {
 }
 
 impl Collector {
-    /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock.
+    /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock. Connections whose backend
+    /// is gone are reset where `gone` tells of that.
     pub fn new(
         v4: FlowTables<[u8; 4]>,
         v6: FlowTables<Ip6>,
         timeouts: Timeouts,
         clock: Arc<AtomicU32>,
         origin: Instant,
+        gone: Option<Arc<Notify>>,
     ) -> Self {
-        Self { v4, v6, timeouts, clock, origin }
+        Self { v4, v6, timeouts, clock, origin, gone }
     }
 
     /// Looks and removes, period after period; at once again after a look that removed as much as it may.
@@ -123,7 +131,10 @@ impl Collector {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut collector = self;
         loop {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = removed::gone(collector.gone.as_deref()) => ticks.reset(),
+            }
             let task = tokio::task::spawn_blocking(move || {
                 let result = collector.collect();
                 (collector, result)
@@ -154,16 +165,30 @@ impl Collector {
     /// When the kernel refuses a read or a removal.
     pub fn collect(&mut self) -> io::Result<(Look<[u8; 4]>, Look<Ip6>)> {
         let clock = self.clock.load(Ordering::Relaxed);
-        let v4 = self.v4.collect(clock, &self.timeouts, self.origin)?;
-        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin)?))
+        let resets = self.gone.is_some();
+        let v4 = self.v4.collect(clock, &self.timeouts, self.origin, resets)?;
+        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin, resets)?))
     }
 }
 
 impl<A: IpAddress> FlowTables<A> {
-    fn collect(&mut self, clock: u32, timeouts: &Timeouts, origin: Instant) -> io::Result<Look<A>> {
+    fn collect(
+        &mut self,
+        clock: u32,
+        timeouts: &Timeouts,
+        origin: Instant,
+        resets: bool,
+    ) -> io::Result<Look<A>> {
         let mut look = Look::default();
+        let mut open = Vec::new();
         look.in_use.started_ms = origin.elapsed().as_millis() as u64;
-        self.established.walk(|key, flow| look.visit(Place::Established, key, flow, clock, timeouts))?;
+        self.established.walk(|key, flow| {
+            look.visit(Place::Established, key, flow, clock, timeouts);
+            if resets {
+                open.extend(removed::Open::of(key, flow));
+            }
+        })?;
+        self.mark(&open)?;
         self.collect_embryonic(&mut look, clock, timeouts);
         for (key, seen) in std::mem::take(&mut look.suspects) {
             if look.is_full() {
@@ -275,9 +300,11 @@ impl<A: IpAddress> Look<A> {
     fn need(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
         self.in_use.backends.insert(flow.backend);
         let (frontend, backend, snat) = match flow.kind {
-            kind::FORWARD => {
-                ((key.dst, key.dport), (flow.dst, flow.dport), (flow.exit != exit::LOCAL).then_some(flow.src))
-            }
+            kind::FORWARD => (
+                (key.dst, key.dport),
+                (flow.dst, flow.dport),
+                (flow.exit & !exit::RESET != exit::LOCAL).then_some(flow.src),
+            ),
             kind::REPLY_REMOTE => ((flow.src, flow.sport), (key.src, key.sport), Some(key.dst)),
             kind::REPLY_LOCAL => ((flow.src, flow.sport), (key.src, key.sport), None),
             // Half of a flow whose other entries say the same, whichever direction it is.

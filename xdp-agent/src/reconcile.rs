@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::{Instant as TokioInstant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::warn;
@@ -109,6 +109,8 @@ pub struct Told {
     pub origin: Instant,
     /// For health and for load balancers.
     pub sync: watch::Sender<SyncState>,
+    /// That backends may have gone, for connections that are to be reset.
+    pub gone: Arc<Notify>,
     /// For people.
     pub shared: Arc<Shared>,
     /// For Prometheus.

@@ -117,3 +117,43 @@ fn udp_leaves_a_backend_that_went_while_no_agent_ran_and_tcp_stays(setup: Setup)
     }
     Ok(())
 }
+
+each_mode!(a_connection_to_a_backend_that_goes_is_reset_where_that_is_asked_for);
+fn a_connection_to_a_backend_that_goes_is_reset_where_that_is_asked_for(setup: Setup) -> Result<()> {
+    const RESET: [&str; 1] = ["--reset-on-endpoint-removal"];
+    for place in [Place::Elsewhere, Place::Here] {
+        let world = TwoBackends::build(setup, place)?;
+        world.publish(&[0])?;
+        let agent = world.start_agent(&RESET)?;
+        let (first, second) = (Flows::open(&world)?, Flows::open(&world)?);
+        world.publish(&[1])?;
+        are_reset(first.tcp)?;
+        ensure!(agent.metric("xdp_agent_drops_total", r#"reason="endpoint_removed""#)? >= 2.0);
+        // What goes on without an agent is found by the next.
+        agent.kill()?;
+        let agent = world.start_agent(&RESET)?;
+        are_reset(second.tcp)?;
+        let mut others =
+            each(VIP).map(|vip| Talk::tcp(&world.client, vip)).into_iter().collect::<Result<Vec<_>>>()?;
+        for _ in 0..DATAGRAMS {
+            for other in &mut others {
+                ensure!(other.ask().context("a connection to the backend that serves")? == 1);
+            }
+        }
+        agent.stop()?;
+    }
+    Ok(())
+}
+
+/// Fails unless every connection is reset before long.
+fn are_reset(connections: Vec<Talk>) -> Result<()> {
+    for mut tcp in connections {
+        wait_for("a connection to be reset", APPLIED_TIMEOUT, || {
+            let answer = tcp.ask();
+            let is_reset = answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+            ensure!(is_reset, "{answer:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

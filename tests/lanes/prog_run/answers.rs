@@ -52,7 +52,7 @@ fn back(node: &Node, vip: Addr, proto: IpNumber, rest: &[u8]) -> Vec<u8> {
 }
 
 /// The reset for a segment without payload.
-fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
+pub(crate) fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
     let mut tcp = TcpHeader::new(sent.dst.1, sent.src.1, 0, 0);
     tcp.rst = true;
     if sent.flags & ACK == 0 {

@@ -10,7 +10,7 @@ use xdp_common::{
 
 use crate::{frames::*, node::*};
 
-fn one_local(node: &mut Node) {
+pub(crate) fn one_local(node: &mut Node) {
     for proto in [TCP, UDP] {
         let id = node.backend(LOCAL, proto, true);
         node.frontend(VIP, proto, &[id], 0);
@@ -19,7 +19,7 @@ fn one_local(node: &mut Node) {
 }
 
 /// Checks a packet of the client: the backend sees it from this port.
-fn delivered(node: &Node, name: &str, sent: &Frame, port: u16, counts: &[Counter]) {
+pub(crate) fn delivered(node: &Node, name: &str, sent: &Frame, port: u16, counts: &[Counter]) {
     let expected = sent.with(|frame| {
         frame.src.1 = port;
         frame.dst = (LOCAL, TARGET);
@@ -29,7 +29,7 @@ fn delivered(node: &Node, name: &str, sent: &Frame, port: u16, counts: &[Counter
 }
 
 /// What the backend answers, on its way out of the uplink.
-fn answer(node: &Node, opener: &Frame, port: u16) -> Frame {
+pub(crate) fn answer(node: &Node, opener: &Frame, port: u16) -> Frame {
     opener.with(|frame| {
         frame.mac = (node.mac, GATEWAY_MAC);
         frame.src = (LOCAL, TARGET);
@@ -39,7 +39,7 @@ fn answer(node: &Node, opener: &Frame, port: u16) -> Frame {
 }
 
 /// Checks a packet of the backend at egress.
-fn restored(node: &Node, name: &str, opener: &Frame, sent: &Frame) {
+pub(crate) fn restored(node: &Node, name: &str, opener: &Frame, sent: &Frame) {
     let expected = sent.with(|frame| (frame.src, frame.dst) = (opener.dst, opener.src));
     node.check(name, Hook::TcEgress, &sent.bytes(), Action::Pass, &expected.bytes(), &[Event(E::Restored)]);
 }

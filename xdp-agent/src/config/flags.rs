@@ -168,6 +168,13 @@ pub struct ProgramArgs {
     #[arg(long, env = "XDP_AGENT_ECHO", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
         require_equals = true, default_missing_value = "true", default_value = "true")]
     pub echo: bool,
+
+    /// Answer the next packet of a TCP connection whose endpoint serves no more with a reset, instead of leaving the connection to
+    /// its two ends.
+    #[arg(long, env = "XDP_AGENT_RESET_ON_ENDPOINT_REMOVAL", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", default_value = "false", hide_default_value = true)]
+    pub reset_on_endpoint_removal: bool,
+
     /// Keep the ports of translated flows and NodePorts out of the kernel's choice for connections of this node, by
     /// net.ipv4.ip_local_reserved_ports, until the programs go; false leaves that setting alone.
     #[arg(long, env = "XDP_AGENT_RESERVE_PORTS", value_name = "BOOL", value_parser = switch, num_args = 0..=1,

@@ -72,6 +72,9 @@ impl Reconciler {
             if changes > 0 {
                 self.backlog.wait();
             }
+            if changes > 0 {
+                self.told.gone.notify_one();
+            }
             self.tell_hooks(&v4, &v6, changes > 0);
             let took = began.elapsed();
             self.told.metrics.sync_duration.observe(took.as_secs_f64());
