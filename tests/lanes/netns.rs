@@ -51,6 +51,8 @@ mod restart;
 mod rings;
 #[path = "netns/same_port.rs"]
 mod same_port;
+#[path = "netns/sctp.rs"]
+mod sctp;
 #[path = "netns/shares.rs"]
 mod shares;
 #[path = "netns/slow_path.rs"]

@@ -58,6 +58,8 @@ mod refusals;
 mod removed;
 #[path = "prog_run/renewal.rs"]
 mod renewal;
+#[path = "prog_run/sctp.rs"]
+mod sctp;
 #[path = "prog_run/slow_path.rs"]
 mod slow_path;
 /// The stack that programs take, as the build counts it.

@@ -417,6 +417,8 @@ fn timeouts(args: &TimeoutArgs) -> Timeouts {
         tcp_half_closed: args.tcp_half_closed_timeout.as_secs() as u32,
         tcp_closed: args.tcp_closed_timeout.as_secs() as u32,
         udp: args.udp_timeout.as_secs() as u32,
+        sctp_established: args.sctp_timeout.as_secs() as u32,
+        ..Timeouts::default()
     }
 }
 

@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 use xdp_common::{
     conntrack::{Timeouts, expired, opposite},
     gate,
-    net::{FlowKey, TCP},
+    net::{FlowKey, SCTP, TCP},
     tables::{Flow, exit, kind},
 };
 
@@ -256,6 +256,8 @@ fn embryonic(timeouts: &Timeouts, is_answered: bool) -> Timeouts {
         tcp_half_closed: seconds,
         tcp_closed: timeouts.tcp_closed.min(seconds),
         udp: timeouts.udp.min(seconds),
+        sctp_established: seconds,
+        sctp_closed: timeouts.sctp_closed.min(seconds),
     }
 }
 
@@ -270,7 +272,11 @@ impl<A: IpAddress> Look<A> {
         self.count(place, key, flow);
         // Anything idle for longer than the shortest limit is looked at together with its other half; the limits of a
         // closed connection apply when only the other half knows of it.
-        let shortest = if key.proto == TCP { timeouts.tcp_closed } else { timeouts.udp };
+        let shortest = match key.proto {
+            TCP => timeouts.tcp_closed,
+            SCTP => timeouts.sctp_closed,
+            _ => timeouts.udp,
+        };
         if place == Place::Established && idle > shortest {
             self.suspects.push((*key, *flow));
         }
@@ -337,6 +343,7 @@ impl FlowCounts {
         Some(match (key.proto, flow.closing) {
             (TCP, 0) => &mut self.tcp,
             (TCP, _) => &mut self.tcp_closing,
+            (SCTP, _) => &mut self.sctp,
             _ => &mut self.udp,
         })
     }
@@ -350,6 +357,7 @@ impl std::ops::Add for FlowCounts {
             tcp: self.tcp + other.tcp,
             tcp_closing: self.tcp_closing + other.tcp_closing,
             udp: self.udp + other.udp,
+            sctp: self.sctp + other.sctp,
             embryonic: self.embryonic + other.embryonic,
             established_entries: self.established_entries + other.established_entries,
             embryonic_entries: self.embryonic_entries + other.embryonic_entries,
@@ -491,6 +499,7 @@ mod tests {
         }
         let reset = Entry { closing: closing::RST, ..idle };
         assert!(expired(&reset, None, TCP, 1011, &embryonic(&timeouts, true)));
+        assert!(!is_over(SCTP, true, 1060) && is_over(SCTP, true, 1061));
         let short = Timeouts { udp: 5, tcp_closed: 2, ..timeouts };
         let limits = embryonic(&short, false);
         assert_eq!((limits.udp, limits.tcp_closed), (5, 2), "shorter settings count");

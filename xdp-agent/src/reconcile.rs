@@ -144,8 +144,6 @@ pub struct Reconciler {
     picture: Picture,
     reported: report::Reported,
     untold: sync::Untold,
-    /// Whether it has been said that SCTP is not forwarded.
-    is_sctp_told: bool,
     backlog: backlog::Backlog,
     /// Until the maps first are as everything known asks.
     first_image: Option<NotReady>,
@@ -202,7 +200,6 @@ impl Reconciler {
             picture: Picture::default(),
             reported: report::Reported::default(),
             untold: sync::Untold::default(),
-            is_sctp_told: false,
             backlog,
             first_image,
             epoch_at: None,

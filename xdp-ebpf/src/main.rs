@@ -10,6 +10,7 @@ mod icmp;
 mod maps;
 mod node;
 mod packet;
+mod sctp;
 mod skb;
 mod socket;
 mod sockets;
@@ -73,11 +74,11 @@ fn xdp<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     // What is no TCP or UDP goes on beside their functions, not below: those need the whole stack.
     match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
         V4::ETHERTYPE => match xdp_of::<V4, FRAGS>(ctx) {
-            OTHER => icmp::xdp::<V4, FRAGS>(ctx),
+            OTHER => others::<V4, FRAGS>(ctx),
             action => action,
         },
         V6::ETHERTYPE => match xdp_of::<V6, FRAGS>(ctx) {
-            OTHER => icmp::xdp::<V6, FRAGS>(ctx),
+            OTHER => others::<V6, FRAGS>(ctx),
             action => action,
         },
         _ => xdp_action::XDP_PASS,
@@ -87,10 +88,27 @@ fn xdp<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 /// No action of the kernel's: the frame holds neither TCP nor UDP that can be read.
 const OTHER: u32 = u32::MAX;
 
+/// What is neither TCP nor UDP.
+#[inline(always)] // a level of calls less
+fn others<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    match sctp::xdp::<F, FRAGS>(ctx) {
+        OTHER => icmp::xdp::<F, FRAGS>(ctx),
+        action => action,
+    }
+}
+
 #[inline(never)] // each family has the stack of 512 bytes to itself
 fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return OTHER };
+    match parse::<F, _>(frame, frame.ifindex()) {
+        Some(packet) => decided::<F>(frame, packet),
+        None => OTHER,
+    }
+}
+
+/// Asks for the decision on a packet, and does what it says.
+#[inline(always)] // the fast path
+fn decided<F: Maps + Wire>(frame: &XdpFrame, packet: &frame::Packet<F::Addr>) -> u32 {
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
     #[cfg(feature = "trace")]
     trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
@@ -131,12 +149,12 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 }
 
 #[inline(never)] // as for XDP
-fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+fn tc_ingress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
     let hook = match F::parse_into(frame, frame.ifindex(), packet) {
-        Found::Nothing => return TC_ACT_UNSPEC,
-        Found::Packet => Hook::Tc,
+        Found::Nothing if !sctp::at_tc::<F>(skb) => return TC_ACT_UNSPEC,
+        Found::Packet | Found::Nothing => Hook::Tc,
         Found::Fragment => match fragment::<F>(skb, Side::Ingress) {
             Step::Pass => return TC_ACT_UNSPEC,
             Step::Hold => return fragments::hold(skb),
@@ -163,8 +181,8 @@ fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
     match F::parse_into(frame, frame.ifindex(), packet) {
-        Found::Nothing => return icmp::tc_egress::<F>(skb),
-        Found::Packet => {}
+        Found::Nothing if !sctp::at_tc::<F>(skb) => return icmp::tc_egress::<F>(skb),
+        Found::Packet | Found::Nothing => {}
         Found::Fragment => match fragment::<F>(skb, Side::Egress) {
             Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
             Step::Decide => {}

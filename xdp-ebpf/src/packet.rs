@@ -18,9 +18,11 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
-    net::{Ip6, TCP, V4, V6},
+    net::{Ip6, SCTP, TCP, V4, V6},
     verdict::{Hop, Rewrite},
 };
+
+pub(crate) mod sctp;
 
 const IP: usize = EthHdr::LEN;
 
@@ -77,6 +79,7 @@ macro_rules! wire {
                     { answer::reset_len::<Self>() },
                     { IP + <Self as Headers>::LEN + UdpHdr::LEN },
                     { answer::unreachable_len::<Self>() },
+                    { xdp_common::sctp::abort_len::<Self>() },
                 >(frame, packet, finisher, out)
             }
         }
@@ -132,7 +135,14 @@ pub(crate) trait Replace: Frame {
 
 /// Turns a packet into the answer to it, to be sent out where it came in.
 #[inline(always)] // bounds proofs do not survive a call
-fn answer<F: Answer, R: Replace, const RESET: usize, const DATAGRAM: usize, const UNREACHABLE: usize>(
+fn answer<
+    F: Answer,
+    R: Replace,
+    const RESET: usize,
+    const DATAGRAM: usize,
+    const UNREACHABLE: usize,
+    const ABORT: usize,
+>(
     frame: &R,
     packet: &Packet<F::Addr>,
     finisher: Finisher,
@@ -147,6 +157,8 @@ fn answer<F: Answer, R: Replace, const RESET: usize, const DATAGRAM: usize, cons
             return false;
         };
         answer::reset::<F, _>(&headers, packet.l4_len, finisher, out) && frame.replace(out)
+    } else if packet.key.proto == SCTP {
+        sctp::answer::<F, R, ABORT>(frame, finisher, area)
     } else {
         let (Some(headers), Some(out)) = (frame.view::<DATAGRAM>(0), area.first_chunk_mut::<UNREACHABLE>())
         else {
@@ -214,9 +226,12 @@ impl XdpFrame {
             let Some(udp) = self.view::<{ UdpHdr::LEN }>(packet.l4_offset as usize) else { return };
             udp.set_pair(0, rewrite.sport);
             udp.set_pair(2, rewrite.dport);
-            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935).
+            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935). SCTP has its ports there too, and a
+            // checksum of another kind.
             if packet.check != 0 {
                 udp.set_pair(UDP_CHECK, checksum::update_udp(packet.check, rewrite.l4_delta).to_ne_bytes());
+            } else if packet.key.proto == SCTP {
+                sctp::update(self, packet, rewrite);
             }
         }
     }

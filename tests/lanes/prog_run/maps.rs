@@ -227,7 +227,7 @@ impl<F: Hosts> Maps for Typed<F> {
     }
 
     fn routing(&self, frame: &[u8]) -> Option<u32> {
-        let Parsed::Packet(packet) = F::parse(frame, 0) else { return None };
+        let Parsed::Packet(packet) = F::read_frame(frame, 0) else { return None };
         self.established.get(&Raw(packet.key), 0).ok().map(|flow| flow.0.routing)
     }
 
