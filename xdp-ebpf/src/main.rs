@@ -31,7 +31,7 @@ use xdp_common::{
     icmp::Icmp,
     net::{Family, V4, V6},
     tables,
-    verdict::{Action, Counter, Event, Verdict},
+    verdict::{Action, Counter, Event, Rewrite, Verdict},
 };
 
 use crate::{
@@ -101,35 +101,52 @@ fn others<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 fn xdp_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
     match parse::<F, _>(frame, frame.ifindex()) {
-        Some(packet) => decided::<F>(frame, packet),
+        Some(packet) => decided::<F, FRAGS, false>(frame, packet),
         None => OTHER,
     }
 }
 
 /// Asks for the decision on a packet, and does what it says.
 #[inline(always)] // the fast path
-fn decided<F: Maps + Wire>(frame: &XdpFrame, packet: &frame::Packet<F::Addr>) -> u32 {
+fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
+    frame: &XdpFrame,
+    packet: &frame::Packet<F::Addr>,
+) -> u32 {
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
     #[cfg(feature = "trace")]
     trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
         Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
         Action::Stack => {
-            F::rewrite(frame, packet, &verdict.rewrite);
+            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             xdp_action::XDP_PASS
         }
         Action::Transmit => {
             F::address(frame, packet, &verdict.hop);
-            F::rewrite(frame, packet, &verdict.rewrite);
+            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             xdp_action::XDP_TX
         }
         Action::Redirect => {
             F::address(frame, packet, &verdict.hop);
-            F::rewrite(frame, packet, &verdict.rewrite);
+            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             frame.redirect(verdict.hop.ifindex)
         }
+    }
+}
+
+/// Rewrites a frame; of SCTP [`Wire::rewrite`] leaves the checksum.
+#[inline(always)] // the fast path
+fn rewrite<F: Maps + Wire, const IS_SCTP: bool>(
+    frame: &XdpFrame,
+    packet: &frame::Packet<F::Addr>,
+    rewrite: &Rewrite<F::Addr>,
+) {
+    F::rewrite(frame, packet, rewrite);
+    if IS_SCTP {
+        packet::sctp::update(frame, packet, rewrite);
     }
 }
 

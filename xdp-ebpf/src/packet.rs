@@ -18,7 +18,7 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
-    net::{Ip6, SCTP, TCP, V4, V6},
+    net::{Ip6, TCP, V4, V6},
     verdict::{Hop, Rewrite},
 };
 
@@ -44,6 +44,13 @@ pub(crate) trait Wire: Answer {
     fn address(frame: &XdpFrame, packet: &Packet<Self::Addr>, hop: &Hop);
     fn rewrite(frame: &XdpFrame, packet: &Packet<Self::Addr>, rewrite: &Rewrite<Self::Addr>);
     fn answer<R: Replace>(
+        frame: &R,
+        packet: &Packet<Self::Addr>,
+        finisher: Finisher,
+        out: &mut AnswerFrame,
+    ) -> bool;
+    /// [`sctp::abort`], likewise.
+    fn abort<R: Replace>(
         frame: &R,
         packet: &Packet<Self::Addr>,
         finisher: Finisher,
@@ -79,8 +86,18 @@ macro_rules! wire {
                     { answer::reset_len::<Self>() },
                     { IP + <Self as Headers>::LEN + UdpHdr::LEN },
                     { answer::unreachable_len::<Self>() },
-                    { xdp_common::sctp::abort_len::<Self>() },
                 >(frame, packet, finisher, out)
+            }
+
+            #[inline(always)] // as above
+            fn abort<R: Replace>(
+                frame: &R,
+                packet: &Packet<Self::Addr>,
+                finisher: Finisher,
+                out: &mut AnswerFrame,
+            ) -> bool {
+                packet.l4_offset as usize == IP + <Self as Headers>::LEN
+                    && sctp::abort::<Self, R, { xdp_common::sctp::abort_len::<Self>() }>(frame, finisher, out)
             }
         }
     };
@@ -135,14 +152,7 @@ pub(crate) trait Replace: Frame {
 
 /// Turns a packet into the answer to it, to be sent out where it came in.
 #[inline(always)] // bounds proofs do not survive a call
-fn answer<
-    F: Answer,
-    R: Replace,
-    const RESET: usize,
-    const DATAGRAM: usize,
-    const UNREACHABLE: usize,
-    const ABORT: usize,
->(
+fn answer<F: Answer, R: Replace, const RESET: usize, const DATAGRAM: usize, const UNREACHABLE: usize>(
     frame: &R,
     packet: &Packet<F::Addr>,
     finisher: Finisher,
@@ -157,8 +167,6 @@ fn answer<
             return false;
         };
         answer::reset::<F, _>(&headers, packet.l4_len, finisher, out) && frame.replace(out)
-    } else if packet.key.proto == SCTP {
-        sctp::answer::<F, R, ABORT>(frame, finisher, area)
     } else {
         let (Some(headers), Some(out)) = (frame.view::<DATAGRAM>(0), area.first_chunk_mut::<UNREACHABLE>())
         else {
@@ -226,12 +234,10 @@ impl XdpFrame {
             let Some(udp) = self.view::<{ UdpHdr::LEN }>(packet.l4_offset as usize) else { return };
             udp.set_pair(0, rewrite.sport);
             udp.set_pair(2, rewrite.dport);
-            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935). SCTP has its ports there too, and a
-            // checksum of another kind.
+            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935). SCTP has its ports there too, and looks
+            // as if it went without.
             if packet.check != 0 {
                 udp.set_pair(UDP_CHECK, checksum::update_udp(packet.check, rewrite.l4_delta).to_ne_bytes());
-            } else if packet.key.proto == SCTP {
-                sctp::update(self, packet, rewrite);
             }
         }
     }

@@ -1,7 +1,8 @@
 //! SCTP at the hooks: it is read beside the path of TCP and UDP, and then meets the same decision.
 
-use aya_ebpf::bindings::{__sk_buff, xdp_md};
+use aya_ebpf::bindings::{__sk_buff, xdp_action, xdp_md};
 use xdp_common::{
+    answer::Finisher,
     frame::{Frame, Packet, View},
     icmp::Icmp,
     net::Address,
@@ -10,7 +11,7 @@ use xdp_common::{
 };
 
 use crate::{
-    OTHER, decided,
+    OTHER, answer, decided,
     family::Maps,
     maps,
     packet::{
@@ -27,7 +28,17 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
     if !read::<F, FRAGS>(ctx) {
         return OTHER;
     }
-    maps::parsed::<F>().map_or(OTHER, |packet| decided::<F>(frame, packet))
+    maps::parsed::<F>().map_or(OTHER, |packet| decided::<F, FRAGS, true>(frame, packet))
+}
+
+/// Answers a refused packet; what the program then does with the frame.
+#[inline(never)] // as above
+pub(crate) fn abort<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let sent = maps::parsed::<F>().and_then(|packet| {
+        answer(|area| F::abort(frame, packet, Finisher::Nobody, area).then_some(xdp_action::XDP_TX))
+    });
+    sent.unwrap_or(xdp_action::XDP_DROP)
 }
 
 #[inline(never)] // as above

@@ -168,7 +168,11 @@ impl TcFrame {
         way: Turn,
     ) -> Option<i32> {
         let finisher = if packet.looks_offloaded() { Finisher::Device } else { Finisher::Nobody };
-        if F::answer(self, packet, finisher, area) { Some(self.redirect(way)) } else { None }
+        let is_answered = match packet.key.proto {
+            SCTP => F::abort(self, packet, finisher, area),
+            _ => F::answer(self, packet, finisher, area),
+        };
+        if is_answered { Some(self.redirect(way)) } else { None }
     }
 
     /// Sends the frame to the one or the other side of the interface it is on.

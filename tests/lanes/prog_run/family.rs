@@ -63,11 +63,11 @@ pub(crate) trait Hosts: Icmp<Addr: Mapped + Send> {
 
     /// Reads a frame as the programs do.
     fn read_frame(frame: &[u8], ifindex: u32) -> Parsed<Self::Addr> {
-        let mut packet = Packet::ZERO;
-        match Self::parse(frame, ifindex) {
-            Parsed::Other if sctp::parse::<Self, _>(frame, ifindex, &mut packet) => Parsed::Packet(packet),
-            parsed => parsed,
+        let (parsed, mut packet) = (Self::parse(frame, ifindex), Packet::ZERO);
+        if parsed == Parsed::Other && sctp::parse::<Self, _>(frame, ifindex, &mut packet) {
+            return Parsed::Packet(packet);
         }
+        parsed
     }
 }
 

@@ -27,7 +27,7 @@ pub(crate) fn changed<A>(packet: &Packet<A>, rewrite: &Rewrite<A>) -> Option<(u3
 
 /// Updates the checksum of a packet whose ports are rewritten.
 #[inline(always)] // one caller per program
-pub(super) fn update<A>(frame: &XdpFrame, packet: &Packet<A>, rewrite: &Rewrite<A>) {
+pub(crate) fn update<A>(frame: &XdpFrame, packet: &Packet<A>, rewrite: &Rewrite<A>) {
     if let Some((before, after)) = changed(packet, rewrite) {
         update_at(frame.context().cast(), packet.l4_offset, packet.l4_len, before, after);
     }
@@ -49,7 +49,7 @@ pub(crate) fn delta_of(before: u32, after: u32, len: u16) -> u32 {
 
 /// Turns a refused packet into the answer to it.
 #[inline(always)] // bounds proofs do not survive a call
-pub(super) fn answer<F: Answer, R: Replace, const ABORT: usize>(
+pub(super) fn abort<F: Answer, R: Replace, const ABORT: usize>(
     frame: &R,
     finisher: Finisher,
     area: &mut AnswerFrame,
