@@ -66,6 +66,8 @@ mod slow_path;
 #[allow(dead_code, reason = "the build uses the rest")]
 #[path = "../../xtask/src/stack.rs"]
 mod stack;
+#[path = "prog_run/tcp.rs"]
+mod tcp;
 #[path = "prog_run/twins.rs"]
 mod twins;
 #[path = "prog_run/verifier.rs"]

@@ -263,5 +263,11 @@ mod tests {
         assert!(expired(&fin(11), Some(&fin(11)), TCP, now, &timeouts));
         assert!(expired(&flow(now - 11, closing::RST), Some(&open(11)), TCP, now, &timeouts));
         assert!(!expired(&flow(now + 3, 0), None, UDP, now, &timeouts), "newer than the look");
+        assert!(
+            !expired(&open(210), None, SCTP, now, &timeouts)
+                && expired(&open(211), None, SCTP, now, &timeouts)
+        );
+        assert!(!expired(&fin(10), Some(&open(11)), SCTP, now, &timeouts));
+        assert!(expired(&open(11), Some(&fin(11)), SCTP, now, &timeouts), "whichever side shuts down");
     }
 }

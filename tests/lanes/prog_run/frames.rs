@@ -46,6 +46,8 @@ pub(crate) struct Frame {
     pub(crate) proto: u8,
     /// TCP flags.
     pub(crate) flags: u8,
+    /// TCP sequence number.
+    pub(crate) seq: u32,
     pub(crate) ttl: u8,
     pub(crate) tos: u8,
     /// IP options, a multiple of four bytes; of IPv6 they stand in a header of destination options.
@@ -68,6 +70,7 @@ impl Frame {
             dst,
             proto,
             flags: if proto == UDP { 0 } else { SYN },
+            seq: 0x0102_0304,
             ttl: 64,
             tos: 0,
             options: Vec::new(),
@@ -235,7 +238,7 @@ impl Frame {
     }
 
     fn tcp(&self) -> TcpHeader {
-        let mut header = TcpHeader::new(self.src.1, self.dst.1, 0x0102_0304, 64_240);
+        let mut header = TcpHeader::new(self.src.1, self.dst.1, self.seq, 64_240);
         header.fin = self.flags & FIN != 0;
         header.syn = self.flags & SYN != 0;
         header.rst = self.flags & RST != 0;
