@@ -23,8 +23,12 @@ mod fragments;
 mod full_maps;
 #[path = "netns/icmp.rs"]
 mod icmp;
+#[path = "netns/idle_flows.rs"]
+mod idle_flows;
 #[path = "netns/ipv6.rs"]
 mod ipv6;
+#[path = "netns/many_connections.rs"]
+mod many_connections;
 #[path = "netns/neighbours.rs"]
 mod neighbours;
 #[path = "netns/no_hooks.rs"]

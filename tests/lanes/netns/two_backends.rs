@@ -71,6 +71,15 @@ pub(crate) fn each((v4, v6): Both) -> [IpAddr; 2] {
 impl TwoBackends {
     /// Links everything; backends answer each byte with their number, by TCP and UDP.
     pub(crate) fn build(setup: Setup, place: Place) -> Result<Self> {
+        let world = Self::without_servers(setup, place)?;
+        for (number, backend) in (0..).zip(&world.backends) {
+            serve(backend, number)?;
+        }
+        Ok(world)
+    }
+
+    /// The same with nobody who answers.
+    pub(crate) fn without_servers(setup: Setup, place: Place) -> Result<Self> {
         let [client, node, first, second] = ["client2", "node2b", "first", "second"].map(Namespace::new);
         let mut world = Self {
             client: client?,
@@ -86,7 +95,6 @@ impl TwoBackends {
         for backend in 0..2 {
             let device = ["in0", "in1"][backend];
             world.link(&world.backends[backend], device, at(backend, 2), at(backend, 1))?;
-            serve(&world.backends[backend], backend as u8)?;
         }
         world.node.sysctl("net/ipv4/ip_forward", "1")?;
         world.node.sysctl("net/ipv6/conf/all/forwarding", "1")?;
