@@ -13,6 +13,8 @@ mod bad_input;
 mod callers;
 #[path = "netns/clean_host.rs"]
 mod clean_host;
+#[path = "netns/dead_backends.rs"]
+mod dead_backends;
 #[path = "netns/explain.rs"]
 mod explain;
 #[path = "netns/fragments.rs"]
@@ -21,8 +23,12 @@ mod fragments;
 mod full_maps;
 #[path = "netns/icmp.rs"]
 mod icmp;
+#[path = "netns/idle_flows.rs"]
+mod idle_flows;
 #[path = "netns/ipv6.rs"]
 mod ipv6;
+#[path = "netns/many_connections.rs"]
+mod many_connections;
 #[path = "netns/neighbours.rs"]
 mod neighbours;
 #[path = "netns/no_hooks.rs"]
@@ -49,6 +55,8 @@ mod restart;
 mod rings;
 #[path = "netns/same_port.rs"]
 mod same_port;
+#[path = "netns/sctp.rs"]
+mod sctp;
 #[path = "netns/shares.rs"]
 mod shares;
 #[path = "netns/slow_path.rs"]
@@ -63,3 +71,5 @@ mod sockets_v6;
 mod the_lab;
 #[path = "netns/traffic.rs"]
 mod traffic;
+#[path = "netns/two_backends.rs"]
+mod two_backends;

@@ -54,14 +54,20 @@ mod policies;
 mod programs;
 #[path = "prog_run/refusals.rs"]
 mod refusals;
+#[path = "prog_run/removed.rs"]
+mod removed;
 #[path = "prog_run/renewal.rs"]
 mod renewal;
+#[path = "prog_run/sctp.rs"]
+mod sctp;
 #[path = "prog_run/slow_path.rs"]
 mod slow_path;
 /// The stack that programs take, as the build counts it.
 #[allow(dead_code, reason = "the build uses the rest")]
 #[path = "../../xtask/src/stack.rs"]
 mod stack;
+#[path = "prog_run/tcp.rs"]
+mod tcp;
 #[path = "prog_run/twins.rs"]
 mod twins;
 #[path = "prog_run/verifier.rs"]

@@ -187,7 +187,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         let metrics = metrics::SocketMetrics::add(&mut registries.agent, loaded.socket_counters);
         (Sweeper::new(loaded.peers, loaded.pods, hooks, metrics), Arc::clone(&hooks.gone))
     });
-    let clock = Arc::new(AtomicU32::new(0));
+    let (clock, gone) = (Arc::new(AtomicU32::new(0)), Arc::new(Notify::new()));
     let parts = Parts {
         settings: loaded.settings,
         v4: SideParts { maps: loaded.v4.image, limits: v4_sizes.limits(), names: v4_names },
@@ -203,14 +203,23 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             clock: Arc::clone(&clock),
             origin,
             sync: to_sync,
+            gone: Arc::clone(&gone),
             shared: Arc::clone(&shared),
             metrics: Arc::clone(&metrics),
             kube_proxy: kube_proxy.clone(),
         },
         hooks,
     };
-    let v4_flows = FlowTables { established: loaded.v4.established, embryonic: loaded.v4.embryonic };
-    let v6_flows = FlowTables { established: loaded.v6.established, embryonic: loaded.v6.embryonic };
+    let v4_flows = FlowTables {
+        established: loaded.v4.established,
+        embryonic: loaded.v4.embryonic,
+        backends: loaded.v4.generations,
+    };
+    let v6_flows = FlowTables {
+        established: loaded.v6.established,
+        embryonic: loaded.v6.embryonic,
+        backends: loaded.v6.generations,
+    };
     let attacher =
         Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
     let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
@@ -227,7 +236,14 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     Ok(Running {
         reconciler,
         interfaces,
-        collector: Collector::new(v4_flows, v6_flows, config.timeouts, clock, origin),
+        collector: Collector::new(
+            v4_flows,
+            v6_flows,
+            config.timeouts,
+            clock,
+            origin,
+            config.reset_on_endpoint_removal.then_some(gone),
+        ),
         outlets: Outlets { in_use: to_in_use, macs, shared: Arc::clone(&shared), metrics },
         inlets: Inlets { events: told, feed: fresh(feed), in_use, stop: stopped },
         heartbeat: heartbeat.clone(),

@@ -183,6 +183,8 @@ pub struct Config {
     pub snat_ports: PortRange,
     /// Whether echo requests to the addresses of Services are answered.
     pub echo: bool,
+    /// Whether TCP connections are reset once their endpoint is gone.
+    pub reset_on_endpoint_removal: bool,
     /// Whether the kernel is told to choose no port of ours.
     pub reserve_ports: bool,
     /// Map sizes.
@@ -277,6 +279,7 @@ impl Config {
             fresh: args.programs.fresh,
             snat_ports,
             echo: args.programs.echo,
+            reset_on_endpoint_removal: args.programs.reset_on_endpoint_removal,
             reserve_ports: args.programs.reserve_ports,
             sizes: args.sizes.into(),
             timeouts: timeouts(&args.timeouts),
@@ -414,6 +417,8 @@ fn timeouts(args: &TimeoutArgs) -> Timeouts {
         tcp_half_closed: args.tcp_half_closed_timeout.as_secs() as u32,
         tcp_closed: args.tcp_closed_timeout.as_secs() as u32,
         udp: args.udp_timeout.as_secs() as u32,
+        sctp_established: args.sctp_timeout.as_secs() as u32,
+        ..Timeouts::default()
     }
 }
 

@@ -18,7 +18,7 @@ pub use self::{
 };
 use self::{live::Live, names::Names, world::World};
 use crate::{
-    cluster::{DetectLocal, Options, wanted::Protocol},
+    cluster::{DetectLocal, Options},
     config::METRICS_PORT,
     manifests,
     objects::{Change, Objects},
@@ -107,12 +107,7 @@ fn answer_to(args: &ExplainArgs, out: &mut impl Write) -> anyhow::Result<bool> {
     let question = Question::new(from, to, args.proto).map_err(|message| anyhow!(message))?;
     let answer = respondent.ask(&question);
     match args.output {
-        Output::Text => {
-            write!(out, "{answer}")?;
-            if answer.verdict == Verdict::Forward && args.proto == Protocol::Sctp {
-                writeln!(out, "  this version leaves SCTP to the kernel: the answer says what is to come")?;
-            }
-        }
+        Output::Text => write!(out, "{answer}")?,
         Output::Json => writeln!(out, "{}", serde_json::to_string(&answer)?)?,
     }
     Ok(true)

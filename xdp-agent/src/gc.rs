@@ -10,24 +10,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{debug, warn};
 use xdp_common::{
     conntrack::{Timeouts, expired, opposite},
     gate,
-    net::{FlowKey, TCP},
+    net::{FlowKey, SCTP, TCP},
     tables::{Flow, exit, kind},
 };
 
 use crate::{
     cluster::wanted::{Ip6, IpAddress},
-    maps::{EmbryonicTable, EstablishedTable},
+    maps::{EmbryonicTable, EstablishedTable, Generations},
     metrics::Metrics,
     neighbours::UsedMacs,
     plan::InUse,
     reconcile::Needs,
     status::{FlowCounts, Shared},
 };
+
+mod removed;
 
 /// Time between two looks at the flow tables.
 pub const PERIOD: Duration = Duration::from_secs(10);
@@ -80,6 +82,8 @@ pub struct FlowTables<A: IpAddress> {
     pub established: EstablishedTable<A>,
     /// New flows.
     pub embryonic: EmbryonicTable<A>,
+    /// The generations of their backends.
+    pub backends: Generations<A>,
 }
 
 /// The task that collects.
@@ -90,6 +94,8 @@ pub struct Collector {
     timeouts: Timeouts,
     clock: Arc<AtomicU32>,
     origin: Instant,
+    /// Says that backends may have gone, where connections to them are to be reset.
+    gone: Option<Arc<Notify>>,
 }
 
 /// Where the results go.
@@ -106,15 +112,17 @@ pub struct Outlets {
 }
 
 impl Collector {
-    /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock.
+    /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock. Connections whose backend
+    /// is gone are reset where `gone` tells of that.
     pub fn new(
         v4: FlowTables<[u8; 4]>,
         v6: FlowTables<Ip6>,
         timeouts: Timeouts,
         clock: Arc<AtomicU32>,
         origin: Instant,
+        gone: Option<Arc<Notify>>,
     ) -> Self {
-        Self { v4, v6, timeouts, clock, origin }
+        Self { v4, v6, timeouts, clock, origin, gone }
     }
 
     /// Looks and removes, period after period; at once again after a look that removed as much as it may.
@@ -123,7 +131,10 @@ impl Collector {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut collector = self;
         loop {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = removed::gone(collector.gone.as_deref()) => ticks.reset(),
+            }
             let task = tokio::task::spawn_blocking(move || {
                 let result = collector.collect();
                 (collector, result)
@@ -154,16 +165,30 @@ impl Collector {
     /// When the kernel refuses a read or a removal.
     pub fn collect(&mut self) -> io::Result<(Look<[u8; 4]>, Look<Ip6>)> {
         let clock = self.clock.load(Ordering::Relaxed);
-        let v4 = self.v4.collect(clock, &self.timeouts, self.origin)?;
-        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin)?))
+        let resets = self.gone.is_some();
+        let v4 = self.v4.collect(clock, &self.timeouts, self.origin, resets)?;
+        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin, resets)?))
     }
 }
 
 impl<A: IpAddress> FlowTables<A> {
-    fn collect(&mut self, clock: u32, timeouts: &Timeouts, origin: Instant) -> io::Result<Look<A>> {
+    fn collect(
+        &mut self,
+        clock: u32,
+        timeouts: &Timeouts,
+        origin: Instant,
+        resets: bool,
+    ) -> io::Result<Look<A>> {
         let mut look = Look::default();
+        let mut open = Vec::new();
         look.in_use.started_ms = origin.elapsed().as_millis() as u64;
-        self.established.walk(|key, flow| look.visit(Place::Established, key, flow, clock, timeouts))?;
+        self.established.walk(|key, flow| {
+            look.visit(Place::Established, key, flow, clock, timeouts);
+            if resets {
+                open.extend(removed::Open::of(key, flow));
+            }
+        })?;
+        self.mark(&open)?;
         self.collect_embryonic(&mut look, clock, timeouts);
         for (key, seen) in std::mem::take(&mut look.suspects) {
             if look.is_full() {
@@ -231,6 +256,8 @@ fn embryonic(timeouts: &Timeouts, is_answered: bool) -> Timeouts {
         tcp_half_closed: seconds,
         tcp_closed: timeouts.tcp_closed.min(seconds),
         udp: timeouts.udp.min(seconds),
+        sctp_established: seconds,
+        sctp_closed: timeouts.sctp_closed.min(seconds),
     }
 }
 
@@ -245,7 +272,11 @@ impl<A: IpAddress> Look<A> {
         self.count(place, key, flow);
         // Anything idle for longer than the shortest limit is looked at together with its other half; the limits of a
         // closed connection apply when only the other half knows of it.
-        let shortest = if key.proto == TCP { timeouts.tcp_closed } else { timeouts.udp };
+        let shortest = match key.proto {
+            TCP => timeouts.tcp_closed,
+            SCTP => timeouts.sctp_closed,
+            _ => timeouts.udp,
+        };
         if place == Place::Established && idle > shortest {
             self.suspects.push((*key, *flow));
         }
@@ -275,9 +306,11 @@ impl<A: IpAddress> Look<A> {
     fn need(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
         self.in_use.backends.insert(flow.backend);
         let (frontend, backend, snat) = match flow.kind {
-            kind::FORWARD => {
-                ((key.dst, key.dport), (flow.dst, flow.dport), (flow.exit != exit::LOCAL).then_some(flow.src))
-            }
+            kind::FORWARD => (
+                (key.dst, key.dport),
+                (flow.dst, flow.dport),
+                (flow.exit & !exit::RESET != exit::LOCAL).then_some(flow.src),
+            ),
             kind::REPLY_REMOTE => ((flow.src, flow.sport), (key.src, key.sport), Some(key.dst)),
             kind::REPLY_LOCAL => ((flow.src, flow.sport), (key.src, key.sport), None),
             // Half of a flow whose other entries say the same, whichever direction it is.
@@ -310,6 +343,7 @@ impl FlowCounts {
         Some(match (key.proto, flow.closing) {
             (TCP, 0) => &mut self.tcp,
             (TCP, _) => &mut self.tcp_closing,
+            (SCTP, _) => &mut self.sctp,
             _ => &mut self.udp,
         })
     }
@@ -323,6 +357,7 @@ impl std::ops::Add for FlowCounts {
             tcp: self.tcp + other.tcp,
             tcp_closing: self.tcp_closing + other.tcp_closing,
             udp: self.udp + other.udp,
+            sctp: self.sctp + other.sctp,
             embryonic: self.embryonic + other.embryonic,
             established_entries: self.established_entries + other.established_entries,
             embryonic_entries: self.embryonic_entries + other.embryonic_entries,
@@ -343,136 +378,4 @@ async fn tell(v4: Look<[u8; 4]>, v6: Look<Ip6>, outlets: &Outlets) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use xdp_common::{
-        conntrack::{mirror, translate},
-        net::UDP,
-        tables::closing,
-    };
-
-    type Key = FlowKey<[u8; 4]>;
-    type Entry = Flow<[u8; 4]>;
-    type Look = super::Look<[u8; 4]>;
-
-    const CLIENT: [u8; 4] = [198, 51, 100, 7];
-    const FRONTEND: [u8; 4] = [10, 96, 0, 1];
-    const BACKEND: [u8; 4] = [10, 244, 1, 5];
-    const SNAT: [u8; 4] = [192, 0, 2, 1];
-
-    fn key(src: [u8; 4], dst: [u8; 4], sport: u16, dport: u16) -> Key {
-        FlowKey { src, dst, sport: sport.to_be_bytes(), dport: dport.to_be_bytes(), proto: TCP, zero: [0; 3] }
-    }
-
-    fn flow(before: &Key, after: &Key, exit: u8, seen: u32) -> Entry {
-        let mut flow = Flow {
-            src: [0; 4],
-            dst: [0; 4],
-            sport: [0; 2],
-            dport: [0; 2],
-            addr_delta: 0,
-            l4_delta: 0,
-            dmac: [2, 0, 0, 0, 0, 9],
-            smac: [0; 6],
-            ifindex: 0,
-            routing: 0,
-            seen,
-            backend: 5,
-            generation: 1,
-            service: 1,
-            mtu: 1500,
-            kind: kind::FORWARD,
-            exit,
-            closing: 0,
-            replied: 1,
-            zero: [0; 6],
-        };
-        translate(&mut flow, before, after);
-        flow
-    }
-
-    #[test]
-    fn either_half_of_a_flow_names_the_same_needs() {
-        let before = key(CLIENT, FRONTEND, 40_000, 80);
-        for (exit, after, reply_kind) in [
-            (exit::TRANSMIT, key(SNAT, BACKEND, 2000, 8080), kind::REPLY_REMOTE),
-            (exit::LOCAL, key(CLIENT, BACKEND, 40_000, 8080), kind::REPLY_LOCAL),
-        ] {
-            let forward = flow(&before, &after, exit, 0);
-            let reply_key = opposite(&before, &forward);
-            let mut reply = forward;
-            mirror(&before, &forward, reply_kind, exit::LOCAL, &mut reply);
-            let (mut of_forward, mut of_reply) = (Look::default(), Look::default());
-            of_forward.need(&before, &forward);
-            of_reply.need(&reply_key, &reply);
-            assert_eq!(of_forward.in_use.ingress_bits, of_reply.in_use.ingress_bits);
-            assert_eq!(of_forward.in_use.egress_bits, of_reply.in_use.egress_bits);
-            assert_eq!(of_forward.in_use.backends, HashSet::from([5]));
-            assert!(of_forward.in_use.ingress_bits.contains(&gate::frontend_bit(FRONTEND, [0, 80], TCP)));
-        }
-    }
-
-    #[test]
-    fn only_idle_entries_are_suspects_and_only_busy_neighbours_are_kept() {
-        let timeouts = Timeouts::default();
-        let before = key(CLIENT, FRONTEND, 40_000, 80);
-        let after = key(SNAT, BACKEND, 2000, 8080);
-        let mut look = Look::default();
-        look.visit(
-            Place::Established,
-            &before,
-            &flow(&before, &after, exit::TRANSMIT, 1000),
-            1005,
-            &timeouts,
-        );
-        assert!(look.suspects.is_empty());
-        assert_eq!(look.macs.len(), 1);
-        assert_eq!((look.counts.tcp, look.counts.established_entries), (1, 1));
-        let mut look = Look::default();
-        look.visit(
-            Place::Established,
-            &before,
-            &flow(&before, &after, exit::TRANSMIT, 1000),
-            2000,
-            &timeouts,
-        );
-        assert_eq!(look.suspects.len(), 1);
-        assert!(look.macs.is_empty());
-        let mut look = Look::default();
-        // Newer than the look at the clock.
-        look.visit(
-            Place::Established,
-            &before,
-            &flow(&before, &after, exit::TRANSMIT, 1001),
-            1000,
-            &timeouts,
-        );
-        assert!(look.suspects.is_empty());
-    }
-
-    #[test]
-    fn new_flows_are_given_up_sooner_than_established_ones_and_unanswered_ones_first() {
-        let before = key(CLIENT, FRONTEND, 40_000, 80);
-        let idle = flow(&before, &key(SNAT, BACKEND, 2000, 8080), exit::TRANSMIT, 1000);
-        let timeouts = Timeouts::default();
-        let is_over = |proto, is_answered, clock| {
-            expired(&idle, None, proto, clock, &embryonic(&timeouts, is_answered))
-        };
-        for proto in [TCP, UDP] {
-            assert!(!is_over(proto, false, 1030) && is_over(proto, false, 1031), "protocol {proto}");
-            assert!(!is_over(proto, true, 1060) && is_over(proto, true, 1061), "protocol {proto}");
-        }
-        let reset = Entry { closing: closing::RST, ..idle };
-        assert!(expired(&reset, None, TCP, 1011, &embryonic(&timeouts, true)));
-        let short = Timeouts { udp: 5, tcp_closed: 2, ..timeouts };
-        let limits = embryonic(&short, false);
-        assert_eq!((limits.udp, limits.tcp_closed), (5, 2), "shorter settings count");
-    }
-
-    #[test]
-    fn a_look_is_full_once_it_has_removed_all_that_it_may() {
-        let look =
-            |removed| Look { counts: FlowCounts { removed, ..FlowCounts::default() }, ..Look::default() };
-        assert!(!look(REMOVALS_MAX as u32 - 1).is_full() && look(REMOVALS_MAX as u32).is_full());
-    }
-}
+mod tests;

@@ -27,6 +27,7 @@ pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
 pub use fragments::{FragmentMap, HeldFragment, HeldFragments};
+pub use generations::Generations;
 pub use image::{ImageMaps, Settings};
 pub use reserved::ReservedPorts;
 pub use sockets::{PeerMaps, PodMaps, SocketCounters, SocketMaps};
@@ -36,6 +37,7 @@ mod batch;
 pub mod embryonic;
 pub mod established;
 mod fragments;
+pub mod generations;
 mod handles;
 pub mod image;
 mod known;
@@ -115,11 +117,14 @@ pub struct FamilyMaps<A: IpAddress> {
     pub accounts: Accounts,
     /// Ports of fragmented packets.
     pub fragments: FragmentMap<A>,
+    /// Which backends are still those that flows were made for.
+    pub generations: Generations<A>,
 }
 
 impl<A: IpAddress> FamilyMaps<A> {
-    fn open(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+    fn open(ebpf: &mut Ebpf, dir: &Path) -> anyhow::Result<Self> {
         Ok(Self {
+            generations: Generations::open(dir)?,
             image: ImageMaps::open(|spec| take(ebpf, spec))?,
             established: EstablishedTable::open(ebpf)?,
             embryonic: EmbryonicTable::open(ebpf)?,
@@ -260,8 +265,8 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     loader.override_global("NAMES_ERRORS", &names_errors, true);
     let mut ebpf = loader.load(object).map_err(refused)?;
     let settings = Settings::of(take(&mut ebpf, &tables::CONFIG)?)?;
-    let v4 = FamilyMaps::open(&mut ebpf)?;
-    let v6 = FamilyMaps::open(&mut ebpf)?;
+    let v4 = FamilyMaps::open(&mut ebpf, dir)?;
+    let v6 = FamilyMaps::open(&mut ebpf, dir)?;
     let sockets = SocketMaps::open(&mut ebpf)?;
     let peers = PeerMaps::open(&mut ebpf, dir)?;
     let pods = PodMaps::open(&mut ebpf)?;

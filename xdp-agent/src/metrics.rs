@@ -130,6 +130,7 @@ impl Metrics {
             ("tcp", counts.tcp),
             ("tcp_closing", counts.tcp_closing),
             ("udp", counts.udp),
+            ("sctp", counts.sctp),
             ("embryonic", counts.embryonic),
         ] {
             self.flow_states.get_or_create(&[("state", state)]).set(flows.into());

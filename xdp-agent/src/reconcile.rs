@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::{Instant as TokioInstant, MissedTickBehavior, interval, sleep_until},
 };
 use tracing::warn;
@@ -109,6 +109,8 @@ pub struct Told {
     pub origin: Instant,
     /// For health and for load balancers.
     pub sync: watch::Sender<SyncState>,
+    /// That backends may have gone, for connections that are to be reset.
+    pub gone: Arc<Notify>,
     /// For people.
     pub shared: Arc<Shared>,
     /// For Prometheus.
@@ -142,8 +144,6 @@ pub struct Reconciler {
     picture: Picture,
     reported: report::Reported,
     untold: sync::Untold,
-    /// Whether it has been said that SCTP is not forwarded.
-    is_sctp_told: bool,
     backlog: backlog::Backlog,
     /// Until the maps first are as everything known asks.
     first_image: Option<NotReady>,
@@ -200,7 +200,6 @@ impl Reconciler {
             picture: Picture::default(),
             reported: report::Reported::default(),
             untold: sync::Untold::default(),
-            is_sctp_told: false,
             backlog,
             first_image,
             epoch_at: None,

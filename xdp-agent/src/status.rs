@@ -100,6 +100,8 @@ pub struct FlowCounts {
     pub tcp_closing: u32,
     /// UDP flows.
     pub udp: u32,
+    /// SCTP associations.
+    pub sctp: u32,
     /// Flows that are not established yet.
     pub embryonic: u32,
     /// Entries of the table of established flows.

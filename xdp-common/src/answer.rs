@@ -163,7 +163,7 @@ pub fn unreachable<F: Answer, W: View>(headers: &W, finisher: Finisher, out: &mu
 
 /// Writes Ethernet and IP headers that lead back to where a frame came from; the sum of both addresses.
 #[inline(always)]
-fn envelope<F: Answer, W: View>(headers: &W, out: &mut [u8], proto: u8) -> u32 {
+pub(crate) fn envelope<F: Answer, W: View>(headers: &W, out: &mut [u8], proto: u8) -> u32 {
     let (dmac, dmac_end) = (headers.quad(0), headers.pair(4));
     copy(headers.pair(6), out, 0);
     copy(headers.quad(8), out, 2);
@@ -190,7 +190,7 @@ fn words(frame: &[u8], from: usize, to: usize) -> u32 {
 }
 
 #[inline(always)]
-fn copy<const N: usize>(from: [u8; N], out: &mut [u8], at: usize) {
+pub(crate) fn copy<const N: usize>(from: [u8; N], out: &mut [u8], at: usize) {
     let mut byte = 0;
     while byte < N && at + byte < out.len() {
         out[at + byte] = from[byte];

@@ -3,7 +3,7 @@
 use crate::{
     checksum,
     frame::{Packet, tcp},
-    net::{Address, FlowKey, TCP},
+    net::{Address, FlowKey, SCTP, TCP},
     tables::{Flow, closing, kind},
     verdict::Rewrite,
 };
@@ -146,13 +146,24 @@ pub struct Timeouts {
     pub tcp_closed: u32,
     /// UDP.
     pub udp: u32,
+    /// An open SCTP association.
+    pub sctp_established: u32,
+    /// An SCTP association that is being closed, or was aborted.
+    pub sctp_closed: u32,
 }
 
 impl Default for Timeouts {
     /// kube-proxy's values where it has them (pkg/proxy/apis/config/v1alpha1/defaults.go), else netfilter's
-    /// (net/netfilter/nf_conntrack_proto_{tcp,udp}.c).
+    /// (net/netfilter/nf_conntrack_proto_{tcp,udp,sctp}.c).
     fn default() -> Self {
-        Self { tcp_established: 86_400, tcp_half_closed: 3_600, tcp_closed: 10, udp: 120 }
+        Self {
+            tcp_established: 86_400,
+            tcp_half_closed: 3_600,
+            tcp_closed: 10,
+            udp: 120,
+            sctp_established: 210,
+            sctp_closed: 10,
+        }
     }
 }
 
@@ -174,10 +185,14 @@ pub fn expired<A: Address>(
 }
 
 fn limit<A: Address>(flow: &Flow<A>, other: Option<&Flow<A>>, proto: u8, timeouts: &Timeouts) -> u32 {
-    if proto != TCP {
-        return timeouts.udp;
-    }
     let theirs = other.map_or(0, |other| other.closing);
+    match proto {
+        TCP => {}
+        // No side has more to say once one of them shuts down.
+        SCTP if flow.closing | theirs != 0 => return timeouts.sctp_closed,
+        SCTP => return timeouts.sctp_established,
+        _ => return timeouts.udp,
+    }
     if (flow.closing | theirs) & closing::RST != 0 || flow.closing & theirs & closing::FIN != 0 {
         return timeouts.tcp_closed;
     }
@@ -248,5 +263,11 @@ mod tests {
         assert!(expired(&fin(11), Some(&fin(11)), TCP, now, &timeouts));
         assert!(expired(&flow(now - 11, closing::RST), Some(&open(11)), TCP, now, &timeouts));
         assert!(!expired(&flow(now + 3, 0), None, UDP, now, &timeouts), "newer than the look");
+        assert!(
+            !expired(&open(210), None, SCTP, now, &timeouts)
+                && expired(&open(211), None, SCTP, now, &timeouts)
+        );
+        assert!(!expired(&fin(10), Some(&open(11)), SCTP, now, &timeouts));
+        assert!(expired(&open(11), Some(&fin(11)), SCTP, now, &timeouts), "whichever side shuts down");
     }
 }

@@ -170,9 +170,12 @@ fn find<F: Family, T: Tables<F>>(
     work: &mut Work<F::Addr>,
 ) -> Next {
     for table in [Table::Established, Table::Embryonic] {
-        // An opener need not look: if its flow is known, the reservation of its source port says so.
         let is_known_absent = from == Table::Embryonic && table == Table::Established;
-        if is_known_absent || (table == Table::Embryonic && opens(packet)) {
+        // An opener need not look: if its flow is known, the reservation of its source port says so. One that is addressed to
+        // no frontend may be the answer to another that it has crossed on its way (RFC 9293, section 3.5).
+        let is_opener =
+            table == Table::Embryonic && opens(packet) && gate::admits_frontend(tables, &packet.key);
+        if is_known_absent || is_opener {
             continue;
         }
         let Some(entry) = tables.flow(table, &packet.key) else { continue };

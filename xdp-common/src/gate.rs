@@ -91,6 +91,13 @@ pub fn admits_ingress<F: Family, T: Tables<F>>(tables: T, config: &Config, key: 
     is_set(tables.ingress_gate(at / 64), at)
 }
 
+/// Whether a packet may be addressed to a frontend.
+#[inline(always)] // one caller
+pub fn admits_frontend<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> bool {
+    let at = frontend_bit(key.dst, key.dport, key.proto);
+    is_set(tables.ingress_gate(at / 64), at)
+}
+
 /// Whether an address may be that of a service, by the bit of its network or by its own.
 #[inline(always)] // one caller
 pub fn admits_echo<F: Family, T: Tables<F>>(tables: T, addr: F::Addr) -> bool {

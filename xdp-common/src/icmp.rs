@@ -11,7 +11,7 @@ use network_types::{
 use crate::{
     answer, checksum,
     frame::{EXTENSIONS_LEN_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View, dmac},
-    net::{Address, TCP, UDP},
+    net::{Address, SCTP, TCP, UDP},
     verdict::{Hop, Rewrite},
 };
 
@@ -35,9 +35,9 @@ pub struct Message<A> {
     pub packet: Packet<A>,
     /// Who sends the message. Whom it is sent to is the key's destination.
     pub from: A,
-    /// Offset of the TCP or UDP header in the quote.
+    /// Offset of the TCP, UDP or SCTP header in the quote.
     pub ports_at: u8,
-    /// Offset of its checksum, 0 when the quote is too short for it or the datagram went without.
+    /// Offset of its checksum, 0 when the quote is too short for it, the datagram went without, or it is SCTP's.
     pub check_at: u8,
 }
 
@@ -46,7 +46,7 @@ pub struct Message<A> {
 pub enum Found {
     /// Nothing that concerns packets of ours.
     Other,
-    /// An error that quotes a TCP or UDP packet.
+    /// An error that quotes a TCP, UDP or SCTP packet.
     Error,
     /// An echo request.
     Echo,
@@ -129,7 +129,7 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     let Some(quote) = F::read(frame, quote_at) else { return Found::Other };
     let ports_at = quote_at + quote.len;
     // An error goes to the source of what it quotes.
-    if (quote.proto != TCP && quote.proto != UDP)
+    if (quote.proto != TCP && quote.proto != UDP && quote.proto != SCTP)
         || quote.src.differs(outer.dst) != 0
         || ports_at + PORTS > end
     {
@@ -144,7 +144,9 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     let check_at = if quote.proto == TCP { ports_at + TCP_CHECK } else { ports_at + UDP_CHECK };
     let has_check = match quote.proto {
         TCP => check_at + 2 <= end && frame.view::<{ TCP_CHECK + 2 }>(ports_at).is_some(),
-        _ => ports.pair(UDP_CHECK) != [0; 2],
+        UDP => ports.pair(UDP_CHECK) != [0; 2],
+        // Of SCTP nobody can update it without the length, nor checks it in a quote.
+        _ => false,
     };
     message.check_at = if has_check { check_at as u8 } else { 0 };
     Found::Error

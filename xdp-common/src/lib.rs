@@ -21,6 +21,7 @@ pub mod frame;
 pub mod gate;
 pub mod icmp;
 pub mod net;
+pub mod sctp;
 pub mod select;
 pub mod tables;
 pub mod verdict;

@@ -109,6 +109,8 @@ counted! {
         FlowInsert = "flow_insert",
         /// The ring named a backend that does not exist: the agent's image and the maps disagree.
         NoBackend = "no_backend",
+        /// The endpoint of a TCP connection is gone, and `--reset-on-endpoint-removal` says that nobody waits for it.
+        EndpointRemoved = "endpoint_removed",
         /// An echo request to the address of a service, beyond those that are answered in a second.
         EchoLimit = "echo_limit",
     }

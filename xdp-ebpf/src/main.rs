@@ -10,6 +10,7 @@ mod icmp;
 mod maps;
 mod node;
 mod packet;
+mod sctp;
 mod skb;
 mod socket;
 mod sockets;
@@ -73,12 +74,12 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 }
 
 #[inline(never)] // each family has the stack of 512 bytes to itself
-fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+fn tc_ingress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
     let hook = match F::parse_into(frame, frame.ifindex(), packet) {
-        Found::Nothing => return TC_ACT_UNSPEC,
-        Found::Packet => Hook::Tc,
+        Found::Nothing if !sctp::at_tc::<F>(skb) => return TC_ACT_UNSPEC,
+        Found::Packet | Found::Nothing => Hook::Tc,
         Found::Fragment => match fragment::<F>(skb, Side::Ingress) {
             Step::Pass => return TC_ACT_UNSPEC,
             Step::Hold => return fragments::hold(skb),
@@ -109,8 +110,8 @@ fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
     match F::parse_into(frame, frame.ifindex(), packet) {
-        Found::Nothing => return icmp::tc_egress::<F>(skb),
-        Found::Packet => {}
+        Found::Nothing if !sctp::at_tc::<F>(skb) => return icmp::tc_egress::<F>(skb),
+        Found::Packet | Found::Nothing => {}
         Found::Fragment => match fragment::<F>(skb, Side::Egress) {
             Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
             Step::Decide | Step::Tell => {}

@@ -23,6 +23,7 @@ use crate::{
     icmp,
     maps::{Kernel, parse, parsed, place},
     packet::Wire,
+    sctp,
     skb::{TcFrame, Turn},
 };
 
@@ -38,9 +39,11 @@ pub(crate) fn tc_pod(ctx: TcContext) -> i32 {
 }
 
 #[inline(never)] // each family has the stack of 512 bytes to itself
-fn tc_pod_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
+fn tc_pod_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let frame = &TcFrame::new::<F>(skb);
-    let Some(packet) = parse::<F, _>(frame, frame.ifindex()) else { return TC_ACT_UNSPEC };
+    let found = parse::<F, _>(frame, frame.ifindex());
+    let sctp = || if sctp::at_tc::<F>(skb) { parsed::<F>() } else { None };
+    let Some(packet) = found.or_else(sctp) else { return TC_ACT_UNSPEC };
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Pod);
     match verdict.action {
         Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::Out),
@@ -65,8 +68,8 @@ pub(crate) fn tc_host(ctx: TcContext) -> i32 {
 #[inline(always)] // a level of calls less: each would take its part of the stack that they share
 fn tc_host_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let is_whole = match read::<F>(skb) {
-        Found::Nothing => return icmp::tc_egress::<F>(skb),
-        Found::Packet => true,
+        Found::Nothing if !sctp::at_tc::<F>(skb) => return icmp::tc_egress::<F>(skb),
+        Found::Packet | Found::Nothing => true,
         Found::Fragment => match fragment::<F>(skb, Side::Egress) {
             Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
             Step::Decide | Step::Tell => false,

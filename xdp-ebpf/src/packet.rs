@@ -22,6 +22,8 @@ use xdp_common::{
     verdict::{Hop, Rewrite},
 };
 
+pub(crate) mod sctp;
+
 const IP: usize = EthHdr::LEN;
 
 /// Families whose frames can be rewritten.
@@ -42,6 +44,13 @@ pub(crate) trait Wire: Answer {
     fn address(frame: &XdpFrame, packet: &Packet<Self::Addr>, hop: &Hop);
     fn rewrite(frame: &XdpFrame, packet: &Packet<Self::Addr>, rewrite: &Rewrite<Self::Addr>);
     fn answer<R: Replace>(
+        frame: &R,
+        packet: &Packet<Self::Addr>,
+        finisher: Finisher,
+        out: &mut AnswerFrame,
+    ) -> bool;
+    /// [`sctp::abort`], likewise.
+    fn abort<R: Replace>(
         frame: &R,
         packet: &Packet<Self::Addr>,
         finisher: Finisher,
@@ -78,6 +87,17 @@ macro_rules! wire {
                     { IP + <Self as Headers>::LEN + UdpHdr::LEN },
                     { answer::unreachable_len::<Self>() },
                 >(frame, packet, finisher, out)
+            }
+
+            #[inline(always)] // as above
+            fn abort<R: Replace>(
+                frame: &R,
+                packet: &Packet<Self::Addr>,
+                finisher: Finisher,
+                out: &mut AnswerFrame,
+            ) -> bool {
+                packet.l4_offset as usize == IP + <Self as Headers>::LEN
+                    && sctp::abort::<Self, R, { xdp_common::sctp::abort_len::<Self>() }>(frame, finisher, out)
             }
         }
     };
@@ -214,7 +234,8 @@ impl XdpFrame {
             let Some(udp) = self.view::<{ UdpHdr::LEN }>(packet.l4_offset as usize) else { return };
             udp.set_pair(0, rewrite.sport);
             udp.set_pair(2, rewrite.dport);
-            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935).
+            // UDP may go without a checksum, and then stays without (RFC 768, RFC 6935). SCTP has its ports there too, and looks
+            // as if it went without.
             if packet.check != 0 {
                 udp.set_pair(UDP_CHECK, checksum::update_udp(packet.check, rewrite.l4_delta).to_ne_bytes());
             }

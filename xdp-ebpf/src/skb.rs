@@ -9,7 +9,7 @@ use aya_ebpf::{
 use xdp_common::{
     answer::{AnswerFrame, Finisher},
     frame::{Frame, Packet, TCP_CHECK, UDP_CHECK},
-    net::TCP,
+    net::{SCTP, TCP},
     verdict::Rewrite,
 };
 
@@ -98,6 +98,10 @@ impl TcFrame {
         if packet.is_later_fragment() {
             return self.rewrite_addresses::<F>(rewrite);
         }
+        if packet.key.proto == SCTP {
+            self.rewrite_sctp(packet, rewrite);
+            return self.rewrite_addresses::<F>(rewrite);
+        }
         let (check_at, udp) = if packet.key.proto == TCP {
             (packet.l4_offset as usize + TCP_CHECK, 0)
         } else {
@@ -132,8 +136,8 @@ impl TcFrame {
         let _ = self.ctx.store(at, value, BPF_F_RECOMPUTE_CSUM as u64);
     }
 
-    /// Rewrites the addresses of a fragment without a TCP or UDP header.
-    #[inline(always)] // one caller
+    /// Rewrites the addresses, where no TCP or UDP checksum depends on them.
+    #[inline(always)] // two callers
     fn rewrite_addresses<F: Wire>(&self, rewrite: &Rewrite<F::Addr>) {
         let addr_delta = rewrite.addr_delta as u64;
         match F::IP_CHECK {
@@ -168,7 +172,11 @@ impl TcFrame {
         way: Turn,
     ) -> Option<i32> {
         let finisher = if packet.looks_offloaded() { Finisher::Device } else { Finisher::Nobody };
-        if F::answer(self, packet, finisher, area) { Some(self.redirect(way)) } else { None }
+        let is_answered = match packet.key.proto {
+            SCTP => F::abort(self, packet, finisher, area),
+            _ => F::answer(self, packet, finisher, area),
+        };
+        if is_answered { Some(self.redirect(way)) } else { None }
     }
 
     /// Sends the frame to the one or the other side of the interface it is on.

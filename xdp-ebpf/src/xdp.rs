@@ -11,10 +11,11 @@ use aya_ebpf::{
 };
 use xdp_common::{
     decide::{self, Hook},
-    frame::{self, Parsed},
+    frame::{self, Packet, Parsed},
+    icmp::Icmp,
     net::{Family, V4, V6},
     tables::{self, next},
-    verdict::{Action, Counter, Event},
+    verdict::{Action, Counter, Event, Rewrite},
 };
 
 #[cfg(feature = "trace")]
@@ -24,7 +25,8 @@ use crate::{
     family::Maps,
     icmp,
     maps::{Kernel, count, place},
-    packet::{Wire, XdpFrame},
+    packet::{self, Wire, XdpFrame},
+    sctp,
 };
 
 #[map]
@@ -58,14 +60,14 @@ pub(crate) fn xdp_v6_frags(ctx: XdpContext) -> u32 {
 
 /// What is neither TCP nor UDP.
 #[xdp]
-pub(crate) fn xdp_icmp(ctx: XdpContext) -> u32 {
-    messages::<false>(ctx.ctx)
+pub(crate) fn xdp_others(ctx: XdpContext) -> u32 {
+    others::<false>(ctx.ctx)
 }
 
 /// The same for long frames.
 #[xdp(frags)]
-pub(crate) fn xdp_icmp_frags(ctx: XdpContext) -> u32 {
-    messages::<true>(ctx.ctx)
+pub(crate) fn xdp_others_frags(ctx: XdpContext) -> u32 {
+    others::<true>(ctx.ctx)
 }
 
 #[inline(always)] // the two entry points differ in their section only
@@ -86,7 +88,7 @@ fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
             *place = packet;
             &*place
         }
-        Parsed::Other => return go_on::<FRAGS>(ctx, next::ICMP),
+        Parsed::Other => return go_on::<FRAGS>(ctx, next::OTHERS),
         // For tc ingress, which the kernel gives them next.
         Parsed::Fragment => return xdp_action::XDP_PASS,
         Parsed::Malformed => {
@@ -94,36 +96,70 @@ fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
             return xdp_action::XDP_PASS;
         }
     };
+    decided::<F, FRAGS, false>(frame, packet)
+}
+
+/// No action of the kernel's: the frame holds nothing that can be read.
+pub(crate) const OTHER: u32 = u32::MAX;
+
+#[inline(always)] // as for `ingress`
+fn others<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
+        V4::ETHERTYPE => others_of::<V4, FRAGS>(ctx),
+        V6::ETHERTYPE => others_of::<V6, FRAGS>(ctx),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(always)] // a level of calls less
+fn others_of<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    match sctp::xdp::<F, FRAGS>(ctx) {
+        OTHER => icmp::xdp::<F, FRAGS>(ctx),
+        action => action,
+    }
+}
+
+/// Asks for the decision on a packet, and does what it says.
+#[inline(always)] // the fast path
+pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
+    frame: &XdpFrame,
+    packet: &Packet<F::Addr>,
+) -> u32 {
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
     #[cfg(feature = "trace")]
     trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
         Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
         Action::Stack => {
-            F::rewrite(frame, packet, &verdict.rewrite);
+            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             xdp_action::XDP_PASS
         }
         Action::Transmit => {
             F::address(frame, packet, &verdict.hop);
-            F::rewrite(frame, packet, &verdict.rewrite);
+            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             xdp_action::XDP_TX
         }
         Action::Redirect => {
             F::address(frame, packet, &verdict.hop);
-            F::rewrite(frame, packet, &verdict.rewrite);
+            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             frame.redirect(verdict.hop.ifindex)
         }
     }
 }
 
-#[inline(always)] // as for `ingress`
-fn messages<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
-    match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
-        V4::ETHERTYPE => icmp::xdp::<V4, FRAGS>(ctx),
-        V6::ETHERTYPE => icmp::xdp::<V6, FRAGS>(ctx),
-        _ => xdp_action::XDP_PASS,
+/// Rewrites a frame; of SCTP [`Wire::rewrite`] leaves the checksum.
+#[inline(always)] // the fast path
+fn rewrite<F: Maps + Wire, const IS_SCTP: bool>(
+    frame: &XdpFrame,
+    packet: &Packet<F::Addr>,
+    rewrite: &Rewrite<F::Addr>,
+) {
+    F::rewrite(frame, packet, rewrite);
+    if IS_SCTP {
+        packet::sctp::update(frame, packet, rewrite);
     }
 }
 

@@ -8,14 +8,14 @@ use std::{env, thread, time::Instant};
 use nix::sched::{CloneFlags, setns};
 use xdp_common::{
     answer::Answer,
-    net::{TCP, UDP, V4, V6},
+    net::{V4, V6},
     verdict::{
         Counter::{self, Drop, Event},
         Event as E, Reason,
     },
 };
 
-use crate::{family::Hosts, frames::ETHERNET, mutation::mutated, node::*, twins::Twins};
+use crate::{family::Hosts, frames::ETHERNET, mutation::mutated, node::*, twins::Twins, world::TRANSPORTS};
 
 const SEED: u64 = 0x0f10_77ed_cafe_2026;
 /// Frames of a sequence before it begins anew with other services.
@@ -108,7 +108,7 @@ fn sequence<F: Hosts + Answer>(
 
 /// A frame that is almost one of a flow, at some hook.
 fn mutate<F: Hosts + Answer>(twins: &mut Twins<F>) {
-    let proto = twins.dice.of(&[TCP, UDP]);
+    let proto = twins.dice.of(&TRANSPORTS);
     let answer = if twins.dice.once_in(2) { twins.backend_frame() } else { None };
     let plain = answer.unwrap_or_else(|| twins.client_frame(proto));
     let bytes = mutated(&mut twins.dice, &plain);

@@ -8,7 +8,7 @@ use etherparse::{
 };
 use xdp_common::{
     frame::{TCP_CHECK, UDP_CHECK},
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend, network},
     verdict::{
         Counter::{Drop, Event},
@@ -16,7 +16,7 @@ use xdp_common::{
     },
 };
 
-use crate::{family::Family, frames::*, node::*};
+use crate::{family::Family, frames::*, node::*, sctp};
 
 /// Sequence number of every frame that the builders make.
 const SEQUENCE: u32 = 0x0102_0304;
@@ -27,7 +27,7 @@ const TTL: u8 = 64;
 const ICMP: usize = 8;
 
 /// A frame back to the client, with a header and payload of its own.
-fn back(node: &Node, vip: Addr, proto: IpNumber, rest: &[u8]) -> Vec<u8> {
+pub(crate) fn back(node: &Node, vip: Addr, proto: IpNumber, rest: &[u8]) -> Vec<u8> {
     let (ethertype, ip) = match (node.family.ip(vip), node.family.ip(CLIENT)) {
         (IpAddr::V6(vip), IpAddr::V6(client)) => {
             let ip = Ipv6Header {
@@ -52,7 +52,7 @@ fn back(node: &Node, vip: Addr, proto: IpNumber, rest: &[u8]) -> Vec<u8> {
 }
 
 /// The reset for a segment without payload.
-fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
+pub(crate) fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
     let mut tcp = TcpHeader::new(sent.dst.1, sent.src.1, 0, 0);
     tcp.rst = true;
     if sent.flags & ACK == 0 {
@@ -87,7 +87,11 @@ fn unreachable(node: &Node, sent: &Frame) -> Vec<u8> {
 }
 
 fn answer_to(node: &Node, sent: &Frame) -> Vec<u8> {
-    if sent.proto == TCP { reset(node, sent) } else { unreachable(node, sent) }
+    match sent.proto {
+        TCP => reset(node, sent),
+        SCTP => back(node, sent.dst.0, IpNumber::SCTP, &sctp::abort(sent)),
+        _ => unreachable(node, sent),
+    }
 }
 
 /// Checks that XDP refuses a frame with the right answer.
@@ -100,7 +104,7 @@ fn refuses(node: &Node, name: &str, sent: &Frame, reason: Reason) {
 #[test]
 fn a_service_without_endpoints_refuses_at_once() {
     Node::each(|node| {
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             node.frontend(VIP, proto, &[], 0);
             let opener = node.opener(proto, 40_000, VIP);
             let forms: [Form; 4] = [
@@ -113,8 +117,9 @@ fn a_service_without_endpoints_refuses_at_once() {
                 refuses(node, name, &opener.with(form), Reason::NoEndpoint);
             }
         }
-        for flags in [ACK, SYN | ACK, FIN | ACK] {
-            let segment = node.opener(TCP, 40_000, VIP).flags(flags);
+        for (proto, flags) in [(TCP, ACK), (TCP, SYN | ACK), (TCP, FIN | ACK), (SCTP, ACK), (SCTP, FIN | ACK)]
+        {
+            let segment = node.opener(proto, 40_000, VIP).flags(flags);
             refuses(node, "an acknowledgement", &segment, Reason::NoEndpoint);
         }
     });
@@ -125,10 +130,13 @@ fn a_reset_options_and_a_device_that_cannot_transmit_get_no_answer() {
     Node::each(|node| {
         node.frontend(VIP, TCP, &[], 0);
         node.frontend(VIP, UDP, &[], 0);
+        node.frontend(VIP, SCTP, &[], 0);
         let counts = [Drop(Reason::NoEndpoint), Event(E::Unanswered)];
-        let reset = node.opener(TCP, 40_000, VIP).flags(RST).bytes();
-        node.check("a reset", node.entry, &reset, Action::Drop, &reset, &counts);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, SCTP] {
+            let reset = node.opener(proto, 40_000, VIP).flags(RST).bytes();
+            node.check("a reset", node.entry, &reset, Action::Drop, &reset, &counts);
+        }
+        for proto in [TCP, UDP, SCTP] {
             let optional = node.opener(proto, 40_000, VIP).with(|frame| frame.options = vec![1; 8]).bytes();
             node.check("options", node.entry, &optional, Action::Drop, &optional, &counts);
         }

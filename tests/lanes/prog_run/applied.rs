@@ -5,7 +5,8 @@ use etherparse::IpSlice;
 use xdp_common::{
     answer::{self, Answer, Finisher},
     frame::{Packet, TCP_CHECK, UDP_CHECK},
-    net::{Address, Family as _, TCP, UDP, V4},
+    net::{Address, Family as _, SCTP, TCP, UDP, V4},
+    sctp,
     verdict::{Action, Verdict},
 };
 
@@ -13,6 +14,7 @@ use crate::{
     family::{Family, Hosts},
     frames::{ETHERNET, words_sum},
     node::Hook,
+    sctp::{crc32c, repaired},
 };
 
 /// Longest part of a frame that answers look at: Ethernet, IPv6 and TCP headers, in whole words.
@@ -59,7 +61,11 @@ fn answered<F: Hosts + Answer>(hook: Hook, frame: &[u8], packet: &Packet<F::Addr
         Hook::Xdp | Hook::XdpFrags => Finisher::Nobody,
         Hook::TcIngress | Hook::TcEgress => Finisher::Device,
     };
-    if packet.key.proto == TCP {
+    if packet.key.proto == SCTP {
+        let mut out = vec![0; sctp::abort_len::<F>()];
+        let initiate = frame[sctp::abort_len::<F>()..].first_chunk().copied().unwrap_or_default();
+        sctp::abort::<F, _>(&head, initiate, finisher, &mut out).then_some(out)
+    } else if packet.key.proto == TCP {
         let mut out = vec![0; answer::reset_len::<F>()];
         answer::reset::<F, _>(&head, packet.l4_len, finisher, &mut out).then_some(out)
     } else {
@@ -74,6 +80,13 @@ fn rewritten<F: Hosts>(frame: &[u8], packet: &Packet<F::Addr>, verdict: &Verdict
     let len = F::Addr::LEN;
     let addrs = ETHERNET + if F::FAMILY == Family::V4 { 12 } else { 8 };
     let l4 = usize::from(packet.l4_offset);
+    if packet.key.proto == SCTP {
+        let (src, dst) = (octets::<F>(to.src), octets::<F>(to.dst));
+        replace(&mut out, addrs, &[&src[..len], &dst[..len]].concat(), ip_check::<F>().as_slice());
+        let end = l4 + usize::from(packet.l4_len);
+        repaired(&mut out[l4..end], &[to.sport, to.dport].concat());
+        return out;
+    }
     let is_udp = packet.key.proto == UDP;
     let check_at = l4 + if is_udp { UDP_CHECK } else { TCP_CHECK };
     let has_check = !is_udp || frame[check_at..check_at + 2] != [0, 0];
@@ -122,7 +135,7 @@ pub(crate) fn is_icmp(frame: &[u8]) -> bool {
 pub(crate) struct Checked {
     /// That of the IPv4 header; right where there is none.
     pub(crate) ip: bool,
-    /// That of TCP, UDP or ICMP; right where a UDP datagram goes without.
+    /// That of TCP, UDP, ICMP or SCTP; right where a UDP datagram or an SCTP packet goes without.
     pub(crate) l4: bool,
 }
 
@@ -143,6 +156,11 @@ pub(crate) fn checked(frame: &[u8]) -> Option<Checked> {
             (u16::MAX, [header.source(), header.destination()].concat())
         }
     };
+    if proto == SCTP {
+        let packet = payload.payload;
+        let check = packet.get(8..12)?;
+        return Some(Checked { ip: ip_sum == u16::MAX, l4: check == [0; 4] || check == crc32c(packet) });
+    }
     let at = match proto {
         TCP => TCP_CHECK,
         UDP => UDP_CHECK,
@@ -166,14 +184,19 @@ pub(crate) fn same(a: &[u8], b: &[u8], packet_l4: usize, proto: u8) -> bool {
     if a == b {
         return true;
     }
-    let l4_check = packet_l4 + if proto == UDP { UDP_CHECK } else { TCP_CHECK };
+    let l4_check = match proto {
+        TCP => Some(packet_l4 + TCP_CHECK),
+        UDP => Some(packet_l4 + UDP_CHECK),
+        // A CRC has one form only.
+        _ => None,
+    };
     let ip_check = ETHERNET + 10;
     let is_v4 = a.get(12..14) == Some(&V4::ETHERTYPE.to_be_bytes()[..]);
     let mut a = a.to_vec();
     if a.len() != b.len() {
         return false;
     }
-    for at in [Some(l4_check), is_v4.then_some(ip_check)].into_iter().flatten() {
+    for at in [l4_check, is_v4.then_some(ip_check)].into_iter().flatten() {
         let pair = |frame: &[u8]| frame.get(at..at + 2).map(|pair| [pair[0], pair[1]]);
         let zeros = [Some([0, 0]), Some([0xff, 0xff])];
         if zeros.contains(&pair(&a)) && zeros.contains(&pair(b)) && (proto != UDP || at == ip_check) {

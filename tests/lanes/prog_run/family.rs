@@ -2,8 +2,10 @@
 //! address that follows from it.
 
 use xdp_common::{
-    frame::Headers,
+    frame::{Headers, Packet, Parsed},
+    icmp::Icmp,
     net::{Address, Ip6, V4, V6},
+    sctp,
     tables::Mapped,
 };
 
@@ -54,10 +56,19 @@ impl Family {
 }
 
 /// A family of which there are hosts.
-pub(crate) trait Hosts: Headers<Addr: Mapped + Send> {
+pub(crate) trait Hosts: Icmp<Addr: Mapped + Send> {
     const FAMILY: Family;
     /// The address of a host.
     fn addr(name: Addr) -> Self::Addr;
+
+    /// Reads a frame as the programs do.
+    fn read_frame(frame: &[u8], ifindex: u32) -> Parsed<Self::Addr> {
+        let (parsed, mut packet) = (Self::parse(frame, ifindex), Packet::ZERO);
+        if parsed == Parsed::Other && sctp::parse::<Self, _>(frame, ifindex, &mut packet) {
+            return Parsed::Packet(packet);
+        }
+        parsed
+    }
 }
 
 impl Hosts for V4 {

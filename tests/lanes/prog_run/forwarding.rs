@@ -1,7 +1,7 @@
 //! Flows to backends elsewhere: both addresses change, and the answer finds its way back.
 
 use xdp_common::{
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     tables::{Device, device},
     verdict::{Counter::Event, Event as E},
 };
@@ -10,7 +10,7 @@ use crate::{family::Family, frames::*, node::*};
 
 /// A frontend with one backend elsewhere, for TCP and for UDP.
 pub(crate) fn one_remote(node: &mut Node) {
-    for proto in [TCP, UDP] {
+    for proto in [TCP, UDP, SCTP] {
         let id = node.backend(REMOTE, proto, false);
         node.frontend(VIP, proto, &[id], 0);
         node.frontend(VIP_TOO, proto, &[id], 0);
@@ -21,7 +21,7 @@ pub(crate) fn one_remote(node: &mut Node) {
 fn a_flow_is_opened_answered_and_established_by_its_third_packet() {
     Node::each(|node| {
         one_remote(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let name = format!("protocol {proto}");
             let before = node.maps.established_entries();
             let flow = node.open(&name, &node.opener(proto, 40_000, VIP), REMOTE);
@@ -71,7 +71,7 @@ fn cluster_ips_node_ports_and_external_ips_are_frontends_alike() {
 fn packets_of_every_form_are_translated_and_otherwise_kept() {
     Node::each(|node| {
         one_remote(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
             let room = 1500 - node.family.header_len() - l4_header_len(proto);
             let forms: [Form; 9] = [
@@ -128,7 +128,7 @@ fn a_backend_behind_another_interface_is_reached_by_redirect() {
 fn one_client_port_reaches_one_backend_by_two_frontends() {
     Node::each(|node| {
         one_remote(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let first = node.connect("the first", &node.opener(proto, 2_000, VIP), REMOTE);
             let opener = node.opener(proto, 2_000, VIP_TOO);
             let second = node.open_by("the second", &opener, REMOTE, node.uplink(), 1);
@@ -223,7 +223,7 @@ fn long_frames_in_several_buffers_are_forwarded_like_others() {
         node.namespace.mtu("eth0", 9_000).expect("veth takes long frames");
         let uplink = Device { snat: NODE, flags: CAPABLE, mtu: 9_000, mac: node.mac, zero: [0; 2] };
         node.device(node.ifindex, uplink);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
             // What fits into one page besides headroom and tailroom, and what does not.
             for len in [3_000, 4_000, 8_000] {

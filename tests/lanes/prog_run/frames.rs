@@ -1,9 +1,12 @@
 //! Frames of either family by their fields; every checksum is computed over the finished bytes, never updated.
 
 use etherparse::{IpNumber, Ipv4Header, Ipv4Options, Ipv6FlowLabel, Ipv6Header, TcpHeader, UdpHeader};
-use xdp_common::net::{TCP, UDP};
+use xdp_common::net::{SCTP, TCP, UDP};
 
-use crate::family::{Addr, Family};
+use crate::{
+    family::{Addr, Family},
+    sctp,
+};
 
 /// A hardware address.
 pub(crate) type Mac = [u8; 6];
@@ -32,7 +35,7 @@ pub(crate) enum Check {
     Offloaded,
 }
 
-/// The fields of a TCP or UDP packet in an Ethernet frame.
+/// The fields of a TCP, UDP or SCTP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
 pub(crate) struct Frame {
     pub(crate) family: Family,
@@ -43,6 +46,8 @@ pub(crate) struct Frame {
     pub(crate) proto: u8,
     /// TCP flags.
     pub(crate) flags: u8,
+    /// TCP sequence number.
+    pub(crate) seq: u32,
     pub(crate) ttl: u8,
     pub(crate) tos: u8,
     /// IP options, a multiple of four bytes; of IPv6 they stand in a header of destination options.
@@ -64,7 +69,8 @@ impl Frame {
             src,
             dst,
             proto,
-            flags: if proto == TCP { SYN } else { 0 },
+            flags: if proto == UDP { 0 } else { SYN },
+            seq: 0x0102_0304,
             ttl: 64,
             tos: 0,
             options: Vec::new(),
@@ -82,9 +88,9 @@ impl Frame {
         copy
     }
 
-    /// The same with other TCP flags, where it is TCP.
+    /// The same with other TCP flags, where it is TCP, or the chunk of SCTP that says the same.
     pub(crate) fn flags(&self, flags: u8) -> Self {
-        self.with(|frame| frame.flags = if frame.proto == TCP { flags } else { 0 })
+        self.with(|frame| frame.flags = if frame.proto == UDP { 0 } else { flags })
     }
 
     /// The same with a payload.
@@ -212,6 +218,9 @@ impl Frame {
     }
 
     fn l4_header(&self) -> Vec<u8> {
+        if self.proto == SCTP {
+            return sctp::header(self);
+        }
         let check = match self.check {
             Check::Full => self.full_check(),
             Check::Absent => 0,
@@ -229,7 +238,7 @@ impl Frame {
     }
 
     fn tcp(&self) -> TcpHeader {
-        let mut header = TcpHeader::new(self.src.1, self.dst.1, 0x0102_0304, 64_240);
+        let mut header = TcpHeader::new(self.src.1, self.dst.1, self.seq, 64_240);
         header.fin = self.flags & FIN != 0;
         header.syn = self.flags & SYN != 0;
         header.rst = self.flags & RST != 0;
@@ -251,9 +260,13 @@ impl Frame {
 /// Number of the extension header with options for the destination (RFC 8200).
 const DESTINATION_OPTIONS: u8 = 60;
 
-/// Length of a TCP or UDP header.
+/// Length of a TCP or UDP header, or of that of SCTP and what its chunk begins with.
 pub(crate) const fn l4_header_len(proto: u8) -> usize {
-    if proto == TCP { TcpHeader::MIN_LEN } else { UdpHeader::LEN }
+    match proto {
+        TCP => TcpHeader::MIN_LEN,
+        SCTP => sctp::HEADER_LEN,
+        _ => UdpHeader::LEN,
+    }
 }
 
 /// The sum of bytes as 16-bit words, in 16 bits; a last odd one is the first of a word (RFC 1071).

@@ -1,7 +1,7 @@
 //! Flows to backends on this node: the client's address survives, and egress restores the answer.
 
 use xdp_common::{
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     verdict::{
         Counter::{self, Event, SnatAttempt},
         Event as E,
@@ -10,8 +10,8 @@ use xdp_common::{
 
 use crate::{frames::*, node::*};
 
-fn one_local(node: &mut Node) {
-    for proto in [TCP, UDP] {
+pub(crate) fn one_local(node: &mut Node) {
+    for proto in [TCP, UDP, SCTP] {
         let id = node.backend(LOCAL, proto, true);
         node.frontend(VIP, proto, &[id], 0);
         node.frontend(VIP_TOO, proto, &[id], 0);
@@ -19,7 +19,7 @@ fn one_local(node: &mut Node) {
 }
 
 /// Checks a packet of the client: the backend sees it from this port.
-fn delivered(node: &Node, name: &str, sent: &Frame, port: u16, counts: &[Counter]) {
+pub(crate) fn delivered(node: &Node, name: &str, sent: &Frame, port: u16, counts: &[Counter]) {
     let expected = sent.with(|frame| {
         frame.src.1 = port;
         frame.dst = (LOCAL, TARGET);
@@ -29,7 +29,7 @@ fn delivered(node: &Node, name: &str, sent: &Frame, port: u16, counts: &[Counter
 }
 
 /// What the backend answers, on its way out of the uplink.
-fn answer(node: &Node, opener: &Frame, port: u16) -> Frame {
+pub(crate) fn answer(node: &Node, opener: &Frame, port: u16) -> Frame {
     opener.with(|frame| {
         frame.mac = (node.mac, GATEWAY_MAC);
         frame.src = (LOCAL, TARGET);
@@ -39,7 +39,7 @@ fn answer(node: &Node, opener: &Frame, port: u16) -> Frame {
 }
 
 /// Checks a packet of the backend at egress.
-fn restored(node: &Node, name: &str, opener: &Frame, sent: &Frame) {
+pub(crate) fn restored(node: &Node, name: &str, opener: &Frame, sent: &Frame) {
     let expected = sent.with(|frame| (frame.src, frame.dst) = (opener.dst, opener.src));
     node.check(name, Hook::TcEgress, &sent.bytes(), Action::Pass, &expected.bytes(), &[Event(E::Restored)]);
 }
@@ -48,7 +48,7 @@ fn restored(node: &Node, name: &str, opener: &Frame, sent: &Frame) {
 fn a_backend_on_this_node_sees_the_client_and_the_client_sees_the_frontend() {
     Node::each(|node| {
         one_local(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let opener = node.opener(proto, 40_000, VIP);
             let reply = answer(node, &opener, 40_000);
             delivered(node, "the opener", &opener, 40_000, &[Event(E::FlowNew), SnatAttempt(0)]);
@@ -69,7 +69,7 @@ fn a_backend_on_this_node_sees_the_client_and_the_client_sees_the_frontend() {
 fn answers_of_every_form_are_restored() {
     Node::each(|node| {
         one_local(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let opener = node.opener(proto, 40_000, VIP);
             delivered(node, "the opener", &opener, 40_000, &[Event(E::FlowNew), SnatAttempt(0)]);
             let reply = answer(node, &opener, 40_000);
@@ -90,7 +90,7 @@ fn answers_of_every_form_are_restored() {
 fn one_client_port_reaches_one_backend_here_by_two_frontends() {
     Node::each(|node| {
         one_local(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let (first, second) = (node.opener(proto, 2_000, VIP), node.opener(proto, 2_000, VIP_TOO));
             delivered(node, "the first", &first, 2_000, &[Event(E::FlowNew), SnatAttempt(0)]);
             let port = source_port(&node.run(node.entry, &second.bytes()).frame);

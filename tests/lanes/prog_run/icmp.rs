@@ -2,7 +2,7 @@
 
 use etherparse::{IpNumber, Ipv4Header};
 use xdp_common::{
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend},
     verdict::{
         Counter::{Drop, Event},
@@ -55,7 +55,9 @@ impl Icmp {
 
 /// An error about a packet, which is quoted up to some bytes behind its IP header.
 fn error(node: &Node, from: Addr, about: &Frame, kind: [u8; 2], quoted: usize) -> Icmp {
-    let bytes = about.bytes();
+    // Nobody updates, or could check, a CRC that is quoted.
+    let is_crc = about.proto == SCTP;
+    let bytes = about.with(|frame| frame.check = if is_crc { Check::Offloaded } else { frame.check }).bytes();
     let end = (ETHERNET + 20 + about.options.len() + quoted).min(bytes.len());
     let (mac, to, body) = ((GATEWAY_MAC, node.mac), about.src.0, bytes[ETHERNET..end].to_vec());
     Icmp { mac, from, to, ttl: 61, options: 0, kind, body }
@@ -74,7 +76,7 @@ fn established(node: &mut Node, proto: u8) -> Remote {
 #[test]
 fn an_error_from_behind_the_node_reaches_the_client_about_its_own_packet() {
     Node::each_of(Family::V4, Sizes::default(), |node| {
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let flow = established(node, proto);
             for (kind, quoted) in KINDS.into_iter().flat_map(|kind| QUOTED.map(|quoted| (kind, quoted))) {
                 for (from, source) in [(ROUTER_INSIDE, ROUTER_INSIDE), (REMOTE, VIP)] {
@@ -96,7 +98,7 @@ fn an_error_from_behind_the_node_reaches_the_client_about_its_own_packet() {
 #[test]
 fn an_error_from_the_clients_side_reaches_the_backend_from_this_node() {
     Node::each_of(Family::V4, Sizes::default(), |node| {
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let flow = established(node, proto);
             let answer = flow.answer(node).payload(b"what is quoted of an answer");
             let seen = answer.with(|frame| (frame.src, frame.dst) = (flow.opener.dst, flow.opener.src));
@@ -141,7 +143,7 @@ fn options_of_the_error_and_of_what_it_quotes_stay_where_they_are() {
 #[test]
 fn errors_to_and_from_a_backend_on_this_node_go_through_the_stack() {
     Node::each_of(Family::V4, Sizes::default(), |node| {
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let id = node.backend(LOCAL, proto, true);
             node.frontend(VIP, proto, &[id], 0);
             let opener = node.opener(proto, 40_000, VIP).payload(b"what is quoted");
@@ -171,7 +173,7 @@ fn errors_to_and_from_a_backend_on_this_node_go_through_the_stack() {
 #[test]
 fn what_the_kernel_says_about_half_translated_packets_is_put_right_on_its_way_out() {
     Node::each_of(Family::V4, Sizes::default(), |node| {
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let flow = established(node, proto);
             let last = |frame: &Frame| frame.flags(ACK).with(|frame| frame.ttl = 1);
             // Both directions: a client's packet, and a backend's answer, each on its last hop here.

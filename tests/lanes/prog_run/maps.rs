@@ -19,7 +19,7 @@ use xdp_common::{
     net::{Address, FlowKey, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Answers, Backend, Config, Device, Flow, Frontend, FrontendKey,
-        Mapped, NetworkKey, WAYS, frontend,
+        Mapped, NetworkKey, WAYS, exit, frontend, kind,
     },
     verdict::{COUNTERS, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
@@ -73,6 +73,8 @@ pub(crate) trait Maps {
     fn established_entries(&self) -> usize;
     /// Empties the established table.
     fn forget_established(&mut self);
+    /// Marks every established connection as the agent does when its endpoint is gone.
+    fn mark_removed(&mut self);
     /// Takes or frees the lock of a bucket of the embryonic table, as a program on another processor would.
     fn hold_bucket(&mut self, bucket: u32, hold: bool);
     /// All counters, each summed up over the processors.
@@ -228,7 +230,7 @@ impl<F: Hosts> Maps for Typed<F> {
     }
 
     fn routing(&self, frame: &[u8]) -> Option<u32> {
-        let Parsed::Packet(packet) = F::parse(frame, 0) else { return None };
+        let Parsed::Packet(packet) = F::read_frame(frame, 0) else { return None };
         self.established.get(&Raw(packet.key), 0).ok().map(|flow| flow.0.routing)
     }
 
@@ -244,6 +246,14 @@ impl<F: Hosts> Maps for Typed<F> {
         let keys: Vec<_> = self.established.keys().flatten().collect();
         for key in keys {
             self.established.remove(&key).expect("a flow that is there");
+        }
+    }
+
+    fn mark_removed(&mut self) {
+        let entries: Vec<_> = self.established.iter().flatten().collect();
+        for (key, Raw(flow)) in entries.into_iter().filter(|(_, flow)| flow.0.kind == kind::FORWARD) {
+            let marked = Flow { exit: flow.exit | exit::RESET, ..flow };
+            self.established.insert(key, Raw(marked), 0).expect("a flow that is there");
         }
     }
 

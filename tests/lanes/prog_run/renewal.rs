@@ -1,7 +1,7 @@
 //! When a flow is over, and what its tuple carries afterwards.
 
 use xdp_common::{
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     verdict::{
         Counter::{Event, SnatAttempt},
         Event as E,
@@ -58,10 +58,10 @@ fn a_reset_by_either_side_ends_a_flow() {
 }
 
 #[test]
-fn udp_leaves_a_backend_that_is_gone_and_tcp_does_not() {
+fn udp_leaves_a_backend_that_is_gone_and_connections_do_not() {
     Node::each(|node| {
         for (generation, is_free) in [(2, false), (1, true)] {
-            for proto in [TCP, UDP] {
+            for proto in [TCP, UDP, SCTP] {
                 let gone = node.backend(REMOTE, proto, false);
                 let other = node.backend(REMOTE_TOO, proto, false);
                 node.frontend(VIP, proto, &[gone], 0);
@@ -70,7 +70,7 @@ fn udp_leaves_a_backend_that_is_gone_and_tcp_does_not() {
                 node.frontend(VIP, proto, &[other], 0);
                 flow.sends(node, "the ring alone moves no flow", ACK, &[]);
                 node.set_backend(gone, REMOTE, if is_free { 0 } else { proto }, false, generation);
-                if proto == TCP {
+                if proto != UDP {
                     flow.sends(node, "a connection ends where it began", ACK, &[]);
                     flow.answers(node, "its answers too", ACK, &[]);
                 } else {

@@ -1,7 +1,7 @@
 //! What XDP cannot finish goes up the stack half-translated, and egress finishes it, in both directions.
 
 use xdp_common::{
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     tables::Device,
     verdict::{
         Counter::{self, Event, SnatAttempt},
@@ -54,7 +54,7 @@ fn a_new_flow_on_the_slow_path_counts_itself_once() {
 #[test]
 fn without_a_neighbour_packets_take_the_kernels_way_and_arrive_whole() {
     Node::each(|node| {
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let id = node.backend(UNRESOLVED, proto, false);
             node.frontend(VIP, proto, &[id], 0);
             let opener = node.opener(proto, 40_000, VIP);
@@ -103,7 +103,7 @@ fn as_soon_as_there_is_a_neighbour_packets_leave_directly() {
 fn packets_on_their_last_hop_or_over_the_mtu_go_by_the_kernel_in_both_directions() {
     Node::each(|node| {
         one_remote(node);
-        for proto in [TCP, UDP] {
+        for proto in [TCP, UDP, SCTP] {
             let flow = node.connect("a flow", &node.opener(proto, 40_000, VIP), REMOTE);
             let header = node.family.header_len() + l4_header_len(proto);
             let forms: [Form; 4] = [

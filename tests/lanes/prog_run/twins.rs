@@ -127,7 +127,7 @@ impl<F: Hosts + Answer> Twins<F> {
     /// What the host decides.
     fn decide(&self, hook: Hook, bytes: &[u8]) -> Decided<F> {
         let parsed = match frame::ethertype(bytes) {
-            family if family == F::ETHERTYPE => F::parse(bytes, self.node.from),
+            family if family == F::ETHERTYPE => F::read_frame(bytes, self.node.from),
             V4::ETHERTYPE => foreign(V4::parse(bytes, self.node.from)),
             V6::ETHERTYPE => foreign(V6::parse(bytes, self.node.from)),
             _ => Parsed::Other,

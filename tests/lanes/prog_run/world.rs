@@ -10,7 +10,7 @@ use xdp_agent_tests::lab::block_on;
 use xdp_common::{
     answer::Answer,
     frame::Parsed,
-    net::{TCP, UDP, V6},
+    net::{SCTP, TCP, UDP, V6},
     tables::{Backend, Config, Device, Frontend, Route, backend, frontend, network},
 };
 
@@ -31,6 +31,8 @@ const FREE: Addr = [203, 0, 113, 99];
 /// Where clients connect to.
 const VIPS: [Addr; 3] = [VIP, VIP_TOO, NODE];
 pub(crate) const BACKENDS: [Addr; 5] = [LOCAL, REMOTE, REMOTE_TOO, BESIDE, UNRESOLVED];
+/// What the services are served by.
+pub(crate) const TRANSPORTS: [u8; 3] = [TCP, UDP, SCTP];
 /// The service of all frontends.
 pub(crate) const SERVICE: u32 = 1;
 
@@ -53,6 +55,12 @@ pub(crate) const HOSTS: [Addr; 16] = [
     [0, 0, 0, 0],
     [224, 0, 0, 5],
 ];
+
+/// The id of the first backend of a transport.
+fn first_id(proto: u8) -> usize {
+    let before = TRANSPORTS.iter().take_while(|of| **of != proto).count();
+    1 + before * BACKENDS.len()
+}
 
 /// A packet that has reached a backend.
 #[derive(Clone, Copy)]
@@ -113,7 +121,7 @@ impl<F: Hosts + Answer> Twins<F> {
             (config.clock, config.masquerade_wire) = (config.clock + 1_000, masquerade_wire)
         });
         self.generation += 1;
-        for proto in [TCP, UDP] {
+        for proto in TRANSPORTS {
             for at in 0..BACKENDS.len() {
                 self.backend(proto, at);
             }
@@ -138,7 +146,7 @@ impl<F: Hosts + Answer> Twins<F> {
     /// Writes a backend, of the generation at hand.
     fn backend(&mut self, proto: u8, at: usize) {
         let addr = BACKENDS[at];
-        let id = at as u32 + if proto == TCP { 1 } else { 1 + BACKENDS.len() as u32 };
+        let id = (first_id(proto) + at) as u32;
         let is_local = addr == LOCAL;
         self.node.set_backend(id, addr, proto, is_local, self.generation);
         let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
@@ -177,8 +185,8 @@ impl<F: Hosts + Answer> Twins<F> {
 
     /// Writes a ring: its first slot, and how many it has.
     fn ring(&mut self, proto: u8) -> (u32, u32) {
-        let first = if proto == TCP { 1 } else { 1 + BACKENDS.len() };
-        let slots = if self.dice.once_in(6) { 0 } else { 1 + self.dice.below(3) };
+        let first = first_id(proto);
+        let slots = if self.dice.once_in(4) { 0 } else { 1 + self.dice.below(3) };
         let ids: Vec<u32> = (0..slots).map(|_| (first + self.dice.below(BACKENDS.len())) as u32).collect();
         self.model.rings.borrow_mut().extend(&ids);
         self.node.ring(&ids)
@@ -186,7 +194,7 @@ impl<F: Hosts + Answer> Twins<F> {
 
     /// One random thing happens.
     pub(crate) fn happen(&mut self) {
-        let proto = self.dice.of(&[TCP, UDP]);
+        let proto = self.dice.of(&TRANSPORTS);
         match self.dice.below(1_000) {
             0..510 => self.send(proto),
             510..970 => self.answer(),
@@ -259,7 +267,7 @@ impl<F: Hosts + Answer> Twins<F> {
             3 => frame.payload.push(7),
             4 => frame.check = Check::Offloaded,
             // All ones is no finished checksum but another form of none.
-            5 if frame.payload(&[0; 2]).pseudo_sum() != u16::MAX => {
+            5 if frame.proto != SCTP && frame.payload(&[0; 2]).pseudo_sum() != u16::MAX => {
                 frame.payload.clear();
                 return frame.looking_offloaded();
             }
@@ -295,7 +303,7 @@ impl<F: Hosts + Answer> Twins<F> {
 
     /// Remembers a packet that is addressed to a backend; whether it needs no more translation.
     fn arrives(&mut self, frame: &[u8]) -> bool {
-        let Parsed::Packet(packet) = F::parse(frame, 0) else { return false };
+        let Parsed::Packet(packet) = F::read_frame(frame, 0) else { return false };
         let named = |addr, port| Some((*self.names.get(&addr)?, u16::from_be_bytes(port)));
         let key = packet.key;
         let (Some(src), Some(dst)) = (named(key.src, key.sport), named(key.dst, key.dport)) else {

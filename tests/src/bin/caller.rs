@@ -11,6 +11,9 @@ use tokio::net::TcpSocket;
 use xdp_agent_tests::lab::patient;
 use xdp_agent_tests::lab::servers::{PatternCheck, UDP_WHOAMI};
 
+#[path = "caller/crowd.rs"]
+mod crowd;
+
 /// Longest wait for a connection or an answer: silence has to show as such.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -22,6 +25,7 @@ struct Sockets {
     udp: HashMap<String, UdpSocket>,
     tcp: HashMap<String, TcpStream>,
     tally: Tally,
+    crowd: crowd::Crowd,
 }
 
 fn main() -> io::Result<()> {
@@ -93,6 +97,11 @@ impl Sockets {
                 let (answered, failed, why) = &*tally;
                 Ok(format!("{answered} {failed} {why}"))
             }
+            ["crowd-serve", address] => self.crowd.serve(parse(address)?),
+            ["crowd-open", target, first, count] => self.crowd.open(parse(target)?, first, count),
+            ["crowd-tell"] => self.crowd.tell(),
+            ["crowd-echo"] => self.crowd.echo(),
+            ["crowd-hear"] => self.crowd.hear(),
             _ => Err(Error::other("no such question")),
         }
     }

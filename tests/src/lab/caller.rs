@@ -6,7 +6,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -65,6 +65,15 @@ impl Caller {
     pub fn start(binary: &Path, namespace: &Namespace, cgroup: &Cgroup) -> Result<Self> {
         let mut command = namespace.command(binary);
         cgroup.start_in(&mut command)?;
+        Self::spawn(command, namespace)
+    }
+
+    /// The same in the cgroup of the test.
+    pub fn start_beside(binary: &Path, namespace: &Namespace) -> Result<Self> {
+        Self::spawn(namespace.command(binary), namespace)
+    }
+
+    fn spawn(mut command: Command, namespace: &Namespace) -> Result<Self> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
         let stdin = child.stdin.take().context("a caller has an input")?;
@@ -158,6 +167,31 @@ impl Caller {
         let mut number = || words.next().unwrap_or_default().parse::<u64>();
         let (answered, failed) = (number()?, number()?);
         Ok(Tally { answered, failed, why: words.next().unwrap_or_default().to_string() })
+    }
+
+    /// Accepts connections by the thousand, in turn with other callers at the same address.
+    pub fn crowd_serve(&mut self, address: SocketAddr) -> Result<()> {
+        self.plain(&format!("crowd-serve {address}"))
+    }
+
+    /// Opens so many connections that stay, from a port and those after it.
+    pub fn crowd_open(&mut self, target: SocketAddr, first: usize, count: usize) -> Result<()> {
+        self.plain(&format!("crowd-open {target} {first} {count}"))
+    }
+
+    /// Sends something of its own by each of them.
+    pub fn crowd_tell(&mut self) -> Result<()> {
+        self.plain("crowd-tell")
+    }
+
+    /// Sends back what has come by each connection that was accepted; how many those are.
+    pub fn crowd_echo(&mut self) -> Result<usize> {
+        Ok(self.exchange("crowd-echo")??.parse()?)
+    }
+
+    /// Checks that each has got its own back; how many they are.
+    pub fn crowd_hear(&mut self) -> Result<usize> {
+        Ok(self.exchange("crowd-hear")??.parse()?)
     }
 
     fn plain(&mut self, question: &str) -> Result<()> {

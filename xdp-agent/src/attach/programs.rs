@@ -145,7 +145,7 @@ impl Programs {
 
 /// The programs that XDP goes on to, by slot, without and with frags.
 const NEXT: [(u32, &str, &str); next::ALL.len()] =
-    [(next::V6, "xdp_v6", "xdp_v6_frags"), (next::ICMP, "xdp_icmp", "xdp_icmp_frags")];
+    [(next::V6, "xdp_v6", "xdp_v6_frags"), (next::OTHERS, "xdp_others", "xdp_others_frags")];
 
 /// Loads an XDP program of an object, if it is not loaded, and before it those that it goes on to.
 ///

@@ -19,6 +19,7 @@ pub(super) const TCP_ESTABLISHED: u32 = 86_400;
 pub(super) const TCP_HALF_CLOSED: u32 = 3_600;
 pub(super) const TCP_CLOSED: u32 = 10;
 pub(super) const UDP: u32 = 120;
+pub(super) const SCTP: u32 = 210;
 
 /// The flags of `run`.
 #[derive(Clone, Debug, Parser)]
@@ -168,6 +169,13 @@ pub struct ProgramArgs {
     #[arg(long, env = "XDP_AGENT_ECHO", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
         require_equals = true, default_missing_value = "true", default_value = "true")]
     pub echo: bool,
+
+    /// Answer the next packet of a TCP connection whose endpoint serves no more with a reset, instead of leaving the connection to
+    /// its two ends.
+    #[arg(long, env = "XDP_AGENT_RESET_ON_ENDPOINT_REMOVAL", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", default_value = "false", hide_default_value = true)]
+    pub reset_on_endpoint_removal: bool,
+
     /// Keep the ports of translated flows and NodePorts out of the kernel's choice for connections of this node, by
     /// net.ipv4.ip_local_reserved_ports, until the programs go; false leaves that setting alone.
     #[arg(long, env = "XDP_AGENT_RESERVE_PORTS", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
@@ -277,6 +285,10 @@ pub struct TimeoutArgs {
     #[arg(long, env = "XDP_AGENT_UDP_TIMEOUT", value_name = "TIME", default_value = "2m",
         visible_alias = "conntrack-udp-timeout-stream", value_parser = timeout(UDP))]
     pub udp_timeout: Duration,
+
+    /// An open SCTP association, whose heartbeats keep it alive; one that is closing is forgotten after 10s.
+    #[arg(long, env = "XDP_AGENT_SCTP_TIMEOUT", value_name = "TIME", default_value = "210s", value_parser = timeout(SCTP))]
+    pub sctp_timeout: Duration,
 }
 
 /// Logs.
@@ -340,6 +352,8 @@ mod tests {
             tcp_half_closed: TCP_HALF_CLOSED,
             tcp_closed: TCP_CLOSED,
             udp: UDP,
+            sctp_established: SCTP,
+            ..Timeouts::default()
         };
         assert_eq!(timeouts, Timeouts::default());
     }

@@ -23,6 +23,7 @@ impl Config {
             fresh,
             snat_ports,
             echo,
+            reset_on_endpoint_removal,
             reserve_ports,
             sizes,
             timeouts,
@@ -32,7 +33,8 @@ impl Config {
             cluster;
         let Listen { healthz, metrics, is_hard_fail } = listen;
         let Sizes { established, embryonic, frontends, backends, ring_slots, networks } = sizes;
-        let Timeouts { tcp_established, tcp_half_closed, tcp_closed, udp } = timeouts;
+        let Timeouts { tcp_established, tcp_half_closed, tcp_closed, udp, sctp_established, sctp_closed: _ } =
+            timeouts;
         let (services, kubeconfig, master) = match source {
             ObjectSource::Files(paths) => (Some(paths), None, None),
             ObjectSource::Kubernetes { kubeconfig, master } => (None, kubeconfig.as_ref(), master.as_ref()),
@@ -59,6 +61,7 @@ impl Config {
             },
             "masquerade-all": masquerade_all,
             "echo": echo,
+            "reset-on-endpoint-removal": reset_on_endpoint_removal,
             "iface": interfaces,
             "mode": format!("{mode:?}").to_lowercase(),
             "snat-ports": snat_ports.to_string(),
@@ -80,6 +83,7 @@ impl Config {
             "tcp-half-closed-timeout": seconds(tcp_half_closed),
             "tcp-closed-timeout": seconds(tcp_closed),
             "udp-timeout": seconds(udp),
+            "sctp-timeout": seconds(sctp_established),
         });
         for (name, value) in sockets.to_json() {
             all[name] = value;

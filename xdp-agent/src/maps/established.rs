@@ -8,8 +8,11 @@ use aya::{
 };
 use xdp_common::{net::FlowKey, tables::Flow};
 
-use super::{Raw, batch, descriptor, io_error, known::Known, raw, take, zero};
+use super::{Raw, batch, descriptor, handles::absent_is_fine, io_error, known::Known, raw, take, zero};
 use crate::cluster::wanted::IpAddress;
+
+/// Replaces what is there, and inserts nothing (include/uapi/linux/bpf.h).
+const BPF_EXIST: u64 = 2;
 
 /// Flows that have been answered.
 pub struct EstablishedTable<A: IpAddress> {
@@ -76,15 +79,20 @@ impl<A: IpAddress> EstablishedTable<A> {
         }
     }
 
+    /// Replaces an entry that is there.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn replace(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> io::Result<()> {
+        absent_is_fine(self.map.insert(raw(*key), raw(*flow), BPF_EXIST).map_err(io_error))
+    }
+
     /// Removes an entry if it is there.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn remove(&mut self, key: &FlowKey<A>) -> io::Result<()> {
-        match self.map.remove(&raw(*key)).map_err(io_error) {
-            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
-            _ => Ok(()),
-        }
+        absent_is_fine(self.map.remove(&raw(*key)).map_err(io_error))
     }
 
     fn walk_one_by_one(&self, mut visit: impl FnMut(&FlowKey<A>, &Flow<A>)) -> io::Result<()> {

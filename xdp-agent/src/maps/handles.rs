@@ -174,7 +174,7 @@ fn network<A: IpAddress>(key: TrieKey<A>, value: u32) -> OwnedNetwork<A> {
     (u32::from_be_bytes(owner), Network { addr, len }, value)
 }
 
-fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+pub(super) fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
         Ok(()) | Err(_) => Ok(()),

@@ -76,7 +76,9 @@ fn can_be(call: SocketCall, refused: Option<Reason>) -> bool {
             | Reason::NoBackend,
         ) => call != SocketCall::Bind,
         // Of packets only.
-        Some(Reason::SnatExhausted | Reason::FlowInsert | Reason::EchoLimit) => false,
+        Some(Reason::SnatExhausted | Reason::FlowInsert | Reason::EndpointRemoved | Reason::EchoLimit) => {
+            false
+        }
     }
 }
 

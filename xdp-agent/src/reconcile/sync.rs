@@ -8,7 +8,7 @@ use super::{Needs, Reconciler};
 use crate::{
     cluster::{
         self, Eligibility, NodeFacts,
-        wanted::{Delta, Ip6, IpAddress, Protocol},
+        wanted::{Delta, Ip6, IpAddress},
     },
     host::Host,
     preflight,
@@ -65,12 +65,14 @@ impl Reconciler {
         if self.is_complete {
             let began = Instant::now();
             let cluster::Update { v4, v6 } = self.cluster.update();
-            self.tell_unserved(&v4, &v6);
             let (now_ms, metrics) = (self.now_ms(), &self.told.metrics);
             let changes = self.v4.update(&v4, &self.picture.v4.snat, now_ms, metrics)
                 + self.v6.update(&v6, &self.picture.v6.snat, now_ms, metrics);
             if changes > 0 {
                 self.backlog.wait();
+            }
+            if changes > 0 {
+                self.told.gone.notify_one();
             }
             self.tell_hooks(&v4, &v6, changes > 0);
             let took = began.elapsed();
@@ -94,13 +96,6 @@ impl Reconciler {
         }
         if may_be_gone {
             hooks.gone.notify_one();
-        }
-    }
-
-    /// Says once what the datapath does not forward yet: it reads no SCTP.
-    fn tell_unserved(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<Ip6>) {
-        if (has_sctp(v4) || has_sctp(v6)) && !std::mem::replace(&mut self.is_sctp_told, true) {
-            warn!("Services have SCTP ports, which this version leaves to the kernel");
         }
     }
 
@@ -160,8 +155,4 @@ impl Reconciler {
             is_new
         });
     }
-}
-
-fn has_sctp<A>(delta: &Delta<A>) -> bool {
-    delta.ports.iter().any(|(name, port)| port.is_some() && name.protocol == Protocol::Sctp)
 }

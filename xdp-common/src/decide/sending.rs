@@ -1,11 +1,11 @@
 //! How a packet of a known flow leaves: by the cached next hop, by a new one, or half-translated through the kernel.
 
-use super::Hook;
+use super::{Hook, note_reset};
 use crate::{
     conntrack::{rewrite, translate, translated},
-    frame::Packet,
+    frame::{Packet, tcp},
     net::{Address, Family, FlowKey},
-    tables::{Device, Flow, Route, Table, Tables, Work, device, exit, kind},
+    tables::{Device, Entry, Flow, Route, Table, Tables, Work, closing, device, exit, kind},
     verdict::{Action, Counter, Event, Reason},
 };
 
@@ -20,6 +20,8 @@ pub(super) enum Way {
     Redirect,
     /// Not at all: the table of new flows refused an entry.
     Refused,
+    /// Not at all: the endpoint is gone.
+    Reset,
 }
 
 impl Way {
@@ -31,6 +33,7 @@ impl Way {
             Self::Transmit => Action::Transmit,
             Self::Redirect => Action::Redirect,
             Self::Refused => Action::Drop(Reason::FlowInsert),
+            Self::Reset => Action::Reject(Reason::EndpointRemoved),
         }
     }
 }
@@ -81,6 +84,9 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     work: &mut Work<F::Addr>,
 ) -> Way {
     let flow = &mut work.flow;
+    if flow.exit & exit::RESET != 0 && ends(tables, packet, table, flow) {
+        return Way::Reset;
+    }
     if flow.exit == exit::LOCAL {
         return Way::Stack;
     }
@@ -99,6 +105,26 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     }
     work.flow.exit = exit::KERNEL;
     Way::Stack
+}
+
+/// Whether a connection ends here because its endpoint is gone, with a reset for whoever goes on; then both halves say so. The
+/// endpoint, if it is there still, hears of it from the client, which knows of no connection any more.
+#[inline(never)] // rare
+fn ends<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    table: Table,
+    flow: &mut Flow<F::Addr>,
+) -> bool {
+    if packet.tcp_flags & tcp::RST != 0 {
+        flow.exit &= !exit::RESET;
+        return false;
+    }
+    if let Some(entry) = tables.flow(table, &packet.key) {
+        entry.set_closing(entry.closing | closing::RST);
+    }
+    note_reset(tables, &packet.key, table, flow);
+    true
 }
 
 /// How packets of pods and processes of this node leave that need no second half: the hook that translates them sends them.

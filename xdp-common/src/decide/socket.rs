@@ -89,6 +89,7 @@ pub const fn errno(reason: Reason) -> i32 {
         | Reason::SnatExhausted
         | Reason::FlowInsert
         | Reason::NoBackend
+        | Reason::EndpointRemoved
         | Reason::EchoLimit => EPERM,
     }
 }

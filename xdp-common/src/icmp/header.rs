@@ -13,16 +13,16 @@ use crate::{
 
 /// What an IP header says, with the extension headers behind it.
 pub struct Header<A> {
-    pub(super) src: A,
-    pub(super) dst: A,
-    pub(super) proto: u8,
-    pub(super) is_fragment: bool,
+    pub(crate) src: A,
+    pub(crate) dst: A,
+    pub(crate) proto: u8,
+    pub(crate) is_fragment: bool,
     /// Length up to what it carries, in bytes.
-    pub(super) len: usize,
+    pub(crate) len: usize,
     /// Length of the whole packet, in bytes.
-    pub(super) total_len: u16,
-    pub(super) tos: u8,
-    pub(super) ttl: u8,
+    pub(crate) total_len: u16,
+    pub(crate) tos: u8,
+    pub(crate) ttl: u8,
 }
 
 /// ICMP of a family.

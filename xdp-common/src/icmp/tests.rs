@@ -230,7 +230,7 @@ fn check_others<F: Build>(error: &Error<F::Addr>, others: &[u8]) -> Result<(), T
         let other = Error { kind: *kind, ..error.clone() };
         prop_assert_eq!(found::<F>(&other.bytes::<F>()), Found::Other, "type {}", kind);
     }
-    let stranger = FlowKey { proto: 132, ..error.quote };
+    let stranger = FlowKey { proto: 50, ..error.quote };
     prop_assert_eq!(found::<F>(&Error { quote: stranger, ..error.clone() }.bytes::<F>()), Found::Other);
     for cut in 0..(ip + HEADER + F::LEN + PORTS).min(bytes.len()) {
         prop_assert_eq!(found::<F>(&bytes[..cut]), Found::Other, "{} bytes", cut);

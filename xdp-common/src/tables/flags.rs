@@ -28,6 +28,9 @@ pub mod exit {
     pub const BACK: u8 = 5;
     /// From a process of this node to a backend elsewhere.
     pub const OUT: u8 = 6;
+    /// A bit beside the way: its endpoint is gone, and whoever goes on is reset (`--reset-on-endpoint-removal`). The agent sets
+    /// it in forward halves of TCP; no way that a cached next hop allows has it, so the fast path need not look.
+    pub const RESET: u8 = 1 << 7;
 }
 
 /// How far a TCP flow has closed.

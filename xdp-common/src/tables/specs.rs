@@ -142,9 +142,9 @@ pub mod next {
     /// TCP and UDP over IPv6.
     pub const V6: u32 = 0;
     /// What is neither.
-    pub const ICMP: u32 = 1;
+    pub const OTHERS: u32 = 1;
     /// All of them.
-    pub const ALL: [u32; 2] = [V6, ICMP];
+    pub const ALL: [u32; 2] = [V6, OTHERS];
 }
 
 /// The maps that both families share.

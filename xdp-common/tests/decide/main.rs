@@ -6,5 +6,6 @@ mod node;
 mod opening;
 mod properties;
 mod related;
+mod removed;
 mod sending;
 mod socket;

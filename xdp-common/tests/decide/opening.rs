@@ -137,6 +137,25 @@ fn one_client_port_reaches_one_backend_by_two_frontends() {
 }
 
 #[test]
+fn openers_that_cross_each_other_are_one_flow() {
+    for is_local in [false, true] {
+        let model = if is_local { one_local() } else { one_remote() };
+        let seen = model.through(&syn(40_000, VIP));
+        let back = |flags| {
+            let reply = answer(&seen, flags);
+            if is_local { rewritten(&reply, &model.egress(&reply)) } else { model.through(&reply) }
+        };
+        assert_eq!(back(tcp::SYN).key, syn(40_000, VIP).key.reversed(), "local {is_local}");
+        let acknowledged = segment(CLIENT, 40_000, VIP, HTTP, tcp::SYN | tcp::ACK);
+        assert_eq!(model.through(&acknowledged).key, seen.key, "local {is_local}");
+        assert_eq!(back(tcp::SYN | tcp::ACK).key, syn(40_000, VIP).key.reversed(), "local {is_local}");
+        assert_eq!(model.events(Event::FlowEstablished), 0, "nobody has gone on yet");
+        assert_eq!(model.through(&ack(40_000, VIP)).key, seen.key, "local {is_local}");
+        assert_eq!((model.events(Event::FlowNew), model.events(Event::FlowEstablished)), (1, 1));
+    }
+}
+
+#[test]
 fn a_closed_tuple_is_placed_anew_when_it_is_used_again() {
     let model = one_remote();
     let other = model.backend(REMOTE_TOO, TCP, false);

@@ -1,0 +1,72 @@
+//! SCTP at the hooks: it is read beside the path of TCP and UDP, and then meets the same decision.
+
+use aya_ebpf::bindings::{__sk_buff, xdp_action, xdp_md};
+use xdp_common::{
+    answer::Finisher,
+    frame::{Frame, Packet, View},
+    icmp::Icmp,
+    net::Address,
+    sctp,
+    verdict::Rewrite,
+};
+
+use crate::{
+    answer,
+    family::Maps,
+    maps,
+    packet::{
+        Wire, XdpFrame,
+        sctp::{changed, delta_of, ports},
+    },
+    skb::TcFrame,
+    xdp::{OTHER, decided},
+};
+
+/// A frame at XDP in which the path of TCP and UDP has found nothing.
+#[inline(never)] // a frame of its own on a stack of 512 bytes, beside that path: what is read before it would make it slower
+pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    if !read::<F, FRAGS>(ctx) {
+        return OTHER;
+    }
+    maps::parsed::<F>().map_or(OTHER, |packet| decided::<F, FRAGS, true>(frame, packet))
+}
+
+/// Answers a refused packet; what the program then does with the frame.
+#[inline(never)] // as above
+pub(crate) fn abort<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let sent = maps::parsed::<F>().and_then(|packet| {
+        answer(|area| F::abort(frame, packet, Finisher::Nobody, area).then_some(xdp_action::XDP_TX))
+    });
+    sent.unwrap_or(xdp_action::XDP_DROP)
+}
+
+#[inline(never)] // as above
+fn read<F: Maps + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> bool {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    maps::place::<F>().is_some_and(|place| sctp::parse::<F, _>(frame, frame.ifindex(), place))
+}
+
+/// Reads a frame at tc, where the decision is the same function for all, into the place of the packet at hand.
+#[inline(never)] // as above
+pub(crate) fn at_tc<F: Maps + Icmp>(skb: *mut __sk_buff) -> bool {
+    let frame = &TcFrame::of(skb);
+    maps::place::<F>().is_some_and(|place| sctp::parse::<F, _>(frame, frame.ifindex(), place))
+}
+
+impl TcFrame {
+    /// Rewrites the ports of an SCTP packet. A checksum of zero is the device's to write, and stays zero (RFC 9653 gives it that
+    /// meaning on the wire too).
+    #[inline(always)] // one caller
+    pub(crate) fn rewrite_sctp<A: Address>(&self, packet: &Packet<A>, rewrite: &Rewrite<A>) {
+        let Some((before, after)) = changed(packet, rewrite) else { return };
+        let at = packet.l4_offset as usize;
+        if !packet.is_unsummed() {
+            let Some(check) = self.view::<4>(at + sctp::CHECK) else { return };
+            let delta = delta_of(before, after, packet.l4_len).to_ne_bytes();
+            self.put(at + sctp::CHECK, &sctp::updated(check.quad(0), delta));
+        }
+        self.put(at, &ports(rewrite.sport, rewrite.dport));
+    }
+}
