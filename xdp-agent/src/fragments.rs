@@ -1,26 +1,31 @@
 //! Fragments that came before the first of their packet: kept until that has come, then given back to the interface.
 //!
 //! The programs know whose a fragment is from the ports of the first one, and cannot keep a frame themselves. What they
-//! hand over waits here. It is given back by running a program on it that has it come in once more; tc ingress then finds
-//! the ports and goes on as with any fragment. One whose first does not come is given up: it comes in once more too, and
-//! is left to the kernel.
+//! hand over waits here until they say that its first has come. It is given back by running a program on it that has it
+//! come in once more; tc ingress then finds the ports and goes on as with any fragment. One whose first does not come is
+//! given up: it comes in once more too, and is left to the kernel.
 
 use std::{
-    collections::VecDeque,
+    collections::HashMap,
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::Context;
-use tokio::io::{Interest, unix::AsyncFd};
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::MissedTickBehavior,
+};
+use tokio_util::time::{DelayQueue, delay_queue};
 use tracing::{debug, warn};
 use xdp_common::{
-    fragment::{FragmentKey, FragmentPorts, Fragmented},
+    fragment::{FragmentKey, FragmentPorts, Fragmented, first},
     frame::{Packet, ethertype},
     net::{Family, Ip6, V4, V6},
 };
@@ -30,27 +35,20 @@ use crate::{
     maps::{FragmentMap, HeldFragment, HeldFragments},
 };
 
-/// Time between two looks while any fragment waits.
-const TICK: Duration = Duration::from_millis(1);
+/// Longer than the first takes from tc ingress to tc egress, where fragments behind it ask for its ports once more.
+const WAY_OF_THE_FIRST: Duration = Duration::from_millis(1);
 /// For how long a fragment waits for its first. The kernel gives those that have come 30 seconds, but packets that overtake
 /// each other do so within milliseconds, and beyond that the first is lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Most that wait here; then the ring fills, and when it is full, programs leave further ones to the kernel.
 const WAITING_MAX: usize = 4096;
-/// Most that are taken in or given back in one look, so that a flood takes a part of one CPU and no more.
-const PER_LOOK_MAX: usize = 256;
-
-/// A fragment that waits.
-struct Waiting {
-    held: HeldFragment,
-    key: Key,
-    since: Instant,
-    /// The first was there when looked for last time. It is given back one look later: the first may still be on its way up.
-    is_due: bool,
-}
+/// Most that are taken in during a turn, so that a flood takes a part of one CPU and no more.
+const PER_TURN_MAX: usize = 256;
+/// Least time from turn to turn.
+const TURN: Duration = Duration::from_millis(1);
 
 /// What the fragments of a packet have in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Key {
     V4(FragmentKey<[u8; 4]>),
     V6(FragmentKey<Ip6>),
@@ -77,11 +75,11 @@ impl Ports for FragmentMaps {
             Key::V4(key) => self.v4.ports(key)?,
             Key::V6(key) => self.v6.ports(key)?,
         };
-        Ok(ports.is_some_and(|ports| ports.is_current(clock)))
+        Ok(ports.is_some_and(|ports| ports.is_current(clock) && ports.first == first::COME))
     }
 
     fn give_up(&mut self, key: &Key, clock: u32) -> io::Result<()> {
-        let ports = FragmentPorts { sport: [0; 2], dport: [0; 2], seen: clock };
+        let ports = FragmentPorts::without(first::GIVEN_UP, clock);
         match key {
             Key::V4(key) => self.v4.set_ports(key, ports),
             Key::V6(key) => self.v6.set_ports(key, ports),
@@ -112,83 +110,128 @@ impl Keeper {
     /// Runs for good; `release` is the program that has a frame come in once more.
     pub async fn run(mut self, release: OwnedFd) {
         let mut queue = Queue::default();
+        let mut turns = tokio::time::interval(TURN);
+        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut allowance = PER_TURN_MAX;
+        // Whether the ring may hold more than was taken; the kernel says only that something new has come.
+        let mut has_more = true;
         loop {
-            if !queue.is_empty() {
-                tokio::time::sleep(TICK).await;
-            } else if let Err(error) = self.wait().await {
-                warn!(%error, "fragments that come before their first are not kept any more; restart the agent");
-                return;
+            while has_more && allowance > 0 && queue.has_room() {
+                let Some(held) = self.ring.get_mut().take() else {
+                    has_more = false;
+                    break;
+                };
+                allowance -= 1;
+                queue.take(held, &self.maps, self.clock.load(Ordering::Relaxed));
             }
-            let now = Instant::now();
-            for _ in 0..queue.room().min(PER_LOOK_MAX) {
-                let Some(held) = self.ring.get_mut().take() else { break };
-                queue.push(held, now);
-            }
-            for held in queue.look(&mut self.maps, self.clock.load(Ordering::Relaxed), now) {
-                match bpf::run_on_frame(release.as_fd(), held.ifindex, &held.frame) {
-                    Ok(0) => {}
-                    Ok(errno) => debug!(ifindex = held.ifindex, errno, "a fragment could not come in again"),
-                    Err(error) => {
-                        debug!(ifindex = held.ifindex, %error, "a fragment could not be given back")
-                    }
+            tokio::select! {
+                Some(key) = queue.due() => {
+                    let due = queue.leave(key, &mut self.maps, self.clock.load(Ordering::Relaxed));
+                    give_back(&release, due);
                 }
+                ready = self.ring.readable(), if !has_more => match ready {
+                    Ok(mut ready) => {
+                        ready.clear_ready();
+                        has_more = true;
+                    }
+                    Err(error) => {
+                        warn!(%error, "fragments that come before their first are not kept any more; restart the agent");
+                        return;
+                    }
+                },
+                _ = turns.tick(), if allowance == 0 => allowance = PER_TURN_MAX,
             }
         }
-    }
-
-    /// Waits until there is something in the ring.
-    async fn wait(&mut self) -> io::Result<()> {
-        self.ring.readable().await?.clear_ready();
-        Ok(())
     }
 }
 
-/// Those that wait, in the order in which they came.
+/// Has fragments come in once more.
+fn give_back(release: &OwnedFd, fragments: Vec<HeldFragment>) {
+    for HeldFragment { ifindex, frame } in fragments {
+        match bpf::run_on_frame(release.as_fd(), ifindex, &frame) {
+            Ok(0) => {}
+            Ok(errno) => debug!(ifindex, errno, "a fragment could not come in again"),
+            Err(error) => debug!(ifindex, %error, "a fragment could not be given back"),
+        }
+    }
+}
+
+/// Those that wait, by packet.
 #[derive(Default)]
-struct Queue(VecDeque<Waiting>);
+struct Queue {
+    packets: HashMap<Key, Waiting>,
+    /// When those of each packet leave, whether their first has come or not.
+    timers: DelayQueue<Key>,
+    /// How many wait.
+    waiting: usize,
+    /// How many have come.
+    number: u64,
+}
+
+/// The fragments of a packet that wait, with their numbers.
+struct Waiting {
+    fragments: Vec<(u64, HeldFragment)>,
+    timer: delay_queue::Key,
+}
 
 impl Queue {
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    fn has_room(&self) -> bool {
+        self.waiting < WAITING_MAX
     }
 
-    fn room(&self) -> usize {
-        WAITING_MAX - self.0.len()
-    }
-
-    fn push(&mut self, held: HeldFragment, now: Instant) {
+    /// Takes in what a program has handed over.
+    fn take(&mut self, held: HeldFragment, ports: &impl Ports, clock: u32) {
         // The programs have parsed it by the same code.
         let Some(key) = key(&held.frame) else { return };
-        self.0.push_back(Waiting { held, key, since: now, is_due: false });
+        let waiting = self.packets.get_mut(&key);
+        if held.is_first() {
+            if let Some(waiting) = waiting {
+                self.timers.reset(&waiting.timer, WAY_OF_THE_FIRST);
+            }
+            return;
+        }
+        self.number += 1;
+        self.waiting += 1;
+        if let Some(waiting) = waiting {
+            waiting.fragments.push((self.number, held));
+            return;
+        }
+        // It may have come between the program's look and this one.
+        let patience = if is_known(ports, &key, clock) { WAY_OF_THE_FIRST } else { PATIENCE };
+        let timer = self.timers.insert(key, patience);
+        self.packets.insert(key, Waiting { fragments: vec![(self.number, held)], timer });
     }
 
-    /// Those that are to be given back now.
-    fn look(&mut self, ports: &mut impl Ports, clock: u32, now: Instant) -> Vec<HeldFragment> {
-        let mut due = Vec::new();
-        let mut left = VecDeque::with_capacity(self.0.len());
-        for mut waiting in self.0.drain(..) {
-            if waiting.is_due && due.len() < PER_LOOK_MAX {
-                due.push(waiting.held);
-                continue;
-            }
-            if !waiting.is_due {
-                let result = ports.is_known(&waiting.key, clock).and_then(|is_known| {
-                    let is_late = !is_known && now.duration_since(waiting.since) > PATIENCE;
-                    if is_late {
-                        ports.give_up(&waiting.key, clock)?;
-                    }
-                    Ok(is_known || is_late)
-                });
-                waiting.is_due = result.unwrap_or_else(|error| {
-                    debug!(%error, "cannot ask for the ports of a fragment");
-                    false
-                });
-            }
-            left.push_back(waiting);
-        }
-        self.0 = left;
-        due
+    /// The next packet whose fragments have waited long enough; `None` at once when none wait.
+    async fn due(&mut self) -> Option<Key> {
+        self.timers.next().await.map(delay_queue::Expired::into_inner)
     }
+
+    /// Takes the fragments of a packet that is due, and of all others that are, in the order in which they came: a receiver
+    /// drops what is too much out of order (`net.ipv4.ipfrag_max_dist`). A first that has not come is given up.
+    fn leave(&mut self, key: Key, ports: &mut impl Ports, clock: u32) -> Vec<HeldFragment> {
+        let mut leaving = Vec::new();
+        let mut next = Some(key);
+        while let Some(key) = next {
+            if !is_known(ports, &key, clock)
+                && let Err(error) = ports.give_up(&key, clock)
+            {
+                debug!(%error, "cannot say that the first of a packet's fragments never came");
+            }
+            leaving.extend(self.packets.remove(&key).into_iter().flat_map(|waiting| waiting.fragments));
+            next = self.due().now_or_never().flatten();
+        }
+        self.waiting -= leaving.len();
+        leaving.sort_unstable_by_key(|(number, _)| *number);
+        leaving.into_iter().map(|(_, held)| held).collect()
+    }
+}
+
+fn is_known(ports: &impl Ports, key: &Key, clock: u32) -> bool {
+    ports.is_known(key, clock).unwrap_or_else(|error| {
+        debug!(%error, "cannot ask for the ports of a fragment");
+        false
+    })
 }
 
 /// What a fragment has in common with the others of its packet.
@@ -207,7 +250,7 @@ fn key_of<F: Fragmented>(frame: &[u8]) -> Option<FragmentKey<F::Addr>> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use tokio::time::Instant;
 
     use super::*;
 
@@ -240,49 +283,80 @@ mod tests {
         HeldFragment { ifindex: 3, frame }
     }
 
-    #[test]
-    fn a_fragment_is_given_back_one_look_after_its_first_has_come() {
-        let (mut queue, mut known, start) = (Queue::default(), Known::default(), Instant::now());
-        queue.push(fragment(1), start);
-        queue.push(fragment(2), start);
-        assert_eq!(queue.look(&mut known, 0, start), []);
-        known.0.insert([0, 2, 0, 0], true);
-        assert_eq!(queue.look(&mut known, 0, start + TICK), [], "its first may be on its way");
-        assert_eq!(queue.look(&mut known, 0, start + 2 * TICK), [fragment(2)]);
-        assert_eq!(queue.0.len(), 1);
+    /// The first of the same packet, as the programs tell of it.
+    fn first_of(id: u8) -> HeldFragment {
+        let mut held = fragment(id);
+        held.ifindex = 0;
+        held.frame[14 + 6..][..2].copy_from_slice(&[0x20, 0]);
+        held
     }
 
-    #[test]
-    fn a_fragment_whose_first_never_comes_is_given_up_and_given_back() {
-        let (mut queue, mut known, start) = (Queue::default(), Known::default(), Instant::now());
-        queue.push(fragment(1), start);
-        assert_eq!(queue.look(&mut known, 0, start + PATIENCE), []);
-        assert!(known.0.is_empty());
-        assert_eq!(queue.look(&mut known, 0, start + PATIENCE + TICK), []);
-        assert_eq!(known.0, HashMap::from([([0, 1, 0, 0], false)]));
-        assert_eq!(queue.look(&mut known, 0, start + PATIENCE + 2 * TICK), [fragment(1)]);
-        assert!(queue.is_empty());
+    /// What is given back next, and after how long.
+    async fn next(queue: &mut Queue, known: &mut Known) -> (Vec<HeldFragment>, Duration) {
+        let start = Instant::now();
+        let key = queue.due().await.expect("something waits");
+        (queue.leave(key, known, 0), start.elapsed())
     }
 
-    #[test]
-    fn one_look_gives_back_no_more_than_its_share_and_keeps_the_order() {
-        let (mut queue, mut known, start) = (Queue::default(), Known::default(), Instant::now());
-        known.0.insert([0, 1, 0, 0], true);
-        known.0.insert([0, 2, 0, 0], true);
-        for number in 0..PER_LOOK_MAX + 3 {
-            queue.push(fragment(if number < PER_LOOK_MAX { 1 } else { 2 }), start);
+    /// The timers of the queue count whole milliseconds.
+    const ROUNDING: Duration = Duration::from_millis(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn fragments_are_given_back_in_order_soon_after_their_first_has_come() {
+        let (mut queue, mut known) = (Queue::default(), Known::default());
+        for id in [1, 2, 3, 2] {
+            queue.take(fragment(id), &known, 0);
         }
-        assert_eq!(queue.look(&mut known, 0, start).len(), 0);
-        assert_eq!(queue.look(&mut known, 0, start), vec![fragment(1); PER_LOOK_MAX]);
-        assert_eq!(queue.look(&mut known, 0, start), vec![fragment(2); 3]);
+        for id in [3, 2, 2] {
+            known.0.insert([0, id, 0, 0], true);
+            queue.take(first_of(id), &known, 0);
+        }
+        let (given, after) = next(&mut queue, &mut known).await;
+        assert_eq!(given, [2, 3, 2].map(fragment));
+        assert!(after >= WAY_OF_THE_FIRST && after <= WAY_OF_THE_FIRST + ROUNDING, "{after:?}");
+        assert_eq!(queue.waiting, 1);
     }
 
-    #[test]
-    fn what_is_no_fragment_does_not_wait() {
+    #[tokio::test(start_paused = true)]
+    async fn a_fragment_that_is_handed_over_while_its_first_comes_does_not_wait_for_it() {
+        let (mut queue, mut known) = (Queue::default(), Known::default());
+        known.0.insert([0, 1, 0, 0], true);
+        queue.take(first_of(1), &known, 0);
+        queue.take(fragment(1), &known, 0);
+        let (given, after) = next(&mut queue, &mut known).await;
+        assert_eq!(given, [fragment(1)]);
+        assert!(after <= WAY_OF_THE_FIRST + ROUNDING, "{after:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fragment_whose_first_never_comes_is_given_up_and_given_back() {
+        let (mut queue, mut known) = (Queue::default(), Known::default());
+        queue.take(fragment(1), &known, 0);
+        let (given, after) = next(&mut queue, &mut known).await;
+        assert_eq!(given, [fragment(1)]);
+        assert!(after >= PATIENCE && after <= PATIENCE + ROUNDING, "{after:?}");
+        assert_eq!(known.0, HashMap::from([([0, 1, 0, 0], false)]));
+        assert!(queue.due().await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_more_wait_than_there_is_room_for() {
+        let (mut queue, mut known) = (Queue::default(), Known::default());
+        for _ in 0..WAITING_MAX {
+            assert!(queue.has_room());
+            queue.take(fragment(1), &known, 0);
+        }
+        assert!(!queue.has_room());
+        assert_eq!(next(&mut queue, &mut known).await.0.len(), WAITING_MAX);
+        assert!(queue.has_room());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_fragment_does_not_wait() {
         let mut queue = Queue::default();
         for frame in [&[0; 20][..], &[0; 64]] {
-            queue.push(HeldFragment { ifindex: 3, frame: frame.to_vec() }, Instant::now());
+            queue.take(HeldFragment { ifindex: 3, frame: frame.to_vec() }, &Known::default(), 0);
         }
-        assert!(queue.is_empty());
+        assert!(queue.packets.is_empty());
     }
 }

@@ -4,7 +4,8 @@
 //! packet go one way, whoever puts them together or takes them apart on it: connection tracking on this node, which
 //! gathers whole packets and takes them apart again when they leave, or the router behind it.
 //!
-//! A later fragment that comes before its first is kept by the agent, which gives it back once that has come.
+//! A later fragment that comes before its first is kept by the agent, and leaves word that it waits. The first, finding
+//! that, tells the agent, which gives back what it has kept.
 
 use core::mem::offset_of;
 
@@ -40,23 +41,37 @@ plain! {
         pub zero: [u8; 3],
     }
 
-    /// What the first fragment has said; both ports are 0 when it never came.
+    /// What is known of the first fragment.
     pub struct FragmentPorts {
-        /// Source port.
+        /// Source port, once it has come.
         pub sport: Port,
-        /// Destination port.
+        /// Destination port, once it has come.
         pub dport: Port,
-        /// Clock then, in seconds of agent time.
+        /// Clock of the last change, in seconds of agent time.
         pub seen: u32,
+        /// Where it is: one of [`first`].
+        pub first: u32,
     }
 
     /// Where a fragment is made ready for the agent.
     pub struct Hold {
-        /// Index of the interface that it came in by.
+        /// Index of the interface that it came in by; 0 for a first one, which is not kept, but awaited by those that are.
         pub ifindex: u32,
         /// Its frame, as far as it goes.
         pub frame: [u8; HELD_LEN_MAX],
     }
+}
+
+/// Where the first fragment of a packet is.
+pub mod first {
+    /// No fragment of the packet has come.
+    pub const UNKNOWN: u32 = 0;
+    /// It has come.
+    pub const COME: u32 = 1;
+    /// Others came before it and wait for it.
+    pub const AWAITED: u32 = 2;
+    /// It never came.
+    pub const GIVEN_UP: u32 = 3;
 }
 
 /// Longest frame that is kept, in bytes: the kernel gives back no more than fits into a page of 4 KiB beside its own
@@ -73,10 +88,10 @@ impl FragmentPorts {
         clock.wrapping_sub(self.seen) <= SECONDS_MAX
     }
 
-    /// Whether the first fragment never came.
-    #[inline(always)] // two comparisons
-    pub fn is_given_up(&self) -> bool {
-        self.sport == [0; 2] && self.dport == [0; 2]
+    /// Of a first fragment that has not come.
+    #[inline(always)] // moves
+    pub fn without(first: u32, clock: u32) -> Self {
+        Self { sport: [0; 2], dport: [0; 2], seen: clock, first }
     }
 }
 
@@ -96,16 +111,20 @@ pub enum Step {
     Pass,
     /// Decided on like any packet: its ports are known.
     Decide,
+    /// The same, and the agent is told that the first has come which others wait for.
+    Tell,
     /// Kept until its first fragment has come.
     Hold,
 }
 
 /// The tables, with that of fragments.
 pub trait FragmentTables<F: Family>: Tables<F> {
-    /// What the first fragment has said.
-    fn ports(self, key: &FragmentKey<F::Addr>) -> Option<FragmentPorts>;
+    /// What is known of the first fragment: [`first::UNKNOWN`] when nothing is.
+    fn ports(self, key: &FragmentKey<F::Addr>) -> FragmentPorts;
     /// Notes what the first fragment says. Refused, the others are taken for early ones.
     fn set_ports(self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts);
+    /// Notes that the first fragment is awaited, unless something is noted.
+    fn await_first(self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts);
 }
 
 /// Families whose fragments can be read.
@@ -132,25 +151,38 @@ pub fn step<F: Family, T: FragmentTables<F>>(
     if side == Side::Ingress && !gate::admits_address(tables, key.dst) {
         return Step::Pass;
     }
-    if !packet.is_later_fragment() {
-        if side == Side::Egress && !gate::admits_egress(tables, &packet.key) {
-            return Step::Pass;
-        }
-        let FlowKey { sport, dport, .. } = packet.key;
-        tables.set_ports(key, &FragmentPorts { sport, dport, seen: clock });
-    } else {
-        let known = tables.ports(key).filter(|ports| ports.is_current(clock));
-        let Some(ports) = known else {
-            return if side == Side::Ingress { Step::Hold } else { Step::Pass };
-        };
-        if ports.is_given_up() {
-            tables.count(Counter::Event(Event::FragmentLost));
-            return Step::Pass;
-        }
-        (packet.key.sport, packet.key.dport) = (ports.sport, ports.dport);
+    let is_first = !packet.is_later_fragment();
+    if is_first && side == Side::Egress && !gate::admits_egress(tables, &packet.key) {
+        return Step::Pass;
     }
-    tables.count(Counter::Event(Event::Fragment));
-    Step::Decide
+    let known = tables.ports(key);
+    let state = if known.is_current(clock) { known.first } else { first::UNKNOWN };
+    if is_first {
+        let FlowKey { sport, dport, .. } = packet.key;
+        tables.set_ports(key, &FragmentPorts { sport, dport, seen: clock, first: first::COME });
+        tables.count(Counter::Event(Event::Fragment));
+        return if state == first::AWAITED && side == Side::Ingress { Step::Tell } else { Step::Decide };
+    }
+    if state == first::COME {
+        (packet.key.sport, packet.key.dport) = (known.sport, known.dport);
+        tables.count(Counter::Event(Event::Fragment));
+        return Step::Decide;
+    }
+    if state == first::GIVEN_UP {
+        tables.count(Counter::Event(Event::FragmentLost));
+        return Step::Pass;
+    }
+    if side == Side::Egress {
+        return Step::Pass;
+    }
+    let awaited = FragmentPorts::without(first::AWAITED, clock);
+    if known.first == first::UNKNOWN {
+        // The first may come at this moment, on another CPU: its word goes before ours, but not that of an old packet.
+        tables.await_first(key, &awaited);
+    } else {
+        tables.set_ports(key, &awaited);
+    }
+    Step::Hold
 }
 
 impl<A: Address> FragmentKey<A> {

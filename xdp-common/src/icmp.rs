@@ -11,7 +11,7 @@ use network_types::{
 use crate::{
     answer, checksum,
     frame::{EXTENSIONS_LEN_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View, dmac},
-    net::{Address, FlowKey, TCP, UDP},
+    net::{Address, TCP, UDP},
     verdict::{Hop, Rewrite},
 };
 
@@ -236,23 +236,7 @@ fn update<P: Patch>(frame: &P, at: usize, delta: u16) {
 
 impl<A: Address> Message<A> {
     /// A message with nothing in it.
-    pub const ZERO: Self = Self {
-        packet: Packet {
-            key: FlowKey::ZERO,
-            dmac: [0; 6],
-            l4_offset: 0,
-            l4_len: 0,
-            total_len: 0,
-            check: 0,
-            tos: 0,
-            ttl: 0,
-            tcp_flags: 0,
-            ifindex: 0,
-        },
-        from: A::UNSPECIFIED,
-        ports_at: 0,
-        check_at: 0,
-    };
+    pub const ZERO: Self = Self { packet: Packet::ZERO, from: A::UNSPECIFIED, ports_at: 0, check_at: 0 };
 }
 
 #[cfg(test)]

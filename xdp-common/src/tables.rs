@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 mod flags;
 mod peers;

@@ -32,13 +32,23 @@ pub(crate) fn fragment<F: Maps + Wire>(skb: *mut __sk_buff, side: Side) -> Step 
 /// Keeps a fragment until its first has come, or leaves it alone where that is impossible.
 #[inline(never)] // rare, and of both families
 pub(crate) fn hold(skb: *mut __sk_buff) -> i32 {
-    let frame = &TcFrame::of(skb);
-    let is_held = maps::hold_area().is_some_and(|area| {
-        area.ifindex = frame.ifindex();
-        frame.copy_to(&mut area.frame).is_some_and(|len| maps::hold(area, len))
-    });
+    let is_held = hand_over(skb, TcFrame::of(skb).ifindex());
     count(Counter::Event(if is_held { Event::FragmentHeld } else { Event::FragmentLost }));
     if is_held { TC_ACT_SHOT } else { TC_ACT_UNSPEC }
+}
+
+/// Tells the agent that a first fragment has come which others wait for. Those go back without that word too, only later.
+#[inline(never)] // as above
+pub(crate) fn tell(skb: *mut __sk_buff) {
+    hand_over(skb, 0);
+}
+
+#[inline(always)] // two callers
+fn hand_over(skb: *mut __sk_buff, ifindex: u32) -> bool {
+    maps::hold_area().is_some_and(|area| {
+        area.ifindex = ifindex;
+        TcFrame::of(skb).copy_to(&mut area.frame).is_some_and(|len| maps::hold(area, len))
+    })
 }
 
 /// Gives a fragment back that was kept. The agent runs it on the frame; it is attached nowhere.

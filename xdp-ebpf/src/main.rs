@@ -83,6 +83,10 @@ fn tc_ingress_of<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
             Step::Pass => return TC_ACT_UNSPEC,
             Step::Hold => return fragments::hold(skb),
             Step::Decide => Hook::Fragment,
+            Step::Tell => {
+                fragments::tell(skb);
+                Hook::Fragment
+            }
         },
     };
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, hook);
@@ -109,7 +113,7 @@ fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
         Found::Packet => {}
         Found::Fragment => match fragment::<F>(skb, Side::Egress) {
             Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
-            Step::Decide => {}
+            Step::Decide | Step::Tell => {}
         },
     }
     let verdict = decide::egress::<F, _>(Kernel::new(frame.context()), packet);

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     answer::AnswerFrame,
-    fragment::{FragmentKey, FragmentPorts, FragmentTables, Hold},
+    fragment::{FragmentKey, FragmentPorts, FragmentTables, Hold, first},
     frame::{Frame, Packet},
     gate,
     icmp::{Message, Translation},
@@ -310,14 +310,22 @@ impl<F: Maps> Tables<F> for Kernel<F> {
 
 impl<F: Maps> FragmentTables<F> for Kernel<F> {
     #[inline(always)]
-    fn ports(self, key: &FragmentKey<F::Addr>) -> Option<FragmentPorts> {
+    fn ports(self, key: &FragmentKey<F::Addr>) -> FragmentPorts {
         // SAFETY: copied at once; a torn copy is of two packets with the same identification, one of which is lost anyway.
-        unsafe { F::fragments().get(key) }.copied()
+        match unsafe { F::fragments().get(key) } {
+            Some(ports) => *ports,
+            None => FragmentPorts::without(first::UNKNOWN, 0),
+        }
     }
 
     #[inline(always)]
     fn set_ports(self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts) {
         let _ = F::fragments().insert(key, ports, BPF_ANY as u64);
+    }
+
+    #[inline(always)]
+    fn await_first(self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts) {
+        let _ = F::fragments().insert(key, ports, BPF_NOEXIST as u64);
     }
 }
 
@@ -418,7 +426,7 @@ pub(crate) fn parse<F: Maps, R: Frame>(frame: &R, ifindex: u32) -> Option<&'stat
 }
 
 /// Where a fragment is made ready for the agent.
-#[inline(always)] // one caller
+#[inline(always)] // a lookup
 pub(crate) fn hold_area() -> Option<&'static mut Hold> {
     let area = HOLDS.get_ptr_mut(0)?;
     // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.

@@ -69,7 +69,7 @@ fn tc_host_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
         Found::Packet => true,
         Found::Fragment => match fragment::<F>(skb, Side::Egress) {
             Step::Pass | Step::Hold => return TC_ACT_UNSPEC,
-            Step::Decide => false,
+            Step::Decide | Step::Tell => false,
         },
     };
     match restored::<F>(skb) {

@@ -2,7 +2,7 @@
 //! being early.
 
 use xdp_common::{
-    fragment::{FragmentKey, FragmentPorts, HELD_LEN_MAX, SECONDS_MAX},
+    fragment::{FragmentKey, FragmentPorts, HELD_LEN_MAX, SECONDS_MAX, first},
     net::{TCP, UDP},
     tables,
     verdict::{
@@ -146,6 +146,7 @@ fn a_fragment_that_comes_before_its_first_is_held_and_goes_on_when_it_comes_agai
         assert_eq!(node.maps.held(), Some((node.ifindex, early[number].clone())));
     }
     become_those_of(&node, Hook::TcIngress, (&sent, &half), &[0, 3, 1, 2], (Event(E::SlowPath), NEW));
+    assert_eq!(node.maps.held(), Some((0, early[0].clone())), "the first says that it has come");
     assert_eq!(node.maps.held(), None);
     // Another packet with the same identification, long after.
     node.configure(|config| config.clock += SECONDS_MAX + 1);
@@ -159,8 +160,7 @@ fn a_fragment_whose_first_was_given_up_is_left_to_the_kernel() {
     let sent = fragments(&long(&node, UDP, VIP));
     let [high, low] = ID;
     let key = FragmentKey { src: CLIENT, dst: VIP, id: [high, low, 0, 0], proto: UDP, zero: [0; 3] };
-    let ports = FragmentPorts { sport: [0; 2], dport: [0; 2], seen: 100 };
-    node.maps.note_fragment(key, ports);
+    node.maps.note_fragment(key, FragmentPorts::without(first::GIVEN_UP, 100));
     node.check("given up", Hook::TcIngress, &sent[2], Action::Pass, &sent[2], LOST);
 }
 

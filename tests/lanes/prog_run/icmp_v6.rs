@@ -17,7 +17,7 @@ use xdp_common::{
 use crate::{
     frames::{Mac, folded},
     maps::{self, Maps as _, Raw, Typed},
-    node::{Action, CAPABLE, GATEWAY_MAC, HTTP, Hook, SNAT_PORTS, Sizes, TARGET},
+    node::{Action, CAPABLE, GATEWAY_MAC, HTTP, Hook, Sizes, TARGET, settings},
     programs::Programs,
 };
 
@@ -146,17 +146,7 @@ impl Node {
         let mut ingress: Array<_, u64> = maps::map(object, &tables::GATE_INGRESS_V6);
         let mut egress: Array<_, u64> = maps::map(object, &tables::GATE_EGRESS_V6);
         let mut maps = Typed::<V4>::take(object);
-        let config = Config {
-            epoch: 1,
-            clock: 100,
-            snat_port_min: SNAT_PORTS.0,
-            snat_port_max: SNAT_PORTS.1,
-            embryonic_buckets: sizes.buckets,
-            masquerade_wire: 0,
-            policy_routing: 0,
-            echo: 1,
-        };
-        maps.config.set(0, Raw(config), 0).expect("the one slot of the settings");
+        maps.config.set(0, Raw(settings(sizes)), 0).expect("the one slot of the settings");
         let device = Device { snat: ip6(NODE), flags: CAPABLE, mtu: 1500, mac, zero: [0; 2] };
         devices.insert(ifindex, Raw(device), 0).expect("room for a device");
         let (http, target) = (HTTP.to_be_bytes(), TARGET.to_be_bytes());
@@ -185,7 +175,7 @@ impl Node {
             maps,
             devices,
             frontends,
-            config,
+            config: settings(sizes),
             programs,
             namespace,
             ifindex,

@@ -89,6 +89,9 @@ pub(crate) trait Maps {
     fn held(&self) -> Option<(u32, Vec<u8>)>;
 }
 
+type FlowMap<A> = HashMap<MapData, Raw<FlowKey<A>>, Raw<Flow<A>>>;
+type AffinityMap<A> = HashMap<MapData, Raw<AffinityKey<A>>, Raw<Affinity>>;
+
 /// The maps of a family by their types.
 pub(crate) struct Typed<F: Hosts> {
     pub(crate) config: Array<MapData, Raw<Config>>,
@@ -96,9 +99,9 @@ pub(crate) struct Typed<F: Hosts> {
     pub(crate) frontends: HashMap<MapData, Raw<FrontendKey<F::Addr>>, Raw<Frontend>>,
     pub(crate) backends: Array<MapData, Raw<Backend<F::Addr>>>,
     pub(crate) rings: Array<MapData, u32>,
-    pub(crate) established: HashMap<MapData, Raw<FlowKey<F::Addr>>, Raw<Flow<F::Addr>>>,
+    pub(crate) established: FlowMap<F::Addr>,
     pub(crate) networks: LpmTrie<MapData, Raw<NetworkKey<F::Addr>>, u32>,
-    pub(crate) affinities: RefCell<HashMap<MapData, Raw<AffinityKey<F::Addr>>, Raw<Affinity>>>,
+    pub(crate) affinities: RefCell<AffinityMap<F::Addr>>,
     accounts: PerCpuArray<MapData, Raw<Account>>,
     fragments: HashMap<MapData, Raw<FragmentKey<F::Addr>>, Raw<FragmentPorts>>,
     held: RefCell<RingBuf<MapData>>,

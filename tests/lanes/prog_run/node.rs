@@ -81,6 +81,20 @@ pub(crate) struct Node {
     _peer: Namespace,
 }
 
+/// The agent's settings.
+pub(crate) fn settings(sizes: Sizes) -> Config {
+    Config {
+        epoch: 1,
+        clock: 100,
+        snat_port_min: SNAT_PORTS.0,
+        snat_port_max: SNAT_PORTS.1,
+        embryonic_buckets: sizes.buckets,
+        masquerade_wire: 0,
+        policy_routing: 0,
+        echo: 1,
+    }
+}
+
 impl Node {
     /// Runs a test on fresh nodes: of IPv4 for each of the two XDP programs, which have to behave alike, and of IPv6.
     /// Each is loaded by the verifier anew, which takes most of the time; long sequences drive IPv6 through both.
@@ -110,16 +124,6 @@ impl Node {
             (index, namespace.mac(name).expect("an Ethernet device has an address"))
         };
         let ((ifindex, mac), (ifindex_too, mac_too)) = (device("eth0"), device("eth1"));
-        let config = Config {
-            epoch: 1,
-            clock: 100,
-            snat_port_min: SNAT_PORTS.0,
-            snat_port_max: SNAT_PORTS.1,
-            embryonic_buckets: sizes.buckets,
-            masquerade_wire: 0,
-            policy_routing: 0,
-            echo: 1,
-        };
         let maps: Box<dyn Maps> = match family {
             Family::V4 => Box::new(Typed::<V4>::take(programs.object())),
             Family::V6 => Box::new(Typed::<V6>::take(programs.object())),
@@ -134,7 +138,7 @@ impl Node {
             mac_too,
             entry,
             from: ifindex,
-            config,
+            config: settings(sizes),
             backends: 0,
             slots: 0,
             programs,

@@ -129,10 +129,12 @@ fn measure() -> BTreeMap<String, Cost> {
 
 /// Loads a program, if it is one for packets.
 fn load(program: &mut Program) -> Option<Result<ProgramInfo, ProgramError>> {
-    match program {
-        Program::Xdp(program) => Some(program.load().and_then(|()| program.info())),
-        Program::SchedClassifier(program) => Some(program.load().and_then(|()| program.info())),
-        _ => None,
+    if let Program::Xdp(program) = program {
+        Some(program.load().and_then(|()| program.info()))
+    } else if let Program::SchedClassifier(program) = program {
+        Some(program.load().and_then(|()| program.info()))
+    } else {
+        None
     }
 }
 

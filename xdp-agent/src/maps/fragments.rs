@@ -52,13 +52,20 @@ impl<A: IpAddress> FragmentMap<A> {
     }
 }
 
-/// A fragment that came before its first.
+/// A fragment that came before its first, or that first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldFragment {
-    /// Index of the interface that it came in by.
+    /// Index of the interface that it came in by; 0 for the first, which has not been kept.
     pub ifindex: u32,
     /// Its frame.
     pub frame: Vec<u8>,
+}
+
+impl HeldFragment {
+    /// Whether it is the first, for which others wait.
+    pub fn is_first(&self) -> bool {
+        self.ifindex == 0
+    }
 }
 
 /// Fragments that came before their first, as the programs hand them over.

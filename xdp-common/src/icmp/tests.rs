@@ -10,7 +10,7 @@ use super::{
 use crate::{
     conntrack::rewrite_between,
     frame::extension,
-    net::{Ip6, V4, V6},
+    net::{FlowKey, Ip6, V4, V6},
 };
 
 /// A frame in memory that is written to as the kernel's are.

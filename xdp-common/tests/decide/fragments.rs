@@ -1,7 +1,7 @@
 //! What becomes of fragments, by what has been before them.
 
 use xdp_common::{
-    fragment::{FragmentKey, FragmentPorts, FragmentTables, SECONDS_MAX, Side, Step, step},
+    fragment::{FragmentKey, FragmentPorts, FragmentTables, SECONDS_MAX, Side, Step, first, step},
     frame::Packet,
     net::{FlowKey, UDP, V4},
     verdict::Event,
@@ -10,12 +10,17 @@ use xdp_common::{
 use crate::model::*;
 
 impl FragmentTables<V4> for &Model {
-    fn ports(self, key: &FragmentKey<Addr>) -> Option<FragmentPorts> {
-        self.fragments.borrow().get(key).copied()
+    fn ports(self, key: &FragmentKey<Addr>) -> FragmentPorts {
+        let unknown = FragmentPorts::without(first::UNKNOWN, 0);
+        self.fragments.borrow().get(key).copied().unwrap_or(unknown)
     }
 
     fn set_ports(self, key: &FragmentKey<Addr>, ports: &FragmentPorts) {
         self.fragments.borrow_mut().insert(*key, *ports);
+    }
+
+    fn await_first(self, key: &FragmentKey<Addr>, ports: &FragmentPorts) {
+        self.fragments.borrow_mut().entry(*key).or_insert(*ports);
     }
 }
 
@@ -41,23 +46,27 @@ fn fragment(key: &FragmentKey<Addr>, ports: Option<([u8; 2], [u8; 2])>) -> Packe
 fn a_later_fragment_gets_the_ports_of_the_first_for_as_long_as_they_are_good() {
     let (model, key) = (node(), key(CLIENT, VIP));
     let mut later = fragment(&key, None);
-    assert_eq!(step::<V4, _>(&model, &mut later, &key, Side::Ingress), Step::Hold);
+    for _ in 0..2 {
+        assert_eq!(step::<V4, _>(&model, &mut later, &key, Side::Ingress), Step::Hold);
+    }
     let mut first = fragment(&key, Some(([9, 9], HTTP)));
-    assert_eq!(step::<V4, _>(&model, &mut first, &key, Side::Ingress), Step::Decide);
+    assert_eq!(step::<V4, _>(&model, &mut first, &key, Side::Ingress), Step::Tell, "one waits for it");
+    assert_eq!(step::<V4, _>(&model, &mut first, &key, Side::Ingress), Step::Decide, "none does");
     assert_eq!(step::<V4, _>(&model, &mut later, &key, Side::Ingress), Step::Decide);
     assert_eq!((later.key.sport, later.key.dport), ([9, 9], HTTP));
-    assert_eq!(model.events(Event::Fragment), 2);
+    assert_eq!(model.events(Event::Fragment), 3);
     let mut config = model.config.get();
     config.clock += SECONDS_MAX + 1;
     model.config.set(config);
     assert_eq!(step::<V4, _>(&model, &mut later, &key, Side::Ingress), Step::Hold);
+    assert_eq!(step::<V4, _>(&model, &mut first, &key, Side::Ingress), Step::Tell, "of another packet");
 }
 
 #[test]
 fn a_fragment_whose_first_was_given_up_passes_and_is_counted() {
     let (model, key) = (node(), key(CLIENT, VIP));
     let seen = model.config.get().clock;
-    (&model).set_ports(&key, &FragmentPorts { sport: [0; 2], dport: [0; 2], seen });
+    (&model).set_ports(&key, &FragmentPorts::without(first::GIVEN_UP, seen));
     assert_eq!(step::<V4, _>(&model, &mut fragment(&key, None), &key, Side::Ingress), Step::Pass);
     assert_eq!(model.events(Event::FragmentLost), 1);
 }
