@@ -90,6 +90,11 @@ impl Commit {
         Ok(Self { revision, epoch: git(&["log", "-1", "--format=%ct"])? })
     }
 
+    /// The hash alone.
+    pub(crate) fn hash(&self) -> &str {
+        self.revision.trim_end_matches(DIRTY)
+    }
+
     /// Whether the tree differs from the commit.
     pub(crate) fn is_dirty(&self) -> bool {
         self.revision.ends_with(DIRTY)

@@ -14,7 +14,8 @@ use std::process::Command;
 const PLACES: [&str; 2] = ["one", "another/place/with-a-longer-name"];
 
 pub(super) fn verb(workspace: &Workspace, archs: &[Arch]) -> Result<()> {
-    if Commit::of(workspace)?.is_dirty() {
+    let commit = Commit::of(workspace)?;
+    if commit.is_dirty() {
         eprintln!("dist: what is not committed is not part of the check");
     }
     let scratch = workspace.target.join("dist-check");
@@ -26,6 +27,9 @@ pub(super) fn verb(workspace: &Workspace, archs: &[Arch]) -> Result<()> {
     for place in PLACES {
         let root = scratch.join(place);
         process::run(Command::new("git").args(["clone", "--quiet"]).arg(&workspace.root).arg(&root))?;
+        // Half an hour lies between the two, and work goes on.
+        let checkout = ["checkout", "--quiet", "--detach", commit.hash()];
+        process::run(Command::new("git").current_dir(&root).args(checkout))?;
         let clone = Workspace { target: root.join("target"), root };
         image::write(&clone, archs, &tool, None)?;
         built.push([clone.bpf_objects(), clone.dist()]);
