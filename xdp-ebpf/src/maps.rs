@@ -8,12 +8,13 @@ use core::{
 };
 
 use aya_ebpf::{
+    EbpfContext,
     bindings::{
         BPF_ANY, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS,
         BPF_NOEXIST, bpf_fib_lookup as FibParams,
     },
     helpers,
-    maps::lpm_trie,
+    maps::{ProgramArray, lpm_trie},
 };
 use xdp_common::{
     answer::AnswerFrame,
@@ -423,6 +424,13 @@ pub(crate) fn message<F: Maps>() -> Option<Icmp<F>> {
 pub(crate) fn parse<F: Maps, R: Frame>(frame: &R, ifindex: u32) -> Option<&'static Packet<F::Addr>> {
     let place = place::<F>()?;
     if F::parse_into(frame, ifindex, place) == Found::Packet { Some(place) } else { None }
+}
+
+/// Goes on to another program; returns only when the slot is empty.
+#[inline(always)] // two instructions
+pub(crate) fn go_on<C: EbpfContext>(programs: &ProgramArray, ctx: &C, slot: u32) {
+    // SAFETY: both are the verifier's; a program that follows finds the context as it is.
+    unsafe { programs.tail_call(ctx, slot) }
 }
 
 /// Where a fragment is made ready for the agent.

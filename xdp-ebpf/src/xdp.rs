@@ -24,7 +24,7 @@ use crate::{
     answer,
     family::Maps,
     icmp,
-    maps::{Kernel, count, place},
+    maps::{self, Kernel, count, place},
     packet::{self, Wire, XdpFrame},
     sctp,
 };
@@ -167,7 +167,6 @@ fn rewrite<F: Maps + Wire, const IS_SCTP: bool>(
 #[inline(always)] // two instructions
 fn go_on<const FRAGS: bool>(ctx: *mut xdp_md, slot: u32) -> u32 {
     let programs = if FRAGS { &XDP_NEXT_FRAGS } else { &XDP_NEXT };
-    // SAFETY: a tail call; what follows runs only when the slot is empty.
-    unsafe { programs.tail_call(&XdpContext::new(ctx), slot) };
+    maps::go_on(programs, &XdpContext::new(ctx), slot);
     xdp_action::XDP_PASS
 }
