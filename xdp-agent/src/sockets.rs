@@ -140,13 +140,23 @@ pub struct Sweeper {
     is_due: bool,
     /// Whether it has been said that pods' namespaces cannot be entered.
     is_refusal_told: bool,
+    /// Whether it has been said that sockets cannot be ended.
+    is_failure_told: bool,
 }
 
 impl Sweeper {
     /// A sweeper over what the hooks have told sockets.
     pub fn new(peers: PeerMaps, pods: PodMaps, hooks: &Hooks, metrics: SocketMetrics) -> Self {
         let asks_for_pods = Arc::clone(&hooks.asks_for_pods);
-        Self { peers, pods, metrics, asks_for_pods, is_due: true, is_refusal_told: false }
+        Self {
+            peers,
+            pods,
+            metrics,
+            asks_for_pods,
+            is_due: true,
+            is_refusal_told: false,
+            is_failure_told: false,
+        }
     }
 
     /// Looks once for what went while no agent ran, then whenever backends may have gone.
@@ -196,15 +206,23 @@ impl Sweeper {
             wanted.entry(key.cookie).or_default().push(*key);
         }
         let mut destroyed = 0;
-        let mut refused = None;
+        let (mut refused, mut failed) = (None, None);
         namespaces::each(|result| match result {
             Ok(()) => match diag::destroy(&wanted) {
                 Ok(count) => destroyed += count,
-                Err(error) => debug!(%error, "cannot end UDP sockets of a network namespace"),
+                Err(error) => failed = Some(error),
             },
             Err(error) => refused = Some(error),
         });
         self.tell_refusal(refused);
+        if let Some(error) = failed
+            && !std::mem::replace(&mut self.is_failure_told, true)
+        {
+            warn!(
+                %error,
+                "cannot end connected UDP sockets whose backend is gone: they notice nothing; it needs a kernel with                  CONFIG_INET_UDP_DIAG (module udp_diag) and CONFIG_INET_DIAG_DESTROY"
+            );
+        }
         for key in &stale {
             self.peers.forget(key)?;
         }
