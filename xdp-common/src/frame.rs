@@ -137,6 +137,27 @@ impl<A: Address> Packet<A> {
         ifindex: 0,
     };
 
+    /// Makes it another. The zeros of its key stay as they are: for three of them the compiler calls a function in BPF.
+    #[inline(always)] // moves
+    pub fn set(&mut self, to: Self) {
+        let Self { key, dmac, l4_offset, l4_len, total_len, check, tos, ttl, tcp_flags, ifindex } = to;
+        let FlowKey { src, dst, sport, dport, proto, zero: _ } = key;
+        self.key.src = src;
+        self.key.dst = dst;
+        self.key.sport = sport;
+        self.key.dport = dport;
+        self.key.proto = proto;
+        self.dmac = dmac;
+        self.l4_offset = l4_offset;
+        self.l4_len = l4_len;
+        self.total_len = total_len;
+        self.check = check;
+        self.tos = tos;
+        self.ttl = ttl;
+        self.tcp_flags = tcp_flags;
+        self.ifindex = ifindex;
+    }
+
     /// Whether it is a fragment behind the first, without a TCP or UDP header.
     #[inline(always)] // one comparison
     pub fn is_later_fragment(&self) -> bool {

@@ -172,7 +172,7 @@ pub(crate) enum Found {
 fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::Addr>) -> Found {
     match F::parse(frame, ifindex) {
         Parsed::Packet(parsed) => {
-            *packet = parsed;
+            packet.set(parsed);
             Found::Packet
         }
         Parsed::Other => Found::Nothing,

@@ -85,7 +85,7 @@ fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let Some(place) = place::<F>() else { return xdp_action::XDP_PASS };
     let packet = match F::parse(frame, frame.ifindex()) {
         Parsed::Packet(packet) => {
-            *place = packet;
+            place.set(packet);
             &*place
         }
         Parsed::Other => return go_on::<FRAGS>(ctx, next::OTHERS),

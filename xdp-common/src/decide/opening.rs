@@ -5,7 +5,7 @@ use super::{
     sending::{set_hop, tag_from},
 };
 use crate::{
-    conntrack::{complete, mirror, opposite, point_back},
+    conntrack::{complete, forget_hop, mirror, opposite, point_back},
     frame::Packet,
     net::{Address, Family, FlowKey},
     select,
@@ -63,25 +63,21 @@ pub(super) fn open<F: Family, T: Tables<F>>(
         return without_endpoint(tables, &frontend, can_answer(hook, &entry));
     }
     let Some(backend) = tables.backend(id) else { return Next::Drop(Reason::NoBackend) };
-    // Field by field: the compiler would call a function to fill it with zeros first.
+    // Field by field, all but the zeros at its end, which nobody changes: the compiler would call a function to fill it with zeros
+    // first.
     let flow = &mut work.flow;
     flow.src = key.src;
     flow.dst = backend.addr;
     flow.dport = backend.port;
-    flow.dmac = [0; 6];
-    flow.smac = [0; 6];
-    flow.ifindex = 0;
-    flow.routing = 0;
+    forget_hop(flow);
     flow.seen = tables.config().clock;
     flow.backend = id;
     flow.generation = backend.generation;
     flow.service = frontend.service;
-    flow.mtu = 0;
     flow.kind = kind::FORWARD;
     flow.exit = exit::LOCAL;
     flow.closing = 0;
     flow.replied = 0;
-    flow.zero = [0; 6];
     let is_here = backend.flags & backend::LOCAL != 0;
     if hook == Hook::Out {
         // From the node's own address nothing may come in; to that of the frontend answers leave by this interface again.
