@@ -10,10 +10,14 @@ use crate::{forwarding::one_remote, frames::*, node::*};
 /// New flows of a flood, many times what the smallest table holds.
 const FLOOD: u16 = 200;
 
+/// First port of the clients of a flood: they keep their ports, so that none meets another's, whichever the table holds. That
+/// depends on how many come in a tick of the kernel's clock.
+const KEPT: u16 = 2_000;
+
 /// Opens flows from another client.
 fn flood(node: &Node) {
     for sport in 0..FLOOD {
-        let opener = node.opener(UDP, 50_000 + sport, VIP).with(|frame| frame.src.0 = [198, 51, 100, 99]);
+        let opener = node.opener(UDP, KEPT + sport, VIP).with(|frame| frame.src.0 = [198, 51, 100, 99]);
         node.open("a flow of the flood", &opener, REMOTE);
     }
 }
@@ -90,7 +94,7 @@ fn a_flood_of_answered_flows_disturbs_no_established_one() {
         one_remote(node);
         let flow = node.connect("a flow", &node.opener(TCP, 40_000, VIP), REMOTE);
         for sport in 0..FLOOD {
-            let other = node.open("a flow of the flood", &node.opener(TCP, 50_000 + sport, VIP), REMOTE);
+            let other = node.open("a flow of the flood", &node.opener(TCP, KEPT + sport, VIP), REMOTE);
             other.answers(node, "its answer", SYN | ACK, &[]);
         }
         flow.sends(node, "an established flow", ACK, &[]);
