@@ -61,23 +61,22 @@ impl Crowd {
     pub(super) fn tell(&mut self) -> io::Result<String> {
         for (number, stream) in (0u32..).zip(&mut self.opened) {
             stream.write_all(&number.to_be_bytes())?;
-            if number % PER_TURN == 0 {
-                thread::sleep(TURN);
-            }
+            take_turn(number);
         }
         Ok(String::new())
     }
 
-    /// Sends back what has come by each connection that was accepted.
+    /// Sends back what has come by each connection that was accepted, in turns.
     pub(super) fn echo(&self) -> io::Result<String> {
         let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        for stream in accepted.iter_mut() {
+        for (turn, stream) in (0u32..).zip(accepted.iter_mut()) {
             let mut number = [0; 4];
             stream.set_read_timeout(Some(patient(PATIENCE)))?;
             stream
                 .read_exact(&mut number)
                 .map_err(|error| Error::other(format!("nothing from {:?}: {error}", stream.peer_addr())))?;
             stream.write_all(&number)?;
+            take_turn(turn);
         }
         Ok(accepted.len().to_string())
     }
@@ -92,6 +91,13 @@ impl Crowd {
             }
         }
         Ok(self.opened.len().to_string())
+    }
+}
+
+/// Pauses after each turn.
+fn take_turn(spoken: u32) {
+    if spoken.is_multiple_of(PER_TURN) {
+        thread::sleep(TURN);
     }
 }
 
