@@ -63,7 +63,6 @@ mod sctp;
 #[path = "prog_run/slow_path.rs"]
 mod slow_path;
 /// The stack that programs take, as the build counts it.
-#[allow(dead_code, reason = "the build uses the rest")]
 #[path = "../../xtask/src/stack.rs"]
 mod stack;
 #[path = "prog_run/tcp.rs"]

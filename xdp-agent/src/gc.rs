@@ -31,6 +31,8 @@ use crate::{
 
 mod removed;
 
+/// Endpoints come and go in bursts; flows are looked at this long after the first of them.
+const BURST: Duration = Duration::from_millis(200);
 /// Time between two looks at the flow tables.
 pub const PERIOD: Duration = Duration::from_secs(10);
 /// Entries removed after one look; the others wait for the next, which then follows at once: in a [`PERIOD`] 10,000
@@ -130,10 +132,15 @@ impl Collector {
         let mut ticks = tokio::time::interval(PERIOD);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut collector = self;
+        let mut is_soon = false;
         loop {
             tokio::select! {
-                _ = ticks.tick() => {}
-                () = removed::gone(collector.gone.as_deref()) => ticks.reset(),
+                _ = ticks.tick() => is_soon = false,
+                () = removed::gone(collector.gone.as_deref()), if !is_soon => {
+                    ticks.reset_after(BURST);
+                    is_soon = true;
+                    continue;
+                }
             }
             let task = tokio::task::spawn_blocking(move || {
                 let result = collector.collect();

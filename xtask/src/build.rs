@@ -4,9 +4,9 @@ use crate::compiler::{BPF_TARGET, Core};
 use crate::process;
 use crate::remap;
 use crate::setup::{self, Toolchain};
-use crate::stack;
+use crate::stack::{self, STACK_MAX, Used};
 use crate::workspace::{Profile, Workspace};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 
 /// What rustc is told when it compiles the kernel programs, besides the linker and the path prefixes.
@@ -113,9 +113,21 @@ pub(crate) fn bpf_objects(
     for object in BPF_OBJECTS {
         // With further features they are for the machine that builds them.
         if features.is_none() {
-            stack::check(&built.join(object))?;
+            check_stack(&built.join(object))?;
         }
         copy_if_changed(&built.join(object), &workspace.bpf_objects().join(object))?;
+    }
+    Ok(())
+}
+
+/// Fails when a program of the object takes more stack than every supported kernel grants.
+fn check_stack(object: &Path) -> Result<()> {
+    for Used { program, bytes, chain } in stack::used(object)? {
+        ensure!(
+            bytes <= STACK_MAX,
+            "{program} takes {bytes} bytes of stack and kernels before 6.8 grant {STACK_MAX}; the longest chain of calls:\n  {}",
+            chain.join("\n  ")
+        );
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! Newer kernels round frames to 16 bytes and are content with programs that older ones refuse; the machine that builds
 //! is seldom the oldest one that runs them.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -41,20 +41,8 @@ struct Function {
 pub(crate) struct Used {
     pub(crate) program: String,
     pub(crate) bytes: u32,
-    chain: Vec<String>,
-}
-
-/// Fails when a program of the object takes more stack than every supported kernel grants.
-pub(crate) fn check(object: &Path) -> Result<()> {
-    for Used { program, bytes, chain } in used(object)? {
-        if bytes > STACK_MAX {
-            bail!(
-                "{program} takes {bytes} bytes of stack and kernels before 6.8 grant {STACK_MAX}; the longest chain of calls:\n  {}",
-                chain.join("\n  ")
-            );
-        }
-    }
-    Ok(())
+    /// The functions of the chain, with the bytes of each.
+    pub(crate) chain: Vec<String>,
 }
 
 /// What every program of an object takes.

@@ -49,13 +49,12 @@ fn hold(place: Place, connections: usize, first_port: usize) -> Result<()> {
         Ok(())
     })?;
     // What each client sends comes back by the same connection.
-    at_once(&mut clients, |_, client| client.crowd_tell())?;
-    let echoed = at_once(&mut servers, |_, server| server.crowd_echo());
+    let asked = at_once(&mut clients, |_, client| client.crowd_ask());
     let drops: Vec<_> =
         agent.metrics()?.into_iter().filter(|(key, value)| key.contains("drop") && *value > 0.0).collect();
-    let echoed: usize = echoed.with_context(|| format!("{drops:?}"))?.into_iter().sum();
-    let heard: usize = at_once(&mut clients, |_, client| client.crowd_hear())?.into_iter().sum();
-    ensure!((echoed, heard) == (connections, connections), "{echoed} and {heard} of {connections}");
+    let asked: usize = asked.with_context(|| format!("{drops:?}"))?.into_iter().sum();
+    let echoed: usize = at_once(&mut servers, |_, server| server.crowd_echoed())?.into_iter().sum();
+    ensure!((asked, echoed) == (connections, connections), "{asked} and {echoed} of {connections}");
     agent.stop()
 }
 

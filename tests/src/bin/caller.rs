@@ -99,9 +99,8 @@ impl Sockets {
             }
             ["crowd-serve", address] => self.crowd.serve(parse(address)?),
             ["crowd-open", target, first, count] => self.crowd.open(parse(target)?, first, count),
-            ["crowd-tell"] => self.crowd.tell(),
-            ["crowd-echo"] => self.crowd.echo(),
-            ["crowd-hear"] => self.crowd.hear(),
+            ["crowd-ask"] => self.crowd.ask(),
+            ["crowd-echoed"] => Ok(self.crowd.echoed()),
             _ => Err(Error::other("no such question")),
         }
     }

@@ -169,7 +169,7 @@ impl Caller {
         Ok(Tally { answered, failed, why: words.next().unwrap_or_default().to_string() })
     }
 
-    /// Accepts connections by the thousand, in turn with other callers at the same address.
+    /// Accepts connections by the thousand, in turn with other callers at the same address, and sends back what each says.
     pub fn crowd_serve(&mut self, address: SocketAddr) -> Result<()> {
         self.plain(&format!("crowd-serve {address}"))
     }
@@ -179,19 +179,14 @@ impl Caller {
         self.plain(&format!("crowd-open {target} {first} {count}"))
     }
 
-    /// Sends something of its own by each of them.
-    pub fn crowd_tell(&mut self) -> Result<()> {
-        self.plain("crowd-tell")
+    /// Sends something of its own by each of them, and checks that it comes back; how many they are.
+    pub fn crowd_ask(&mut self) -> Result<usize> {
+        Ok(self.exchange("crowd-ask")??.parse()?)
     }
 
-    /// Sends back what has come by each connection that was accepted; how many those are.
-    pub fn crowd_echo(&mut self) -> Result<usize> {
-        Ok(self.exchange("crowd-echo")??.parse()?)
-    }
-
-    /// Checks that each has got its own back; how many they are.
-    pub fn crowd_hear(&mut self) -> Result<usize> {
-        Ok(self.exchange("crowd-hear")??.parse()?)
+    /// How often something was sent back by [`Self::crowd_serve`].
+    pub fn crowd_echoed(&mut self) -> Result<usize> {
+        Ok(self.exchange("crowd-echoed")??.parse()?)
     }
 
     fn plain(&mut self, question: &str) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Ends TCP connections whose endpoint is gone, where `--reset-on-endpoint-removal` asks for it: their entries are marked, so
 //! that the programs refuse the next packet. Packets of other flows meet nothing new.
 
-use std::{collections::HashMap, io, time::Duration};
+use std::{collections::HashMap, io};
 
 use tokio::sync::Notify;
 use tracing::debug;
@@ -13,16 +13,10 @@ use xdp_common::{
 use super::FlowTables;
 use crate::cluster::wanted::IpAddress;
 
-/// Endpoints come and go in bursts; flows are looked at this long after the first of them.
-const PAUSE: Duration = Duration::from_millis(200);
-
 /// Ends when backends may have gone, or never, where nobody asks.
 pub(super) async fn gone(notify: Option<&Notify>) {
     match notify {
-        Some(notify) => {
-            notify.notified().await;
-            tokio::time::sleep(PAUSE).await;
-        }
+        Some(notify) => notify.notified().await,
         None => std::future::pending().await,
     }
 }

@@ -246,7 +246,6 @@ impl<F: Family> Model<F> {
     }
 
     /// Opens the gate for everything that is addressed to where an address is.
-    #[allow(dead_code, reason = "the lane that shares this file uses it")]
     pub(crate) fn service_network(&self, addr: F::Addr) {
         open(&self.ingress_gate, gate::service_network_bit(addr.network()));
     }

@@ -3,7 +3,7 @@
 use xdp_common::{
     frame::tcp,
     net::{FlowKey, TCP, UDP},
-    tables::{Table, Tables, frontend},
+    tables::{Table, Tables, frontend, network},
     verdict::{Action, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
 
@@ -134,6 +134,17 @@ fn one_client_port_reaches_one_backend_by_two_frontends() {
             assert_eq!(back.key, ack(40_000, vip).key.reversed());
         }
     }
+}
+
+#[test]
+fn a_free_address_of_a_service_network_is_dropped_and_those_beside_it_pass() {
+    let model = one_remote();
+    let free = [203, 0, 113, 99];
+    model.service_network(free);
+    model.networks.borrow_mut().insert((network::SERVICES, free));
+    assert_eq!(model.xdp(&syn(40_000, free)).action, Action::Drop(Reason::UnknownServiceAddress));
+    let beside = model.xdp(&syn(40_000, [203, 0, 113, 98]));
+    assert_eq!((beside.action, model.events(Event::Unclaimed)), (Action::Pass, 1));
 }
 
 #[test]

@@ -1,45 +1,64 @@
 //! Connections by the thousand: more than a process may have descriptors take several callers, at either end.
 
 use std::io::{self, Error, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, listen, setsockopt, socket,
     sockopt,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{PATIENCE, patient};
 
-/// Connections that speak in a turn, and how long one lasts. A veth has room for 256 frames; where thousands speak at once most
-/// of them lose theirs at their own device, and again with each repetition (on 6.18 until TCP gives up).
-const PER_TURN: u32 = 32;
-const TURN: Duration = Duration::from_millis(1);
 /// Openers that may wait for a listener.
 const BACKLOG: i32 = 4_096;
+/// Connections that speak before the first of them hears. A veth has room for 256 frames, and what thousands send at once most
+/// of them lose at their own device.
+const AT_A_TIME: usize = 32;
 
 /// Connections of one process.
 #[derive(Default)]
 pub(super) struct Crowd {
     opened: Vec<TcpStream>,
-    accepted: Arc<Mutex<Vec<TcpStream>>>,
+    echoed: Arc<AtomicUsize>,
 }
 
 impl Crowd {
-    /// Accepts whoever connects from now on, in turn with other processes at the same address.
+    /// Accepts whoever connects from now on, in turn with other processes at the same address, and sends back what each says.
     pub(super) fn serve(&self, address: SocketAddr) -> io::Result<String> {
         let socket = tcp_socket(&address)?;
         listen(&socket, Backlog::new(BACKLOG)?)?;
-        let (listener, accepted) = (TcpListener::from(socket), Arc::clone(&self.accepted));
+        let (listener, echoed) = (std::net::TcpListener::from(socket), Arc::clone(&self.echoed));
+        listener.set_nonblocking(true)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                accepted.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
-            }
+            runtime.block_on(async {
+                let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+                while let Ok((mut stream, _)) = listener.accept().await {
+                    let echoed = Arc::clone(&echoed);
+                    tokio::spawn(async move {
+                        let mut number = [0; 4];
+                        // What fails here is missing at the client.
+                        while stream.read_exact(&mut number).await.is_ok()
+                            && stream.write_all(&number).await.is_ok()
+                        {
+                            echoed.fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                }
+            });
         });
         Ok(String::new())
+    }
+
+    /// How often something was sent back.
+    pub(super) fn echoed(&self) -> String {
+        self.echoed.load(Ordering::Relaxed).to_string()
     }
 
     /// Opens connections that stay, from these ports on: the kernel would look for free ones ever longer.
@@ -57,47 +76,25 @@ impl Crowd {
         Ok(self.opened.len().to_string())
     }
 
-    /// Sends the number of each connection by it, in turns.
-    pub(super) fn tell(&mut self) -> io::Result<String> {
-        for (number, stream) in (0u32..).zip(&mut self.opened) {
-            stream.write_all(&number.to_be_bytes())?;
-            take_turn(number);
-        }
-        Ok(String::new())
-    }
-
-    /// Sends back what has come by each connection that was accepted, in turns.
-    pub(super) fn echo(&self) -> io::Result<String> {
-        let mut accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        for (turn, stream) in (0u32..).zip(accepted.iter_mut()) {
-            let mut number = [0; 4];
-            stream.set_read_timeout(Some(patient(PATIENCE)))?;
-            stream
-                .read_exact(&mut number)
-                .map_err(|error| Error::other(format!("nothing from {:?}: {error}", stream.peer_addr())))?;
-            stream.write_all(&number)?;
-            take_turn(turn);
-        }
-        Ok(accepted.len().to_string())
-    }
-
-    /// Checks that each number has come back by its own connection.
-    pub(super) fn hear(&mut self) -> io::Result<String> {
-        for (number, stream) in (0u32..).zip(&mut self.opened) {
-            let mut answer = [0; 4];
-            stream.read_exact(&mut answer)?;
-            if answer != number.to_be_bytes() {
-                return Err(Error::other(format!("connection {number} got {answer:?}")));
+    /// Sends the number of each connection by it, and checks that it comes back.
+    pub(super) fn ask(&mut self) -> io::Result<String> {
+        let mut number = 0u32;
+        for streams in self.opened.chunks_mut(AT_A_TIME) {
+            for (own, stream) in (number..).zip(&mut *streams) {
+                stream.write_all(&own.to_be_bytes())?;
             }
+            for (own, stream) in (number..).zip(&mut *streams) {
+                let mut answer = [0; 4];
+                stream.read_exact(&mut answer).map_err(|error| {
+                    Error::other(format!("nothing by {:?}: {error}", stream.local_addr()))
+                })?;
+                if answer != own.to_be_bytes() {
+                    return Err(Error::other(format!("connection {own} got {answer:?}")));
+                }
+            }
+            number += streams.len() as u32;
         }
-        Ok(self.opened.len().to_string())
-    }
-}
-
-/// Pauses after each turn.
-fn take_turn(spoken: u32) {
-    if spoken.is_multiple_of(PER_TURN) {
-        thread::sleep(TURN);
+        Ok(number.to_string())
     }
 }
 
