@@ -1,6 +1,6 @@
 //! Files that are written in place: meanwhile they can be read empty, or cut off where half an object reads like a whole one.
 //!
-//! A file that was replaced is another inode, and whole. One that has changed under its inode is taken as soon as its writer
+//! A file that was replaced is another inode, or was seen to be moved there, and whole. One that has changed under its inode is taken as soon as its writer
 //! has closed it, unless anything is wrong or missing then; in that case when it has rested for [`REST`]. If nobody is seen to
 //! close it, as over a network, it has to rest for [`REST_OPEN`]. Until then it stands for what it held before.
 
@@ -43,20 +43,30 @@ impl Stamp {
     }
 }
 
-/// The states in which writers have closed files.
+/// The states in which writers have closed files, or moved them to where they are.
 #[derive(Clone, Debug, Default)]
-pub struct Written(Arc<Mutex<BTreeMap<Inode, Stamp>>>);
+pub struct Written(Arc<Mutex<BTreeMap<Inode, (Stamp, By)>>>);
+
+/// What a writer has done with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// Closed it.
+    Closing,
+    /// Moved it to where it is. Of two that take turns the second may have the inode that the first had before.
+    Moving,
+}
 
 impl Written {
-    /// The writer of a file has closed it.
-    pub(super) fn note(&self, path: &Path) {
+    /// The writer of a file is done with it.
+    pub(super) fn note(&self, path: &Path, by: By) {
         if let Some(stamp) = Stamp::of(path) {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(stamp.inode, stamp);
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(stamp.inode, (stamp, by));
         }
     }
 
-    fn has(&self, stamp: &Stamp) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&stamp.inode) == Some(stamp)
+    fn done(&self, now: &Stamp) -> Option<By> {
+        let written = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        written.get(&now.inode).filter(|(stamp, _)| stamp == now).map(|(_, by)| *by)
     }
 
     /// Forgets files that are none of these any more.
@@ -107,13 +117,14 @@ impl Caution<'_> {
     /// What to do with a file that is in this state now, by what is held of it.
     pub(super) fn judge(&self, held: &Held, now: Option<Stamp>) -> Verdict {
         let Some(now) = now else { return Verdict::Take };
-        let is_replaced = held.seen.is_some_and(|seen| seen.inode != now.inode);
+        let done = self.written.done(&now);
+        let is_replaced = done == Some(By::Moving) || held.seen.is_some_and(|seen| seen.inode != now.inode);
         let is_same = held.seen == Some(now);
         if is_replaced || (is_same && held.waits.is_none()) {
             return Verdict::Take;
         }
         let since = held.waits.filter(|_| is_same).map_or(self.now, |wait| wait.since);
-        let is_closed = self.written.has(&now);
+        let is_closed = done.is_some();
         let until = since + if is_closed { REST } else { REST_OPEN };
         if self.now >= until {
             Verdict::Take

@@ -12,11 +12,14 @@ use std::{
 
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
-    event::{AccessKind, AccessMode},
+    event::{AccessKind, AccessMode, ModifyKind, RenameMode},
 };
 use tokio::sync::mpsc;
 
-use super::{files, in_place::Written};
+use super::{
+    files,
+    in_place::{By, Written},
+};
 
 /// How long it must be quiet before a change is reported: editors and `kubectl` write in several steps.
 const QUIET: Duration = Duration::from_millis(50);
@@ -27,6 +30,8 @@ const POLL: Duration = Duration::from_secs(10);
 
 /// A writer has closed its file.
 const CLOSED: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
+/// A file has come to where it is from elsewhere.
+const MOVED: EventKind = EventKind::Modify(ModifyKind::Name(RenameMode::To));
 
 /// Signals changes of files until it is dropped.
 #[derive(Debug)]
@@ -78,8 +83,13 @@ fn watch(paths: &[PathBuf], wake: signals::Sender<Wake>, written: Written) -> Wa
         let relevant = match event {
             Ok(event) => {
                 let is_relevant = is_change(&event.kind) && is_ours(&event.paths, &owned);
-                if is_relevant && event.kind == CLOSED {
-                    event.paths.iter().for_each(|path| written.note(path));
+                let by = match event.kind {
+                    CLOSED => Some(By::Closing),
+                    MOVED => Some(By::Moving),
+                    _ => None,
+                };
+                if let Some(by) = by.filter(|_| is_relevant) {
+                    event.paths.iter().for_each(|path| written.note(path, by));
                 }
                 is_relevant || event.need_rescan()
             }

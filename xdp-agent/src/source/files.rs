@@ -157,6 +157,37 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_file_that_takes_the_place_of_another_is_taken_at_once_though_it_has_its_inode() {
+        let directory = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let (file, staged) = (directory.path().join("web.yaml"), elsewhere.path().join("web.yaml"));
+        fs::write(&file, service("a", "10.0.0.1")).unwrap();
+        let (sender, mut events) = mpsc::channel(8);
+        let _files = files(vec![file.clone()], sender).await.unwrap();
+        let mut objects = Objects::default();
+        // The first is replaced by another inode, and shows that changes are seen; the second is changed under its inode.
+        for ip in ["10.0.0.2", "10.0.0.3"] {
+            if ip == "10.0.0.3" {
+                fs::rename(&file, &staged).unwrap();
+            }
+            fs::write(&staged, service("a", ip)).unwrap();
+            fs::rename(&staged, &file).unwrap();
+            let changed = async {
+                let has = |objects: &Objects| {
+                    let mut ips = objects.services.values().flat_map(|service| &service.cluster_ips);
+                    ips.any(|found| found.to_string() == ip)
+                };
+                while !has(&objects) {
+                    let Event::Changes(changes) = next(&mut events).await else { continue };
+                    changes.into_iter().for_each(|change| objects.apply(change));
+                }
+            };
+            let limit = manifests::in_place::REST_OPEN - Duration::from_secs(2);
+            tokio::time::timeout(limit, changed).await.expect("it does not have to rest");
+        }
+    }
+
+    #[tokio::test]
     async fn a_file_that_is_written_slowly_withdraws_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("web.yaml");

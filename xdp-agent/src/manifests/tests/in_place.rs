@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    super::in_place::{REST, REST_OPEN},
+    super::in_place::{By, REST, REST_OPEN},
     *,
 };
 
@@ -37,7 +37,7 @@ impl Followed {
     }
 
     fn close(&self) {
-        self.written.note(&self.path);
+        self.written.note(&self.path, By::Closing);
     }
 
     fn waits_until(&self) -> Option<Duration> {
@@ -128,7 +128,7 @@ fn a_new_file_is_read_at_once_and_others_do_not_wait() {
     assert_eq!(file.services_after(SECOND), ["shop/a 10.0.0.1", "shop/b 10.0.0.2", "shop/c 10.0.0.3"]);
     // What has moved to the other file is served from there.
     fs::write(file.files.at("2.yaml"), two("10.0.9")).unwrap();
-    file.written.note(&file.files.at("2.yaml"));
+    file.written.note(&file.files.at("2.yaml"), By::Closing);
     assert_eq!(file.services_after(2 * SECOND).len(), 3, "something is missing there");
     assert_eq!(file.services_after(2 * SECOND + REST), NEW);
     // The first file has not been seen closed, and has rested by now.
