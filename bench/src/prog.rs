@@ -21,7 +21,7 @@ use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
     conntrack::opposite,
     gate,
-    net::{Family, FlowKey, Plain, TCP, V4, V6},
+    net::{Address, Family, FlowKey, Plain, TCP, V4, V6},
     tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, device, frontend},
     verdict::{Counter, Event, Reason},
 };
@@ -359,6 +359,7 @@ fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8;
         masquerade_wire: 1,
         policy_routing: 0,
         echo: 1,
+        direct: 0,
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
     let (entries, known) = traffic::flows::<F>(flows, ifindex, mac);
@@ -381,7 +382,15 @@ fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8;
     devices.insert(ifindex, Raw(device), 0)?;
     for id in 1..=BACKENDS {
         let addr = F::addr(BACKEND + 0x0001_0000 + id);
-        let backend = Backend { addr, port: PORT, proto: TCP, flags: 0, generation: 1, service: 1 };
+        let backend = Backend {
+            addr,
+            port: PORT,
+            proto: TCP,
+            flags: 0,
+            generation: 1,
+            service: 1,
+            node: Address::UNSPECIFIED,
+        };
         array(product, maps.backends.name)?.set(id, Raw(backend), 0)?;
         array(product, maps.rings.name)?.set(id - 1, id, 0)?;
     }

@@ -15,6 +15,8 @@ mod callers;
 mod clean_host;
 #[path = "netns/dead_backends.rs"]
 mod dead_backends;
+#[path = "netns/direct.rs"]
+mod direct;
 #[path = "netns/explain.rs"]
 mod explain;
 #[path = "netns/fragments.rs"]

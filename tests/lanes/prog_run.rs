@@ -67,6 +67,8 @@ mod slow_path;
 mod stack;
 #[path = "prog_run/tcp.rs"]
 mod tcp;
+#[path = "prog_run/tunnel.rs"]
+mod tunnel;
 #[path = "prog_run/twins.rs"]
 mod twins;
 #[path = "prog_run/verifier.rs"]

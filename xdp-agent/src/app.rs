@@ -21,7 +21,10 @@ use tracing::{debug, error, info, warn};
 use crate::{
     attach::Attacher,
     cgroup::Cgroup,
-    cluster::wanted::{Ip6, ServicePortName},
+    cluster::{
+        Forwarding,
+        wanted::{Ip6, ServicePortName},
+    },
     config::{Config, ObjectSource, SocketLb},
     fragments::{FragmentMaps, Keeper},
     gc::{Collector, FlowTables, Outlets},
@@ -301,7 +304,9 @@ async fn open_source(
     match access(config) {
         None => Ok(Source::Files { _files: source::files(config.files().to_vec(), events).await? }),
         Some(access) => {
-            let options = Options { access, node: config.cluster.node.clone(), pace: Pace::default() };
+            let node = config.cluster.node.clone();
+            let all_nodes = config.cluster.forwarding != Forwarding::Snat;
+            let options = Options { access, node, all_nodes, pace: Pace::default() };
             let metrics = watch_objects::Metrics::register(registry);
             Ok(Source::Kubernetes { watch: Watch::start(options, events, metrics).await? })
         }

@@ -11,9 +11,12 @@ use std::{
     sync::Arc,
 };
 
+use xdp_common::tables::direct;
+
 use self::{
     endpoints::{Here, local_ready},
     family::{Concerned, Served, Side},
+    nodes::Nodes,
     problems::Problems,
     site::Site,
     wanted::{Delta, Ip6},
@@ -29,6 +32,7 @@ mod endpoints;
 mod family;
 mod frontends;
 mod misdirected;
+mod nodes;
 mod problems;
 mod site;
 #[cfg(test)]
@@ -53,6 +57,31 @@ pub struct Options {
     pub node_ips: Vec<IpAddr>,
     /// Zone of this node, in place of what its Node object says.
     pub zone: Option<String>,
+    /// How packets of clients outside the cluster get to endpoints on other nodes.
+    pub forwarding: Forwarding,
+}
+
+/// How packets of clients outside the cluster get to endpoints on other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Forwarding {
+    /// Translated to come from this node, by which the answers go back.
+    #[default]
+    Snat,
+    /// As they are, in packets to the endpoint's node, which answers.
+    Dsr,
+    /// TCP as with [`Forwarding::Dsr`], all else as with [`Forwarding::Snat`].
+    Hybrid,
+}
+
+impl Forwarding {
+    /// For which protocols the endpoint's node answers, in bits of [`direct`].
+    pub const fn direct(self) -> u32 {
+        match self {
+            Self::Snat => 0,
+            Self::Dsr => direct::TCP | direct::OTHERS,
+            Self::Hybrid => direct::TCP,
+        }
+    }
 }
 
 /// How this node's pods are told from other clients.
@@ -149,6 +178,8 @@ pub struct Cluster {
     facts: NodeFacts,
     /// The object of this node.
     node: Option<Arc<Node>>,
+    /// The others, where they matter.
+    nodes: Nodes,
     service_cidrs: BTreeMap<String, Arc<ServiceCidr>>,
     services: BTreeMap<ObjectName, Entry>,
     /// Every slice that is used, to find the Service that it was of.
@@ -180,6 +211,7 @@ impl Cluster {
             options,
             facts: NodeFacts::default(),
             node: None,
+            nodes: Nodes::default(),
             service_cidrs: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: HashMap::new(),
@@ -204,8 +236,9 @@ impl Cluster {
         match change {
             Change::Service(name, service) => self.apply_service(name, service),
             Change::Slice(name, slice) => self.apply_slice(name, slice),
+            Change::Node(name, node) if name != self.options.node => self.apply_other(&name, node.as_deref()),
             Change::Node(name, node) => {
-                if name != self.options.node || node == self.node {
+                if node == self.node {
                     return;
                 }
                 self.problems.set("Node", &name, node.as_ref().map(|node| &*node.flaws));
@@ -220,6 +253,20 @@ impl Cluster {
                 };
                 self.is_site_touched = true;
             }
+        }
+    }
+
+    /// Takes the object of another node, if that matters, and touches the Services with endpoints there.
+    fn apply_other(&mut self, name: &str, node: Option<&Node>) {
+        if self.options.forwarding == Forwarding::Snat {
+            return;
+        }
+        self.problems.set("Node", name, node.map(|node| &*node.flaws));
+        if self.nodes.set(name, node) {
+            self.is_site_touched = true;
+            let there = self.slices.iter().filter(|(_, slice)| slice.name(name).is_some());
+            let services = there.map(|(at, slice)| ObjectName::new(&*at.namespace, &*slice.service));
+            self.touched.extend(services);
         }
     }
 
@@ -329,8 +376,10 @@ impl Cluster {
         let node = self.node.as_deref();
         let sites = (Site::of(&self.options, &self.facts, node), Site::of(&self.options, &self.facts, node));
         let cidrs = self.service_cidrs.values().map(|cidr| &**cidr);
-        update.v4.networks = self.v4.set_networks(sites.0.networks(&self.options, node, cidrs.clone()));
-        update.v6.networks = self.v6.set_networks(sites.1.networks(&self.options, node, cidrs));
+        update.v4.networks =
+            self.v4.set_networks(sites.0.networks(&self.options, node, &self.nodes.v4, cidrs.clone()));
+        update.v6.networks =
+            self.v6.set_networks(sites.1.networks(&self.options, node, &self.nodes.v6, cidrs));
         let zone = match (&self.options.zone, node) {
             (Some(zone), _) => zone,
             (None, Some(node)) => &*node.zone,
@@ -360,7 +409,7 @@ impl Cluster {
 
     fn serve(&mut self, name: &ObjectName, update: &mut Update) {
         let Some(entry) = self.services.get_mut(name) else { return };
-        let here = Here { node: &self.options.node, zone: &self.zone };
+        let here = Here { node: &self.options.node, zone: &self.zone, nodes: &self.nodes };
         let (service, slices) = (entry.service.as_deref(), entry.slices.values());
         self.v4.serve(service, slices.clone(), here, &mut entry.v4, &mut update.v4);
         self.v6.serve(service, slices.clone(), here, &mut entry.v6, &mut update.v6);

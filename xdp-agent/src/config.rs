@@ -19,13 +19,13 @@ use tracing::warn;
 use xdp_common::conntrack::Timeouts;
 
 use crate::{
-    cluster::{DetectLocal, NodePortAddresses, Options},
+    cluster::{DetectLocal, Forwarding, NodePortAddresses, Options},
     doctor::DoctorArgs,
     explain::ExplainArgs,
     plan::Limits,
 };
 
-pub use flags::{Args, ClusterArgs, DetectLocalMode, LogFormat, ModeChoice};
+pub use flags::{Args, ClusterArgs, DetectLocalMode, ForwardingChoice, LogFormat, ModeChoice};
 pub use ports::PortRange;
 pub use sockets::{SocketLb, SocketOptions};
 
@@ -308,6 +308,11 @@ impl ClusterArgs {
             service_cidrs: all(&self.service_cidr).into_iter().map(Into::into).collect(),
             node_ips: self.node_ips(),
             zone: self.zone.clone().filter(|zone| !zone.is_empty()),
+            forwarding: match self.forwarding {
+                ForwardingChoice::Snat => Forwarding::Snat,
+                ForwardingChoice::Dsr => Forwarding::Dsr,
+                ForwardingChoice::Hybrid => Forwarding::Hybrid,
+            },
         })
     }
 

@@ -288,7 +288,7 @@ impl<A: IpAddress> Look<A> {
             self.suspects.push((*key, *flow));
         }
         self.need(key, flow);
-        let sends = matches!(flow.exit, exit::TRANSMIT | exit::REDIRECT);
+        let sends = matches!(flow.exit, exit::TRANSMIT | exit::REDIRECT | exit::TUNNEL);
         if sends && flow.dmac != [0; 6] && idle <= NEIGHBOUR_SECONDS {
             self.macs.insert(flow.dmac);
         }
@@ -304,7 +304,7 @@ impl<A: IpAddress> Look<A> {
             }
             Place::Embryonic => {
                 self.counts.embryonic_entries += 1;
-                self.counts.embryonic += u32::from(flow.kind == kind::FORWARD);
+                self.counts.embryonic += u32::from(is_counted(flow));
             }
         }
     }
@@ -313,6 +313,10 @@ impl<A: IpAddress> Look<A> {
     fn need(&mut self, key: &FlowKey<A>, flow: &Flow<A>) {
         self.in_use.backends.insert(flow.backend);
         let (frontend, backend, snat) = match flow.kind {
+            kind::TUNNEL => {
+                self.in_use.ingress_bits.insert(gate::frontend_bit(key.dst, key.dport, key.proto));
+                return;
+            }
             kind::FORWARD => (
                 (key.dst, key.dport),
                 (flow.dst, flow.dport),
@@ -332,6 +336,11 @@ impl<A: IpAddress> Look<A> {
     }
 }
 
+/// Whether a flow is counted with this entry: it has no other, or one that answers are recognised by.
+fn is_counted<A>(flow: &Flow<A>) -> bool {
+    flow.kind == kind::FORWARD || flow.kind == kind::TUNNEL
+}
+
 impl FlowCounts {
     /// Takes an established flow and its entries out of the count again.
     fn forget<A: IpAddress>(&mut self, key: &FlowKey<A>, flow: &Flow<A>, entries: u32) {
@@ -344,7 +353,7 @@ impl FlowCounts {
 
     /// The count that an established entry belongs to; a flow is counted with its forward half.
     fn of_state<A: IpAddress>(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> Option<&mut u32> {
-        if flow.kind != kind::FORWARD {
+        if !is_counted(flow) {
             return None;
         }
         Some(match (key.proto, flow.closing) {

@@ -57,6 +57,8 @@ pub struct Options {
     pub access: Access,
     /// Name of this node.
     pub node: String,
+    /// Whether the other nodes matter too.
+    pub all_nodes: bool,
     /// Times.
     pub pace: Pace,
 }

@@ -16,16 +16,21 @@ pub const fn reset_len<F: Answer>() -> usize {
 
 /// Length of a frame with an ICMP error: Ethernet, IP and ICMP headers, and the quote.
 pub const fn unreachable_len<F: Answer>() -> usize {
-    IP + F::LEN + 8 + quote_len::<F>()
+    IP + F::LEN + 8 + F::LEN + 8
 }
 
-/// Length of what an ICMP error quotes: an IP header without options, and 8 bytes of what it carries.
-const fn quote_len<F: Answer>() -> usize {
-    F::LEN + 8
+/// The same for one that tells how long a packet may be, which quotes more: room for a fragment header too.
+pub const fn too_big_len<F: Answer>() -> usize {
+    unreachable_len::<F>() + 8
+}
+
+/// How far from the beginning of a frame its transport header may be for [`too_big`], so that the quote has the ports.
+pub const fn too_big_reach<F: Answer>() -> usize {
+    IP + F::LEN + 8
 }
 
 /// Room for the longest answer, in whole words.
-pub type AnswerFrame = [u8; unreachable_len::<V6>().next_multiple_of(4)];
+pub type AnswerFrame = [u8; too_big_len::<V6>().next_multiple_of(4)];
 
 const IP: usize = EthHdr::LEN;
 /// Time to live of what is sent here (RFC 1700).
@@ -37,6 +42,8 @@ pub trait Answer: Headers {
     const ICMP: u8;
     /// Type and code of "destination unreachable, port unreachable".
     const PORT_UNREACHABLE: [u8; 2];
+    /// Type and code of "fragmentation needed", or "packet too big".
+    const TOO_BIG: [u8; 2];
     /// Whether its ICMP checksum covers the pseudo-header.
     const ICMP_PSEUDO_HEADER: bool;
     /// Writes an IP header that leads back to where a frame came from; the sum of both addresses.
@@ -46,6 +53,7 @@ pub trait Answer: Headers {
 impl Answer for V4 {
     const ICMP: u8 = 1;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const TOO_BIG: [u8; 2] = [3, 4];
     const ICMP_PSEUDO_HEADER: bool = false;
 
     #[inline(always)] // offsets must fold
@@ -67,6 +75,7 @@ impl Answer for V4 {
 impl Answer for V6 {
     const ICMP: u8 = 58;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const TOO_BIG: [u8; 2] = [2, 0];
     const ICMP_PSEUDO_HEADER: bool = true;
 
     #[inline(always)] // offsets must fold
@@ -139,22 +148,44 @@ pub fn reset<F: Answer, W: View>(headers: &W, l4_len: u16, finisher: Finisher, o
 /// it into what the RFCs leave unused, where it makes the sum right all the same.
 #[inline(always)] // as above
 pub fn unreachable<F: Answer, W: View>(headers: &W, finisher: Finisher, out: &mut [u8]) {
+    error::<F, W>(headers, F::PORT_UNREACHABLE, 0, F::LEN + 8, finisher, out);
+}
+
+/// Writes the ICMP error that answers a packet which is longer than `mtu` bytes into [`too_big_len`] bytes (RFC 1191,
+/// RFC 8201). `headers` are the frame up to 16 bytes behind the IP header.
+#[inline(always)] // as above
+pub fn too_big<F: Answer, W: View>(headers: &W, mtu: u16, out: &mut [u8]) {
+    error::<F, W>(headers, F::TOO_BIG, mtu, F::LEN + 16, Finisher::Nobody, out);
+}
+
+#[inline(always)] // as above
+fn error<F: Answer, W: View>(
+    headers: &W,
+    what: [u8; 2],
+    mtu: u16,
+    quoted: usize,
+    finisher: Finisher,
+    out: &mut [u8],
+) {
     let l4 = IP + F::LEN;
+    let end = l4 + 8 + quoted;
     out.fill(0);
     let sum = envelope::<F, W>(headers, out, F::ICMP);
-    copy(F::PORT_UNREACHABLE, out, l4);
+    copy(what, out, l4);
+    // Of IPv6 it is the lower half of the field.
+    copy(mtu.to_be_bytes(), out, l4 + 6);
     let mut at = 0;
-    while at < quote_len::<F>() {
+    while at < quoted {
         copy(headers.quad(IP + at), out, l4 + 8 + at);
         at += 4;
     }
     let pseudo = match F::ICMP_PSEUDO_HEADER {
-        true => checksum::pseudo_header(sum, F::ICMP, (unreachable_len::<F>() - l4) as u16),
+        true => checksum::pseudo_header(sum, F::ICMP, (end - l4) as u16),
         false => 0,
     };
     match finisher {
         Finisher::Nobody => {
-            let check = !checksum::fold(pseudo as u32 + words(out, l4, unreachable_len::<F>()));
+            let check = !checksum::fold(pseudo as u32 + words(out, l4, end));
             copy(check.to_ne_bytes(), out, l4 + 2);
         }
         Finisher::Device => copy(pseudo.to_ne_bytes(), out, l4 + 6),

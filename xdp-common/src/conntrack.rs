@@ -212,7 +212,7 @@ fn limit<A: Address>(flow: &Flow<A>, other: Option<&Flow<A>>, proto: u8, timeout
 /// Whether an entry is met at ingress (the others are met at egress).
 #[inline(always)]
 pub fn is_ingress_kind(kind: u8) -> bool {
-    kind == kind::FORWARD || kind == kind::REPLY_REMOTE
+    kind == kind::FORWARD || kind == kind::REPLY_REMOTE || kind == kind::TUNNEL
 }
 
 #[cfg(test)]

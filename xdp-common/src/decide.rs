@@ -3,6 +3,7 @@
 //! [`ingress`] serves XDP and tc ingress, [`egress`] serves tc egress. A packet of a known flow is found by one lookup;
 //! any other may open one. What cannot be finished here goes up the stack half-translated, and `egress` finishes it.
 
+mod direct;
 mod opening;
 pub mod related;
 mod sending;
@@ -19,7 +20,7 @@ use crate::{
 };
 
 use self::{
-    opening::{open, reserve, route_new, still_holds},
+    opening::{Origin, open, reserve, route_new, still_holds},
     sending::{by_cache, send},
 };
 
@@ -60,6 +61,8 @@ enum Next {
     Answer,
     /// Of no known flow: it may open one.
     Open,
+    /// A new flow whose packets go to the node of its backend as they are, if there is a way.
+    Direct,
     /// A new flow whose backend is elsewhere: it needs a way there, and with it a source address.
     Route,
     /// A new flow: it needs a source port, the client's own one if it stays on this node.
@@ -79,7 +82,12 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
             tables.count(Counter::Event(Event::Deferred));
             return Verdict::PASS;
         }
-        Hook::Tc if !offloaded => return Verdict::PASS,
+        Hook::Tc if !offloaded => {
+            let work = if config.direct == 0 { None } else { tables.work() };
+            let Some(mut work) = work else { return Verdict::PASS };
+            let action = direct::left_by_xdp(tables, packet, &mut work).action();
+            return verdict(tables, packet, action, &work.flow);
+        }
         Hook::Xdp | Hook::Tc | Hook::Fragment | Hook::Host | Hook::Pod | Hook::Out => {}
     }
     let may_be_known = !opens(packet) || tables.may_know(known_bit(&packet.key));
@@ -107,11 +115,14 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
     if next == Next::Open {
         next = open(tables, packet, hook, &mut work);
     }
+    if next == Next::Direct {
+        next = direct::enter(tables, packet, &mut work);
+    }
     if next == Next::Route {
         next = Next::Reserve(!route_new(tables, packet, &mut work.flow));
     }
     let action = match next {
-        Next::Pass | Next::Open | Next::Route | Next::Answer => return Verdict::PASS,
+        Next::Pass | Next::Open | Next::Direct | Next::Route | Next::Answer => return Verdict::PASS,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Reject(reason) => Action::Reject(reason),
         Next::Send(table) => send(tables, packet, hook, table, &mut work).action(),
@@ -141,7 +152,7 @@ fn verdict<F: Family, T: Tables<F>>(
         Action::Pass => return Verdict::PASS,
         Action::Drop(reason) | Action::Reject(reason) => {
             tables.count(Counter::Drop(reason));
-            return Verdict { action, ..Verdict::PASS };
+            return Verdict { action, mtu: flow.mtu, ..Verdict::PASS };
         }
         Action::Stack => match flow.exit {
             exit::LOCAL => Counter::Event(Event::Delivered),
@@ -149,6 +160,7 @@ fn verdict<F: Family, T: Tables<F>>(
         },
         Action::Transmit => Counter::Event(Event::Transmitted),
         Action::Redirect => Counter::Event(Event::Redirected),
+        Action::Tunnel => Counter::Event(Event::Tunnelled),
     };
     tables.count(counter);
     tables.account(flow.service, packet.total_len);
@@ -156,6 +168,7 @@ fn verdict<F: Family, T: Tables<F>>(
         action,
         rewrite: rewrite(flow),
         hop: Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex },
+        mtu: flow.mtu,
     }
 }
 
@@ -193,12 +206,10 @@ fn find<F: Family, T: Tables<F>>(
         work.flow.seen = tables.config().clock;
         work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
         if table == Table::Embryonic {
-            if work.flow.kind != kind::FORWARD {
-                if work.flow.replied == 0 {
-                    return Next::Answer;
-                }
-            } else {
-                return Next::Embryo;
+            match work.flow.kind {
+                kind::FORWARD | kind::TUNNEL => return Next::Embryo,
+                _ if work.flow.replied == 0 => return Next::Answer,
+                _ => {}
             }
         }
         return Next::Send(table);
@@ -230,7 +241,9 @@ fn note_reset<F: Family, T: Tables<F>>(
     table: Table,
     flow: &Flow<F::Addr>,
 ) {
-    if let Some(other) = tables.flow(table, &opposite(key, flow)) {
+    if flow.kind != kind::TUNNEL
+        && let Some(other) = tables.flow(table, &opposite(key, flow))
+    {
         other.set_closing(other.closing | closing::RST);
     }
 }
@@ -239,6 +252,9 @@ fn note_reset<F: Family, T: Tables<F>>(
 /// tuple is used again after the old connection closed.
 #[inline(always)] // one comparison for most packets
 fn is_over<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, flow: &Flow<F::Addr>) -> bool {
+    if flow.kind == kind::TUNNEL {
+        return direct::is_over(tables, packet, flow);
+    }
     if flow.kind != kind::FORWARD || (packet.key.proto != UDP && !opens(packet)) {
         return false;
     }
@@ -251,6 +267,10 @@ fn is_over<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, flow: &
 #[inline(never)] // rare, and its key takes room on a stack of 512 bytes
 fn forget<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) {
     tables.count(Counter::Event(Event::FlowRenewed));
+    if flow.kind == kind::TUNNEL {
+        tables.remove(Table::Established, key);
+        return tables.remove(Table::Embryonic, key);
+    }
     let other = opposite(key, flow);
     for table in [Table::Established, Table::Embryonic] {
         tables.remove(table, key);
@@ -295,10 +315,11 @@ const ANSWER_SECONDS_MAX: u32 = 2;
 /// "assured". One that also acknowledges blindly what it has not seen can fill that table, but evicts nothing from it.
 #[inline(always)]
 fn establishes<A: Address>(packet: &Packet<A>, flow: &Flow<A>) -> bool {
-    flow.kind == kind::FORWARD
-        && flow.replied != 0
-        && flow.closing & closing::RST == 0
-        && packet.tcp_flags & tcp::SYN == 0
+    let is_answered = match flow.kind {
+        kind::TUNNEL => direct::establishes(packet),
+        _ => flow.kind == kind::FORWARD && flow.replied != 0,
+    };
+    is_answered && flow.closing & closing::RST == 0 && packet.tcp_flags & tcp::SYN == 0
 }
 
 /// Moves both halves to the established table, the reply first: its key is the reservation of the source port. Says
@@ -306,6 +327,9 @@ fn establishes<A: Address>(packet: &Packet<A>, flow: &Flow<A>) -> bool {
 #[inline(never)] // once per flow
 fn establish<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Table {
     let Work { flow, reply, other_key: reply_key } = work;
+    if flow.kind == kind::TUNNEL {
+        return direct::establish(tables, key, flow);
+    }
     *reply_key = opposite(key, flow);
     let reply_key = &*reply_key;
     let (reply_kind, reply_exit) = reply_of(flow);

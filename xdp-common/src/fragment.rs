@@ -23,6 +23,7 @@ use crate::{
     net::{Address, Family, FlowKey, Ip6, Port, TCP, UDP, V4, V6},
     plain,
     tables::Tables,
+    tunnel,
     verdict::{Counter, Event},
 };
 
@@ -221,6 +222,7 @@ impl Fragmented for V4 {
         key.id = [high, low, 0, 0];
         key.proto = ip.u8(offset_of!(Ipv4Hdr, proto));
         packet.dmac = dmac(&eth);
+        packet.is_tunnelled = tunnel::is_marked(&eth);
         packet.ifindex = ifindex;
         packet.l4_len = total_len - header_len as u16;
         packet.total_len = total_len;
@@ -256,7 +258,9 @@ impl Fragmented for V6 {
             let next = view.u8(0);
             let field = u16::from_be_bytes(view.pair(2));
             let is_fragment = header == extension::FRAGMENT;
-            let is_option = header == extension::HOP_BY_HOP || header == extension::DESTINATION;
+            // Hop-by-hop options come first or not at all (RFC 8200, section 4.1).
+            let is_option =
+                (header == extension::HOP_BY_HOP && step == 0) || header == extension::DESTINATION;
             if step == EXTENSIONS_MAX || !(is_fragment || is_option) {
                 return false;
             }
@@ -278,6 +282,7 @@ impl Fragmented for V6 {
         key.src = address(&ip, offset_of!(Ipv6Hdr, src_addr));
         key.dst = address(&ip, offset_of!(Ipv6Hdr, dst_addr));
         packet.dmac = dmac(&eth);
+        packet.is_tunnelled = tunnel::is_marked(&eth);
         packet.ifindex = ifindex;
         packet.l4_len = payload_len - walked as u16;
         packet.total_len = payload_len.saturating_add(Ipv6Hdr::LEN as u16);

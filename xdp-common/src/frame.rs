@@ -12,6 +12,7 @@ use network_types::{
 use crate::{
     checksum,
     net::{Address, Family, FlowKey, Ip6, Port, TCP, UDP, V4, V6},
+    tunnel,
 };
 
 /// A frame, as far as a program can see it.
@@ -82,6 +83,8 @@ pub struct Packet<A> {
     pub ttl: u8,
     /// Bits of [`tcp`], 0 for UDP.
     pub tcp_flags: u8,
+    /// Whether it has come in a packet of another node, to which its client had sent it ([`crate::tunnel`]).
+    pub is_tunnelled: bool,
     /// Interface it came in by.
     pub ifindex: u32,
 }
@@ -134,13 +137,26 @@ impl<A: Address> Packet<A> {
         tos: 0,
         ttl: 0,
         tcp_flags: 0,
+        is_tunnelled: false,
         ifindex: 0,
     };
 
     /// Makes it another. The zeros of its key stay as they are: for three of them the compiler calls a function in BPF.
     #[inline(always)] // moves
     pub fn set(&mut self, to: Self) {
-        let Self { key, dmac, l4_offset, l4_len, total_len, check, tos, ttl, tcp_flags, ifindex } = to;
+        let Self {
+            key,
+            dmac,
+            l4_offset,
+            l4_len,
+            total_len,
+            check,
+            tos,
+            ttl,
+            tcp_flags,
+            is_tunnelled,
+            ifindex,
+        } = to;
         let FlowKey { src, dst, sport, dport, proto, zero: _ } = key;
         self.key.src = src;
         self.key.dst = dst;
@@ -155,6 +171,7 @@ impl<A: Address> Packet<A> {
         self.tos = tos;
         self.ttl = ttl;
         self.tcp_flags = tcp_flags;
+        self.is_tunnelled = is_tunnelled;
         self.ifindex = ifindex;
     }
 
@@ -168,7 +185,7 @@ impl<A: Address> Packet<A> {
 /// Families whose frames can be read.
 pub trait Headers: Family {
     /// Length of the IP header without options or extension headers, in bytes.
-    const LEN: usize;
+    const LEN: usize = Self::HEADER_LEN as usize;
     /// Parses a frame.
     fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Self::Addr>;
 }
@@ -182,9 +199,9 @@ pub fn ethertype<R: Frame + ?Sized>(frame: &R) -> u16 {
     }
 }
 
-impl Headers for V4 {
-    const LEN: usize = Ipv4Hdr::LEN;
+const _: () = assert!(V4::HEADER_LEN as usize == Ipv4Hdr::LEN && V6::HEADER_LEN as usize == Ipv6Hdr::LEN);
 
+impl Headers for V4 {
     #[inline(always)] // bounds proofs do not survive a call
     fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<[u8; 4]> {
         let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
@@ -232,6 +249,7 @@ impl Headers for V4 {
             tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
             ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
             tcp_flags,
+            is_tunnelled: tunnel::is_marked(&eth),
             ifindex,
         })
     }
@@ -254,8 +272,6 @@ const _: () =
     assert!(EthHdr::LEN + Ipv6Hdr::LEN + EXTENSIONS_LEN_MAX <= u8::MAX as usize, "offsets are bytes");
 
 impl Headers for V6 {
-    const LEN: usize = Ipv6Hdr::LEN;
-
     #[inline(always)] // bounds proofs do not survive a call
     fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Ip6> {
         let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
@@ -323,6 +339,7 @@ impl Headers for V6 {
             tos: first[0] << 4 | first[1] >> 4,
             ttl: ip.u8(offset_of!(Ipv6Hdr, hop_limit)),
             tcp_flags,
+            is_tunnelled: tunnel::is_marked(&eth),
             ifindex,
         })
     }

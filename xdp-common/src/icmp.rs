@@ -12,6 +12,7 @@ use crate::{
     answer, checksum,
     frame::{EXTENSIONS_LEN_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View, dmac},
     net::{Address, SCTP, TCP, UDP},
+    tunnel,
     verdict::{Hop, Rewrite},
 };
 
@@ -19,8 +20,8 @@ mod header;
 
 pub use self::header::{Header, Icmp};
 
-/// A frame that can be written to; what is written lies where [`parse`] has read.
-pub trait Patch: Frame {
+/// Bytes of a frame that can be written to; what is written lies where they have been read.
+pub trait Patch {
     /// Writes two bytes.
     fn put_pair(&self, at: usize, bytes: [u8; 2]);
     /// Writes four bytes.
@@ -57,7 +58,8 @@ pub enum Found {
 pub struct Translation<A> {
     /// Its new source. Its destination becomes the source of the quote.
     pub source: A,
-    /// The new addresses and ports of the quote.
+    /// The new addresses and ports of the quote; for [`Action::Tunnel`](crate::verdict::Action::Tunnel), which changes none, the
+    /// addresses of the packet around.
     pub quote: Rewrite<A>,
     /// The next hop, where it is sent on.
     pub hop: Hop,
@@ -106,6 +108,7 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     message.from = outer.src;
     message.packet.key.dst = outer.dst;
     message.packet.dmac = dmac(&eth);
+    message.packet.is_tunnelled = tunnel::is_marked(&eth);
     message.packet.l4_offset = at as u8;
     message.packet.l4_len = (end - at) as u16;
     message.packet.total_len = outer.total_len;
@@ -155,7 +158,7 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
 /// Writes a translation into the frame of an error, with every checksum updated by what has changed (RFC 1624), so that one
 /// that was wrong is still wrong.
 #[inline(always)] // one caller per hook
-pub fn translate<F: Icmp, P: Patch>(
+pub fn translate<F: Icmp, P: Frame + Patch>(
     frame: &P,
     message: &Message<F::Addr>,
     translation: &Translation<F::Addr>,
@@ -197,7 +200,7 @@ pub fn translate<F: Icmp, P: Patch>(
 
 /// Turns an echo request into the reply to it, to be sent out where it came in. Swapped addresses change no sum.
 #[inline(always)] // one caller
-pub fn reply<F: Icmp, P: Patch>(frame: &P, message: &Message<F::Addr>) {
+pub fn reply<F: Icmp, P: Frame + Patch>(frame: &P, message: &Message<F::Addr>) {
     let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return };
     let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
     let ([s0, s1], [s2, s3, s4, s5]) = (eth.pair(6), eth.quad(8));
@@ -230,7 +233,7 @@ fn put_addrs<F: Icmp, P: Patch>(frame: &P, header: usize, src: F::Addr, dst: F::
 
 /// Updates the checksum at an offset.
 #[inline(always)]
-fn update<P: Patch>(frame: &P, at: usize, delta: u16) {
+fn update<P: Frame + Patch>(frame: &P, at: usize, delta: u16) {
     let Some(check) = frame.view::<2>(at) else { return };
     let check = checksum::update(u16::from_ne_bytes(check.pair(0)), delta);
     frame.put_pair(at, check.to_ne_bytes());

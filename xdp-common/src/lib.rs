@@ -24,4 +24,5 @@ pub mod net;
 pub mod sctp;
 pub mod select;
 pub mod tables;
+pub mod tunnel;
 pub mod verdict;

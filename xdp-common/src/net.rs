@@ -47,6 +47,8 @@ pub trait Family: Copy + 'static {
     const ETHERTYPE: u16;
     /// Whether its header carries a checksum of its own (RFC 791 does, RFC 8200 does not).
     const HEADER_CHECKSUM: bool;
+    /// Length of its header without options or extension headers, in bytes.
+    const HEADER_LEN: u16;
 }
 
 /// An IP address of either family, as bytes in network order.
@@ -260,6 +262,7 @@ impl Family for V4 {
     type Addr = [u8; 4];
     const ETHERTYPE: u16 = 0x0800;
     const HEADER_CHECKSUM: bool = true;
+    const HEADER_LEN: u16 = 20;
 }
 
 /// IPv6 (RFC 8200).
@@ -270,6 +273,7 @@ impl Family for V6 {
     type Addr = Ip6;
     const ETHERTYPE: u16 = 0x86dd;
     const HEADER_CHECKSUM: bool = false;
+    const HEADER_LEN: u16 = 40;
 }
 
 /// IP protocol number of TCP (RFC 9293).

@@ -14,6 +14,7 @@ use crate::{
     frame::{EXTENSIONS_LEN_MAX, Frame, Packet, View, dmac, tcp},
     icmp::Icmp,
     net::{Address, SCTP},
+    tunnel,
 };
 
 /// Offset of the checksum in an SCTP header (RFC 9260, section 3.1).
@@ -70,6 +71,7 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut P
     packet.key.proto = SCTP;
     packet.key.zero = [0; 3];
     packet.dmac = dmac(&eth);
+    packet.is_tunnelled = tunnel::is_marked(&eth);
     packet.l4_offset = at as u8;
     packet.l4_len = (end - at) as u16;
     packet.total_len = ip.total_len;

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 mod flags;
 mod peers;
@@ -169,6 +169,8 @@ plain! {
         pub generation: u32,
         /// Service id: every service port has backends of its own, so that an endpoint may leave one and stay with another.
         pub service: u32,
+        /// Address of its node, if that is another that takes packets in packets; else unspecified.
+        pub node: A,
     }
 
     /// A managed interface, by its index.
@@ -233,6 +235,8 @@ plain! {
         pub policy_routing: u32,
         /// 1 when echo requests to the addresses of Services are answered.
         pub echo: u32,
+        /// Bits of [`direct`].
+        pub direct: u32,
     }
 }
 

@@ -13,8 +13,10 @@ pub struct Verdict<A> {
     pub action: Action,
     /// The new addresses and ports.
     pub rewrite: Rewrite<A>,
-    /// The next hop, for [`Action::Transmit`] and [`Action::Redirect`].
+    /// The next hop, for [`Action::Transmit`], [`Action::Redirect`] and [`Action::Tunnel`].
     pub hop: Hop,
+    /// The longest packet that gets through, in bytes, for [`Reason::TunnelMtu`].
+    pub mtu: u16,
 }
 
 /// What becomes of a frame.
@@ -33,6 +35,9 @@ pub enum Action {
     Transmit,
     /// Rewritten and sent out of another interface.
     Redirect,
+    /// Sent as it is in a packet with the addresses of the rewrite: back out where the next hop is behind the interface it
+    /// came in by, else out of another.
+    Tunnel,
 }
 
 /// The new addresses and ports of a frame, with what they do to its checksums.
@@ -111,6 +116,8 @@ counted! {
         NoBackend = "no_backend",
         /// The endpoint of a TCP connection is gone, and `--reset-on-endpoint-removal` says that nobody waits for it.
         EndpointRemoved = "endpoint_removed",
+        /// Too long for the tunnel to the backend's node; its sender is told how long it may be.
+        TunnelMtu = "tunnel_mtu",
         /// An echo request to the address of a service, beyond those that are answered in a second.
         EchoLimit = "echo_limit",
     }
@@ -150,6 +157,10 @@ counted! {
         /// A fragment to an address of ours that came before its first and could not be kept, or whose first never came:
         /// left alone.
         FragmentLost = "fragment_lost",
+        /// Sent to the backend's node in a packet of ours, to be answered there (direct server return).
+        Tunnelled = "tunnelled",
+        /// Taken out of the packet of another node, to be answered here (direct server return).
+        Untunnelled = "untunnelled",
         /// A new flow was made.
         FlowNew = "flow_new",
         /// A new flow's backend is on another node, behind an interface without our programs: it was sent there under the
@@ -218,6 +229,7 @@ impl<A: Address> Verdict<A> {
             l4_delta: 0,
         },
         hop: Hop { dmac: [0; 6], smac: [0; 6], ifindex: 0 },
+        mtu: 0,
     };
 }
 

@@ -13,6 +13,7 @@ use crate::{
     maps::{self, Kernel, answer_area, count},
     packet::{Wire, XdpFrame},
     skb::TcFrame,
+    xdp::tunnel,
 };
 
 /// A frame at XDP that is neither TCP nor UDP.
@@ -40,7 +41,10 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
             if action == Action::Pass {
                 return xdp_action::XDP_PASS;
             }
-            icmp::translate::<F, _>(frame, message, translation);
+            // What goes on through a tunnel is translated at its other end.
+            if action != Action::Tunnel {
+                icmp::translate::<F, _>(frame, message, translation);
+            }
             match action {
                 Action::Transmit => {
                     F::address(frame, &message.packet, &translation.hop);
@@ -50,6 +54,13 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
                     F::address(frame, &message.packet, &translation.hop);
                     frame.redirect(translation.hop.ifindex)
                 }
+                Action::Tunnel => tunnel::<F>(
+                    frame,
+                    &message.packet,
+                    &translation.hop,
+                    translation.quote.src,
+                    translation.quote.dst,
+                ),
                 Action::Pass | Action::Stack | Action::Drop(_) | Action::Reject(_) => xdp_action::XDP_PASS,
             }
         }

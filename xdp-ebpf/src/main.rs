@@ -16,6 +16,7 @@ mod socket;
 mod sockets;
 #[cfg(feature = "trace")]
 mod trace;
+mod tunnel;
 mod xdp;
 
 use aya_ebpf::{
@@ -32,7 +33,7 @@ use xdp_common::{
     icmp::Icmp,
     net::{Family, V4, V6},
     tables,
-    verdict::{Action, Counter, Event, Verdict},
+    verdict::{Action, Counter, Event, Reason, Verdict},
 };
 
 use crate::{
@@ -134,7 +135,11 @@ fn apply<F: Maps + Wire>(
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
+        Action::Reject(Reason::TunnelMtu) => {
+            answer(|area| frame.too_big::<F>(packet, verdict.mtu, area)).unwrap_or(TC_ACT_SHOT)
+        }
         Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area, Turn::Out)).unwrap_or(TC_ACT_SHOT),
+        Action::Tunnel => frame.tunnel::<F>(packet, verdict),
         Action::Stack | Action::Transmit | Action::Redirect => {
             frame.rewrite::<F>(packet, &verdict.rewrite);
             TC_ACT_UNSPEC

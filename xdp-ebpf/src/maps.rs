@@ -146,6 +146,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
             masquerade_wire: 1,
             policy_routing: 1,
             echo: 0,
+            direct: 0,
         })
     }
 

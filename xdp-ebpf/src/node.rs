@@ -47,9 +47,12 @@ fn tc_pod_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Pod);
     match verdict.action {
         Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::Out),
-        Action::Pass | Action::Drop(_) | Action::Reject(_) | Action::Stack | Action::Redirect => {
-            apply::<F>(skb, "tc pod", packet, &verdict)
-        }
+        Action::Pass
+        | Action::Drop(_)
+        | Action::Reject(_)
+        | Action::Stack
+        | Action::Redirect
+        | Action::Tunnel => apply::<F>(skb, "tc pod", packet, &verdict),
     }
 }
 
@@ -100,7 +103,7 @@ fn restored<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
     match verdict.action {
         Action::Pass => NOT_OURS,
         Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::In),
-        Action::Drop(_) | Action::Reject(_) | Action::Stack | Action::Redirect => {
+        Action::Drop(_) | Action::Reject(_) | Action::Stack | Action::Redirect | Action::Tunnel => {
             apply::<F>(skb, "tc host", packet, &verdict)
         }
     }
@@ -114,7 +117,9 @@ fn sent<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
         Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::In),
         Action::Redirect => sent_elsewhere::<F>(skb, packet, &verdict),
         Action::Reject(_) => refused::<F>(skb, packet),
-        Action::Pass | Action::Drop(_) | Action::Stack => apply::<F>(skb, "tc host", packet, &verdict),
+        Action::Pass | Action::Drop(_) | Action::Stack | Action::Tunnel => {
+            apply::<F>(skb, "tc host", packet, &verdict)
+        }
     }
 }
 

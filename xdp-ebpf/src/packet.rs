@@ -4,7 +4,9 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_F_PSEUDO_HDR, xdp_action, xdp_md},
+    bindings::{
+        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_PSEUDO_HDR, xdp_action, xdp_md,
+    },
     helpers,
     programs::XdpContext,
 };
@@ -18,7 +20,9 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
+    icmp::Patch,
     net::{Ip6, TCP, V4, V6},
+    tunnel::{self, Tunnel},
     verdict::{Hop, Rewrite},
 };
 
@@ -27,15 +31,17 @@ pub(crate) mod sctp;
 const IP: usize = EthHdr::LEN;
 
 /// Families whose frames can be rewritten.
-pub(crate) trait Wire: Answer {
+pub(crate) trait Wire: Tunnel {
     /// Offset of the time to live, or hop limit.
-    const TTL: usize;
+    const TTL_AT: usize;
     /// Offset of the checksum of the IP header, where there is one.
     const IP_CHECK: Option<usize>;
     /// Offset of the source address, which the destination follows.
-    const ADDRS: usize;
+    const ADDRS_AT: usize;
     /// How much of a frame holds the headers that the parser reads: Ethernet, IP with options or extension headers, TCP.
     const HEADERS_LEN: usize;
+    /// Flag of the family of a packet around another, for the kernel's helper.
+    const AROUND: u32;
     /// Flags of a checksum that covers the addresses, for the kernel's helper.
     const PSEUDO_HEADER: u64;
     /// Writes an address.
@@ -48,6 +54,16 @@ pub(crate) trait Wire: Answer {
         packet: &Packet<Self::Addr>,
         finisher: Finisher,
         out: &mut AnswerFrame,
+    ) -> bool;
+    /// Answers a packet that is longer than so many bytes, likewise.
+    fn too_big<R: Replace>(frame: &R, packet: &Packet<Self::Addr>, mtu: u16, out: &mut AnswerFrame) -> bool;
+    /// [`XdpFrame::tunnel`], likewise.
+    fn tunnel(
+        frame: &XdpFrame,
+        packet: &Packet<Self::Addr>,
+        hop: &Hop,
+        from: Self::Addr,
+        to: Self::Addr,
     ) -> bool;
     /// [`sctp::abort`], likewise.
     fn abort<R: Replace>(
@@ -90,6 +106,32 @@ macro_rules! wire {
             }
 
             #[inline(always)] // as above
+            fn too_big<R: Replace>(
+                frame: &R,
+                packet: &Packet<Self::Addr>,
+                mtu: u16,
+                out: &mut AnswerFrame,
+            ) -> bool {
+                too_big::<
+                    Self,
+                    R,
+                    { IP + <Self as Headers>::LEN + 16 },
+                    { answer::too_big_len::<Self>() },
+                >(frame, packet, mtu, out)
+            }
+
+            #[inline(always)] // as above
+            fn tunnel(
+                frame: &XdpFrame,
+                packet: &Packet<Self::Addr>,
+                hop: &Hop,
+                from: Self::Addr,
+                to: Self::Addr,
+            ) -> bool {
+                frame.tunnel::<Self, { IP + 2 * <Self as Headers>::LEN }>(packet, hop, from, to)
+            }
+
+            #[inline(always)] // as above
             fn abort<R: Replace>(
                 frame: &R,
                 packet: &Packet<Self::Addr>,
@@ -104,10 +146,11 @@ macro_rules! wire {
 }
 
 wire! { V4 {
-    const TTL: usize = IP + offset_of!(Ipv4Hdr, ttl);
+    const TTL_AT: usize = IP + offset_of!(Ipv4Hdr, ttl);
     const IP_CHECK: Option<usize> = Some(IP + offset_of!(Ipv4Hdr, check));
-    const ADDRS: usize = IP + offset_of!(Ipv4Hdr, src_addr);
+    const ADDRS_AT: usize = IP + offset_of!(Ipv4Hdr, src_addr);
     const HEADERS_LEN: usize = IP + 60 + TcpHdr::LEN;
+    const AROUND: u32 = BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
     const PSEUDO_HEADER: u64 = BPF_F_PSEUDO_HDR as u64;
 
     #[inline(always)] // one store
@@ -117,10 +160,11 @@ wire! { V4 {
 } }
 
 wire! { V6 {
-    const TTL: usize = IP + offset_of!(Ipv6Hdr, hop_limit);
+    const TTL_AT: usize = IP + offset_of!(Ipv6Hdr, hop_limit);
     const IP_CHECK: Option<usize> = None;
-    const ADDRS: usize = IP + offset_of!(Ipv6Hdr, src_addr);
+    const ADDRS_AT: usize = IP + offset_of!(Ipv6Hdr, src_addr);
     const HEADERS_LEN: usize = IP + Ipv6Hdr::LEN + frame::EXTENSIONS_LEN_MAX + TcpHdr::LEN;
+    const AROUND: u32 = BPF_F_ADJ_ROOM_ENCAP_L3_IPV6;
     const PSEUDO_HEADER: u64 = (BPF_F_PSEUDO_HDR | BPF_F_IPV6) as u64;
 
     #[inline(always)] // four stores
@@ -177,6 +221,24 @@ fn answer<F: Answer, R: Replace, const RESET: usize, const DATAGRAM: usize, cons
     }
 }
 
+/// Turns a packet into the error that says how long it may be, to be sent out where it came in.
+#[inline(always)] // as above
+fn too_big<F: Answer, R: Replace, const HEAD: usize, const ERROR: usize>(
+    frame: &R,
+    packet: &Packet<F::Addr>,
+    mtu: u16,
+    area: &mut AnswerFrame,
+) -> bool {
+    if packet.is_later_fragment() || packet.l4_offset as usize > answer::too_big_reach::<F>() {
+        return false;
+    }
+    let (Some(headers), Some(out)) = (frame.view::<HEAD>(0), area.first_chunk_mut::<ERROR>()) else {
+        return false;
+    };
+    answer::too_big::<F, _>(&headers, mtu, out);
+    frame.replace(out)
+}
+
 impl XdpFrame {
     #[cfg(feature = "trace")]
     pub(crate) fn ctx(&self) -> &XdpContext {
@@ -207,7 +269,7 @@ impl XdpFrame {
         headers.set_quad(0, [d0, d1, d2, d3]);
         headers.set_quad(4, [d4, d5, s0, s1]);
         headers.set_quad(8, [s2, s3, s4, s5]);
-        headers.set_u8(F::TTL, packet.ttl - 1);
+        headers.set_u8(F::TTL_AT, packet.ttl - 1);
         if let Some(at) = F::IP_CHECK {
             let check = u16::from_ne_bytes(headers.pair(at));
             headers.set_pair(at, checksum::update(check, checksum::TTL_DECREMENT).to_ne_bytes());
@@ -223,8 +285,8 @@ impl XdpFrame {
             let check = u16::from_ne_bytes(headers.pair(at));
             headers.set_pair(at, checksum::update(check, rewrite.addr_delta).to_ne_bytes());
         }
-        F::set_addr(headers, F::ADDRS, rewrite.src);
-        F::set_addr(headers, F::ADDRS + size_of::<F::Addr>(), rewrite.dst);
+        F::set_addr(headers, F::ADDRS_AT, rewrite.src);
+        F::set_addr(headers, F::ADDRS_AT + size_of::<F::Addr>(), rewrite.dst);
         if packet.key.proto == TCP {
             let Some(tcp) = self.view::<{ TcpHdr::LEN }>(packet.l4_offset as usize) else { return };
             tcp.set_pair(0, rewrite.sport);
@@ -242,6 +304,59 @@ impl XdpFrame {
         }
     }
 
+    /// Puts the packet into another one, addressed to its next hop; false, and the frame as it was, where the driver has left
+    /// no room in front of it.
+    #[inline(always)]
+    fn tunnel<F: Wire, const HEAD: usize>(
+        &self,
+        packet: &Packet<F::Addr>,
+        hop: &Hop,
+        from: F::Addr,
+        to: F::Addr,
+    ) -> bool {
+        if !self.move_head(-(F::LEN as i32)) {
+            return false;
+        }
+        let Some(headers) = self.view::<HEAD>(0) else { return false };
+        let ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]) = (hop.dmac, hop.smac);
+        headers.set_quad(0, [d0, d1, d2, d3]);
+        headers.set_quad(4, [d4, d5, s0, s1]);
+        headers.set_quad(8, [s2, s3, s4, s5]);
+        headers.set_pair(12, F::ETHERTYPE.to_be_bytes());
+        tunnel::surround::<F, _>(&headers, packet, from, to);
+        headers.set_u8(F::LEN + F::TTL_AT, packet.ttl - 1);
+        if let Some(at) = F::IP_CHECK {
+            let check = u16::from_ne_bytes(headers.pair(F::LEN + at));
+            headers.set_pair(F::LEN + at, checksum::update(check, checksum::TTL_DECREMENT).to_ne_bytes());
+        }
+        true
+    }
+
+    /// Takes the packet out of the one around it, and marks its frame; false, and the frame as it was, where that fails.
+    #[inline(always)]
+    pub(crate) fn untunnel<F: Wire>(&self) -> bool {
+        let Some(eth) = self.view::<{ EthHdr::LEN }>(0) else { return false };
+        let (dmac, dmac_end) = (eth.quad(0), eth.pair(4));
+        if !self.move_head(F::LEN as i32) {
+            return false;
+        }
+        let Some(eth) = self.view::<{ EthHdr::LEN }>(0) else { return false };
+        let [a, b, c, d, e, f] = tunnel::MARK;
+        eth.set_quad(0, dmac);
+        eth.set_pair(4, dmac_end);
+        eth.set_pair(6, [a, b]);
+        eth.set_quad(8, [c, d, e, f]);
+        eth.set_pair(12, F::ETHERTYPE.to_be_bytes());
+        true
+    }
+
+    /// Moves the beginning of the frame, backward where the number is negative.
+    #[inline(always)]
+    fn move_head(&self, by: i32) -> bool {
+        // SAFETY: the context is the verifier's; the helper takes a number beside it.
+        unsafe { helpers::bpf_xdp_adjust_head(self.ctx.ctx, by) == 0 }
+    }
+
     #[inline(always)]
     pub(crate) fn redirect(&self, ifindex: u32) -> u32 {
         // SAFETY: the helper takes numbers only.
@@ -252,6 +367,29 @@ impl XdpFrame {
     #[inline(always)]
     pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<u32> {
         if F::answer(self, packet, Finisher::Nobody, area) { Some(xdp_action::XDP_TX) } else { None }
+    }
+
+    /// Tells the sender of a packet how long it may be.
+    #[inline(always)]
+    pub(crate) fn too_big<F: Wire>(
+        &self,
+        packet: &Packet<F::Addr>,
+        mtu: u16,
+        area: &mut AnswerFrame,
+    ) -> Option<u32> {
+        F::too_big(self, packet, mtu, area).then_some(xdp_action::XDP_TX)
+    }
+}
+
+impl<const N: usize> Patch for Bytes<N> {
+    #[inline(always)] // one store
+    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
+        self.set_pair(at, bytes);
+    }
+
+    #[inline(always)] // one store
+    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
+        self.set_quad(at, bytes);
     }
 }
 

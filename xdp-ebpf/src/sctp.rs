@@ -7,19 +7,20 @@ use xdp_common::{
     icmp::Icmp,
     net::Address,
     sctp,
-    verdict::Rewrite,
+    tables::{Flow, Table, Tables},
+    verdict::{Hop, Rewrite},
 };
 
 use crate::{
     answer,
     family::Maps,
-    maps,
+    maps::{self, Kernel},
     packet::{
         Wire, XdpFrame,
         sctp::{changed, delta_of, ports},
     },
     skb::TcFrame,
-    xdp::{OTHER, decided},
+    xdp::{self, OTHER, decided},
 };
 
 /// A frame at XDP in which the path of TCP and UDP has found nothing.
@@ -40,6 +41,41 @@ pub(crate) fn abort<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 
         answer(|area| F::abort(frame, packet, Finisher::Nobody, area).then_some(xdp_action::XDP_TX))
     });
     sent.unwrap_or(xdp_action::XDP_DROP)
+}
+
+/// The packet at hand and its flow, once more: a verdict takes too much of the stack to be handed on. What is not established has
+/// its next hop in the work area only.
+#[inline(always)] // two callers
+fn known<F: Maps, R>(
+    tables: Kernel<F>,
+    then: impl FnOnce(&'static Packet<F::Addr>, &Flow<F::Addr>) -> R,
+) -> Option<R> {
+    let packet = maps::parsed::<F>()?;
+    match Tables::<F>::flow(tables, Table::Established, &packet.key) {
+        Some(flow) => Some(then(packet, &flow)),
+        None => Some(then(packet, &Tables::<F>::work(tables)?.flow)),
+    }
+}
+
+/// Tells the sender of a packet how long it may be; what the program then does with the frame.
+#[inline(never)] // as above
+pub(crate) fn too_big<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let sent = known(Kernel::<F>::new(frame.context()), |packet, flow| {
+        answer(|area| frame.too_big::<F>(packet, flow.mtu, area))
+    });
+    sent.flatten().unwrap_or(xdp_action::XDP_DROP)
+}
+
+/// Sends the packet on in another one; what the program then does with the frame.
+#[inline(never)] // as above
+pub(crate) fn tunnel<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    let frame = &XdpFrame::new(ctx, FRAGS);
+    let sent = known(Kernel::<F>::new(frame.context()), |packet, flow| {
+        let hop = Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex };
+        xdp::tunnel::<F>(frame, packet, &hop, flow.src, flow.dst)
+    });
+    sent.unwrap_or(xdp_action::XDP_PASS)
 }
 
 #[inline(never)] // as above

@@ -2,15 +2,20 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM},
+    bindings::{
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+        TC_ACT_UNSPEC, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+    },
     helpers,
     programs::TcContext,
 };
 use xdp_common::{
     answer::{AnswerFrame, Finisher},
+    checksum,
     frame::{Frame, Packet, TCP_CHECK, UDP_CHECK},
     net::{SCTP, TCP},
-    verdict::Rewrite,
+    tunnel,
+    verdict::{Rewrite, Verdict},
 };
 
 use crate::packet::{Bytes, Replace, Wire};
@@ -124,7 +129,7 @@ impl TcFrame {
         if let Some(at) = F::IP_CHECK {
             let _ = self.ctx.l3_csum_replace(at, 0, addr_delta, 0);
         }
-        let _ = self.ctx.store(F::ADDRS, &addrs, 0);
+        let _ = self.ctx.store(F::ADDRS_AT, &addrs, 0);
         let _ = self.ctx.store(packet.l4_offset as usize, &ports, 0);
     }
 
@@ -146,7 +151,7 @@ impl TcFrame {
             // SAFETY: the context is the verifier's; the helper takes a number beside it.
             None => _ = unsafe { helpers::bpf_csum_update(self.skb(), addr_delta as u32) },
         }
-        let _ = self.ctx.store(F::ADDRS, &[rewrite.src, rewrite.dst], 0);
+        let _ = self.ctx.store(F::ADDRS_AT, &[rewrite.src, rewrite.dst], 0);
     }
 
     /// Copies the frame; its length, or nothing when it does not fit.
@@ -177,6 +182,36 @@ impl TcFrame {
             _ => F::answer(self, packet, finisher, area),
         };
         if is_answered { Some(self.redirect(way)) } else { None }
+    }
+
+    /// Tells the sender of a packet how long it may be.
+    #[inline(always)]
+    pub(crate) fn too_big<F: Wire>(
+        &self,
+        packet: &Packet<F::Addr>,
+        mtu: u16,
+        area: &mut AnswerFrame,
+    ) -> Option<i32> {
+        F::too_big(self, packet, mtu, area).then(|| self.redirect(Turn::Out))
+    }
+
+    /// Sends a packet on in another one, by the neighbour that the kernel finds. Where there is no room for that, the frame is
+    /// the kernel's.
+    #[inline(always)]
+    pub(crate) fn tunnel<F: Wire>(&self, packet: &Packet<F::Addr>, verdict: &Verdict<F::Addr>) -> i32 {
+        if let Some(at) = F::IP_CHECK {
+            let _ = self.ctx.l3_csum_replace(at, 0, checksum::TTL_DECREMENT as u64, 0);
+        }
+        self.put(F::TTL_AT, &(packet.ttl - 1));
+        // SAFETY: the context is the verifier's; the helper takes numbers beside it.
+        let refused = unsafe {
+            helpers::bpf_skb_adjust_room(self.skb(), F::LEN as i32, BPF_ADJ_ROOM_MAC, F::AROUND as u64)
+        };
+        if refused != 0 {
+            return TC_ACT_UNSPEC;
+        }
+        tunnel::surround::<F, _>(self, packet, verdict.rewrite.src, verdict.rewrite.dst);
+        self.leave_by(verdict.hop.ifindex)
     }
 
     /// Sends the frame to the one or the other side of the interface it is on.

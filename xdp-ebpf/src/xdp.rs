@@ -15,7 +15,8 @@ use xdp_common::{
     icmp::Icmp,
     net::{Family, V4, V6},
     tables::{self, next},
-    verdict::{Action, Counter, Event, Rewrite},
+    tunnel as tunnels,
+    verdict::{Action, Counter, Event, Hop, Reason, Rewrite},
 };
 
 #[cfg(feature = "trace")]
@@ -113,6 +114,9 @@ fn others<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 
 #[inline(always)] // a level of calls less
 fn others_of<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
+    if tunnels::is_plain::<F, _>(&XdpFrame::new(ctx, FRAGS)) {
+        return go_on::<FRAGS>(ctx, next::TUNNEL);
+    }
     match sctp::xdp::<F, FRAGS>(ctx) {
         OTHER => icmp::xdp::<F, FRAGS>(ctx),
         action => action,
@@ -131,6 +135,10 @@ pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
     match verdict.action {
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
+        Action::Reject(Reason::TunnelMtu) if IS_SCTP => sctp::too_big::<F, FRAGS>(frame.context().cast()),
+        Action::Reject(Reason::TunnelMtu) => {
+            answer(|area| frame.too_big::<F>(packet, verdict.mtu, area)).unwrap_or(xdp_action::XDP_DROP)
+        }
         Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
         Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
         Action::Stack => {
@@ -147,6 +155,26 @@ pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
             rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             frame.redirect(verdict.hop.ifindex)
         }
+        Action::Tunnel if IS_SCTP => sctp::tunnel::<F, FRAGS>(frame.context().cast()),
+        Action::Tunnel => tunnel::<F>(frame, packet, &verdict.hop, verdict.rewrite.src, verdict.rewrite.dst),
+    }
+}
+
+/// Sends a packet on in another one. Where the driver has left no room for that, tc ingress sees the frame next, and does it.
+#[inline(always)] // the fast path
+pub(crate) fn tunnel<F: Wire>(
+    frame: &XdpFrame,
+    packet: &Packet<F::Addr>,
+    hop: &Hop,
+    from: F::Addr,
+    to: F::Addr,
+) -> u32 {
+    if !F::tunnel(frame, packet, hop, from, to) {
+        xdp_action::XDP_PASS
+    } else if hop.ifindex == packet.ifindex {
+        xdp_action::XDP_TX
+    } else {
+        frame.redirect(hop.ifindex)
     }
 }
 
@@ -165,7 +193,7 @@ fn rewrite<F: Maps + Wire, const IS_SCTP: bool>(
 
 /// Hands the frame to another program; without one in the slot it is the kernel's.
 #[inline(always)] // two instructions
-fn go_on<const FRAGS: bool>(ctx: *mut xdp_md, slot: u32) -> u32 {
+pub(crate) fn go_on<const FRAGS: bool>(ctx: *mut xdp_md, slot: u32) -> u32 {
     let programs = if FRAGS { &XDP_NEXT_FRAGS } else { &XDP_NEXT };
     maps::go_on(programs, &XdpContext::new(ctx), slot);
     xdp_action::XDP_PASS

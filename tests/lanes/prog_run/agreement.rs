@@ -7,8 +7,8 @@ use std::{env, thread, time::Instant};
 
 use nix::sched::{CloneFlags, setns};
 use xdp_common::{
-    answer::Answer,
     net::{V4, V6},
+    tunnel::Tunnel,
     verdict::{
         Counter::{self, Drop, Event},
         Event as E, Reason,
@@ -25,7 +25,7 @@ const PAIRS: u64 = 40_000;
 const FRAMES: u64 = 60_000;
 
 /// What a sequence must have met to mean anything.
-const MET: [Counter; 21] = [
+const MET: [Counter; 24] = [
     Event(E::Transmitted),
     Event(E::Redirected),
     Event(E::Delivered),
@@ -46,6 +46,9 @@ const MET: [Counter; 21] = [
     Drop(Reason::SourceRange),
     Drop(Reason::UnknownPort),
     Drop(Reason::UnknownServiceAddress),
+    Drop(Reason::TunnelMtu),
+    Event(E::Tunnelled),
+    Event(E::Untunnelled),
     Counter::SnatAttempt(1),
 ];
 
@@ -73,7 +76,7 @@ fn sequences(name: &str, frames: u64, met: &[Counter], is_mutated: bool) {
 }
 
 /// One sequence, on a thread of its own that enters the node's namespace; how many frames were changed.
-fn sequence<F: Hosts + Answer>(
+fn sequence<F: Hosts + Tunnel>(
     entry: Hook,
     seed: u64,
     frames: u64,
@@ -107,7 +110,7 @@ fn sequence<F: Hosts + Answer>(
 }
 
 /// A frame that is almost one of a flow, at some hook.
-fn mutate<F: Hosts + Answer>(twins: &mut Twins<F>) {
+fn mutate<F: Hosts + Tunnel>(twins: &mut Twins<F>) {
     let proto = twins.dice.of(&TRANSPORTS);
     let answer = if twins.dice.once_in(2) { twins.backend_frame() } else { None };
     let plain = answer.unwrap_or_else(|| twins.client_frame(proto));

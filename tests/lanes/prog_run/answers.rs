@@ -71,17 +71,27 @@ pub(crate) fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
 
 /// The ICMP error for a datagram.
 fn unreachable(node: &Node, sent: &Frame) -> Vec<u8> {
-    let quote = &sent.bytes()[ETHERNET..][..node.family.header_len() + 8];
+    let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
+    error(node, sent, kind, Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port), 8)
+}
+
+/// The ICMP error for a packet that is longer than so many bytes.
+pub(crate) fn too_big(node: &Node, sent: &Frame, mtu: u16) -> Vec<u8> {
+    let next_hop_mtu = mtu;
+    let kind =
+        Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded { next_hop_mtu });
+    error(node, sent, kind, Icmpv6Type::PacketTooBig { mtu: mtu.into() }, 16)
+}
+
+/// An ICMP error that quotes so many bytes behind the IP header.
+fn error(node: &Node, sent: &Frame, kind_v4: Icmpv4Type, kind_v6: Icmpv6Type, quoted: usize) -> Vec<u8> {
+    let quote = &sent.bytes()[ETHERNET..][..node.family.header_len() + quoted];
     let (proto, header) = match (node.family.ip(sent.dst.0), node.family.ip(CLIENT)) {
         (IpAddr::V6(vip), IpAddr::V6(client)) => {
-            let kind = Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port);
-            let icmp = Icmpv6Header::with_checksum(kind, vip.octets(), client.octets(), quote);
+            let icmp = Icmpv6Header::with_checksum(kind_v6, vip.octets(), client.octets(), quote);
             (IpNumber::IPV6_ICMP, icmp.expect("quotes are short").to_bytes().to_vec())
         }
-        _ => {
-            let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
-            (IpNumber::ICMP, Icmpv4Header::with_checksum(kind, quote).to_bytes().to_vec())
-        }
+        _ => (IpNumber::ICMP, Icmpv4Header::with_checksum(kind_v4, quote).to_bytes().to_vec()),
     };
     back(node, sent.dst.0, proto, &[&header[..], quote].concat())
 }

@@ -1,13 +1,13 @@
 //! What a verdict makes of the bytes of a frame, computed another way than the programs do; and what must hold of every
 //! frame that a program has changed, whatever the verdict was.
 
-use etherparse::IpSlice;
+use etherparse::{IpDscp, IpNumber, IpSlice, Ipv4Header, Ipv6FlowLabel, Ipv6Header};
 use xdp_common::{
     answer::{self, Answer, Finisher},
     frame::{Packet, TCP_CHECK, UDP_CHECK},
     net::{Address, Family as _, SCTP, TCP, UDP, V4},
     sctp,
-    verdict::{Action, Verdict},
+    verdict::{Action, Reason, Verdict},
 };
 
 use crate::{
@@ -29,11 +29,12 @@ pub(crate) fn applied<F: Hosts + Answer>(
 ) -> (Vec<u8>, bool) {
     match verdict.action {
         Action::Pass | Action::Drop(_) => (frame.to_vec(), false),
-        Action::Reject(_) => match answered::<F>(hook, frame, packet) {
+        Action::Reject(reason) => match answered::<F>(hook, frame, packet, verdict.mtu, reason) {
             Some(answer) => (answer, true),
             None => (frame.to_vec(), false),
         },
         Action::Stack => (rewritten::<F>(frame, packet, verdict), false),
+        Action::Tunnel => (around::<F>(hook, frame, packet, verdict), false),
         Action::Transmit | Action::Redirect => {
             let mut out = rewritten::<F>(frame, packet, verdict);
             out[0..6].copy_from_slice(&verdict.hop.dmac);
@@ -50,8 +51,70 @@ fn ip_check<F: Hosts>() -> Option<usize> {
     (F::FAMILY == Family::V4).then_some(ETHERNET + 10)
 }
 
-fn answered<F: Hosts + Answer>(hook: Hook, frame: &[u8], packet: &Packet<F::Addr>) -> Option<Vec<u8>> {
-    if usize::from(packet.l4_offset) != ETHERNET + F::LEN {
+/// The packet around a client's, and what a hop takes from that.
+fn around<F: Hosts>(
+    hook: Hook,
+    frame: &[u8],
+    packet: &Packet<F::Addr>,
+    verdict: &Verdict<F::Addr>,
+) -> Vec<u8> {
+    let mut inner = frame.to_vec();
+    let ttl_at = ETHERNET + if F::FAMILY == Family::V4 { 8 } else { 7 };
+    replace(&mut inner, ttl_at, &[packet.ttl - 1], ip_check::<F>().as_slice());
+    let (from, to) = (octets::<F>(verdict.rewrite.src), octets::<F>(verdict.rewrite.dst));
+    let len = usize::from(packet.total_len);
+    let outer = surrounding(F::FAMILY, packet.tos, len, &from[..F::Addr::LEN], &to[..F::Addr::LEN]);
+    // At tc the kernel addresses the frame.
+    let mac = match hook {
+        Hook::Xdp | Hook::XdpFrags => [verdict.hop.dmac, verdict.hop.smac].concat(),
+        Hook::TcIngress | Hook::TcEgress => frame[..12].to_vec(),
+    };
+    [&mac[..], &frame[12..ETHERNET], &outer[..], &inner[ETHERNET..]].concat()
+}
+
+/// The IP header of a packet that holds one of so many bytes (RFC 2003, RFC 2473); of the type of service it has the code
+/// point only.
+pub(crate) fn surrounding(family: Family, tos: u8, len: usize, from: &[u8], to: &[u8]) -> Vec<u8> {
+    let class = tos & 0xfc;
+    match family {
+        Family::V4 => {
+            let mut ip = Ipv4Header::new(
+                len as u16,
+                64,
+                IpNumber::IPV4,
+                from.try_into().expect("an address of IPv4"),
+                to.try_into().expect("an address of IPv4"),
+            )
+            .expect("frames are short");
+            ip.dont_fragment = true;
+            ip.dscp = IpDscp::try_new(class >> 2).expect("six bits");
+            ip.header_checksum = ip.calc_header_checksum();
+            ip.to_bytes().to_vec()
+        }
+        Family::V6 => Ipv6Header {
+            traffic_class: class,
+            flow_label: Ipv6FlowLabel::ZERO,
+            payload_length: len as u16,
+            next_header: IpNumber::IPV6,
+            hop_limit: 64,
+            source: from.try_into().expect("an address of IPv6"),
+            destination: to.try_into().expect("an address of IPv6"),
+        }
+        .to_bytes()
+        .to_vec(),
+    }
+}
+
+fn answered<F: Hosts + Answer>(
+    hook: Hook,
+    frame: &[u8],
+    packet: &Packet<F::Addr>,
+    mtu: u16,
+    reason: Reason,
+) -> Option<Vec<u8>> {
+    let is_too_long = reason == Reason::TunnelMtu;
+    let reach = if is_too_long { answer::too_big_reach::<F>() } else { ETHERNET + F::LEN };
+    if usize::from(packet.l4_offset) > reach {
         return None;
     }
     let mut head = [0; HEAD];
@@ -61,7 +124,11 @@ fn answered<F: Hosts + Answer>(hook: Hook, frame: &[u8], packet: &Packet<F::Addr
         Hook::Xdp | Hook::XdpFrags => Finisher::Nobody,
         Hook::TcIngress | Hook::TcEgress => Finisher::Device,
     };
-    if packet.key.proto == SCTP {
+    if is_too_long {
+        let mut out = vec![0; answer::too_big_len::<F>()];
+        answer::too_big::<F, _>(&head, mtu, &mut out);
+        Some(out)
+    } else if packet.key.proto == SCTP {
         let mut out = vec![0; sctp::abort_len::<F>()];
         let initiate = frame[sctp::abort_len::<F>()..].first_chunk().copied().unwrap_or_default();
         sctp::abort::<F, _>(&head, initiate, finisher, &mut out).then_some(out)
@@ -156,6 +223,10 @@ pub(crate) fn checked(frame: &[u8]) -> Option<Checked> {
             (u16::MAX, [header.source(), header.destination()].concat())
         }
     };
+    if proto == 4 || proto == 41 {
+        let inner = checked(&[&frame[..ETHERNET], payload.payload].concat())?;
+        return Some(Checked { ip: ip_sum == u16::MAX && inner.ip, l4: inner.l4 });
+    }
     if proto == SCTP {
         let packet = payload.payload;
         let check = packet.get(8..12)?;
@@ -196,10 +267,11 @@ pub(crate) fn same(a: &[u8], b: &[u8], packet_l4: usize, proto: u8) -> bool {
     if a.len() != b.len() {
         return false;
     }
-    for at in [l4_check, is_v4.then_some(ip_check)].into_iter().flatten() {
+    let inner_check = (is_v4 && a.get(ETHERNET + 9) == Some(&4)).then_some(ETHERNET + 20 + 10);
+    for at in [l4_check, is_v4.then_some(ip_check), inner_check].into_iter().flatten() {
         let pair = |frame: &[u8]| frame.get(at..at + 2).map(|pair| [pair[0], pair[1]]);
         let zeros = [Some([0, 0]), Some([0xff, 0xff])];
-        if zeros.contains(&pair(&a)) && zeros.contains(&pair(b)) && (proto != UDP || at == ip_check) {
+        if zeros.contains(&pair(&a)) && zeros.contains(&pair(b)) && (proto != UDP || Some(at) != l4_check) {
             a[at..at + 2].copy_from_slice(&b[at..at + 2]);
         }
     }

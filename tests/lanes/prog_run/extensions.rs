@@ -1,7 +1,7 @@
 //! Extension headers of IPv6: what is walked, what is left to the kernel, and what contradicts itself.
 
 use xdp_common::{
-    net::{TCP, UDP},
+    net::{SCTP, TCP, UDP},
     verdict::{
         Counter::{self, Event},
         Event as E,
@@ -109,6 +109,21 @@ fn packets_behind_other_extension_headers_are_not_touched() {
                 }
             }
         }
+    });
+}
+
+#[test]
+fn hop_by_hop_options_come_first_before_sctp_too() {
+    each(|node| {
+        one_remote(node);
+        let flow = node.connect("a flow", &node.opener(SCTP, 40_000, VIP), REMOTE);
+        let twice = vec![padded(HOP_BY_HOP, 1), padded(HOP_BY_HOP, 1)];
+        for chain in [twice, vec![padded(DESTINATION, 0), padded(HOP_BY_HOP, 0)]] {
+            let frame = flow.opener.flags(ACK).with(|frame| frame.extensions = chain.clone()).bytes();
+            node.check("out of order", node.entry, &frame, Action::Pass, &frame, &[]);
+        }
+        let first = flow.opener.flags(ACK).with(|frame| frame.extensions = vec![padded(HOP_BY_HOP, 1)]);
+        flow.forwards(node, "in order", &first, &[]);
     });
 }
 

@@ -24,7 +24,7 @@ const HELD: &[Counter] = &[Event(E::FragmentHeld)];
 const LOST: &[Counter] = &[Event(E::FragmentLost)];
 
 /// The fragments of a packet without IP options, first to last.
-fn fragments(frame: &Frame) -> Vec<Vec<u8>> {
+pub(crate) fn fragments(frame: &Frame) -> Vec<Vec<u8>> {
     let whole = frame.bytes();
     let (headers, body) = whole.split_at(ETHERNET + 20);
     let parts: Vec<&[u8]> = body.chunks(PART).collect();

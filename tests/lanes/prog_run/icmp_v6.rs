@@ -151,7 +151,9 @@ impl Node {
         devices.insert(ifindex, Raw(device), 0).expect("room for a device");
         let (http, target) = (HTTP.to_be_bytes(), TARGET.to_be_bytes());
         let flags = backend::IN_CLUSTER_LIST | if backend == LOCAL { backend::LOCAL } else { 0 };
-        let value = Backend { addr: ip6(backend), port: target, proto, flags, generation: 1, service: 1 };
+        let node = Ip6::default();
+        let value =
+            Backend { addr: ip6(backend), port: target, proto, flags, generation: 1, service: 1, node };
         backends.set(1, Raw(value), 0).expect("room for a backend");
         rings.set(0, 1, 0).expect("room for a slot of a ring");
         let value = Frontend {

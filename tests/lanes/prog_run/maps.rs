@@ -164,8 +164,9 @@ impl<F: Hosts> Maps for Typed<F> {
     }
 
     fn backend(&mut self, id: u32, backend: Backend<Addr>) {
-        let Backend { addr, port, proto, flags, generation, service } = backend;
-        let backend = Backend { addr: F::addr(addr), port, proto, flags, generation, service };
+        let Backend { addr, port, proto, flags, generation, service, node } = backend;
+        let node = if node == Addr::UNSPECIFIED { F::Addr::UNSPECIFIED } else { F::addr(node) };
+        let backend = Backend { addr: F::addr(addr), port, proto, flags, generation, service, node };
         self.backends.set(id, Raw(backend), 0).expect("room for a backend");
         let addr = backend.addr;
         open(&mut self.egress_gate, gate::backend_source_bit(addr, port, proto));

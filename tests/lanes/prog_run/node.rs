@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
-    net::{V4, V6},
+    net::{Address as _, V4, V6},
     tables::{Backend, Config, Device, Frontend, backend, device, frontend},
     verdict::{Counter, Event},
 };
@@ -36,6 +36,8 @@ pub(crate) const REMOTE_TOO: Addr = [10, 244, 2, 3];
 pub(crate) const UNRESOLVED: Addr = [192, 168, 50, 77];
 /// A neighbour on the second interface.
 pub(crate) const BESIDE: Addr = [192, 168, 60, 2];
+/// Another node, behind the gateway of the uplink.
+pub(crate) const OTHER_NODE: Addr = [192, 168, 70, 20];
 pub(crate) const GATEWAY: Addr = [192, 168, 50, 1];
 pub(crate) const GATEWAY_MAC: Mac = [2, 0, 0, 0, 0, 1];
 pub(crate) const BESIDE_MAC: Mac = [2, 0, 0, 0, 0, 6];
@@ -92,6 +94,7 @@ pub(crate) fn settings(sizes: Sizes) -> Config {
         masquerade_wire: 0,
         policy_routing: 0,
         echo: 1,
+        direct: 0,
     }
 }
 
@@ -174,13 +177,32 @@ impl Node {
         self.backends
     }
 
+    /// Adds a backend on another node, to which packets may go as they are, and returns its id.
+    pub(crate) fn backend_on(&mut self, node: Addr, addr: Addr, proto: u8) -> u32 {
+        self.backends += 1;
+        self.write_backend(self.backends, addr, proto, backend::IN_CLUSTER_LIST, 1, node);
+        self.backends
+    }
+
     /// Writes a backend under an id.
     pub(crate) fn set_backend(&mut self, id: u32, addr: Addr, proto: u8, is_local: bool, generation: u32) {
-        let port = TARGET.to_be_bytes();
         let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
         let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
-        let backend = Backend { addr, port, proto, flags, generation, service: 1 };
-        self.maps.backend(id, backend);
+        self.write_backend(id, addr, proto, flags, generation, Addr::UNSPECIFIED);
+    }
+
+    /// The same with all that it has; the node is unspecified where packets do not go as they are.
+    pub(crate) fn write_backend(
+        &mut self,
+        id: u32,
+        addr: Addr,
+        proto: u8,
+        flags: u8,
+        generation: u32,
+        node: Addr,
+    ) {
+        let port = TARGET.to_be_bytes();
+        self.maps.backend(id, Backend { addr, port, proto, flags, generation, service: 1, node });
     }
 
     /// Makes an address a frontend whose ring holds these backends in turn.

@@ -140,6 +140,7 @@ fn a_client_meets_its_backend_again_on_every_frontend_until_it_is_idle_or_the_ba
             flags: backend::IN_LOCAL_LIST,
             generation: 1,
             service: 1,
+            node: [0; 4],
         };
         node.maps.backend(id, out);
         let others: Vec<u32> = ids.iter().copied().filter(|other| *other != id).collect();

@@ -4,9 +4,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use xdp_common::{
-    answer::Answer,
     frame::{self, Headers as _, Packet, Parsed},
     net::{Address, Family as _, V4, V6},
+    tunnel::{self, Tunnel},
     verdict::{self, Counter, Event, Reason, Verdict},
 };
 
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The same node twice.
-pub(crate) struct Twins<F: Hosts + Answer> {
+pub(crate) struct Twins<F: Hosts + Tunnel> {
     pub(crate) node: Node,
     pub(crate) dice: Dice,
     pub(crate) model: Model<F>,
@@ -40,7 +40,7 @@ pub(crate) struct Twins<F: Hosts + Answer> {
     seed: u64,
 }
 
-impl<F: Hosts + Answer> Twins<F> {
+impl<F: Hosts + Tunnel> Twins<F> {
     /// Both, without a flow; the calling thread has to be in the node's namespace when frames are run.
     pub(crate) fn new(entry: Hook, seed: u64) -> Self {
         let node = Node::new(F::FAMILY, entry, Sizes { established: 1 << 14, buckets: 1 << 14 });
@@ -66,8 +66,12 @@ impl<F: Hosts + Answer> Twins<F> {
 
     /// Runs a frame through both and compares; returns what became of it.
     pub(crate) fn agree(&mut self, hook: Hook, frame: &[u8]) -> (Action, Vec<u8>) {
+        let inner = self.taken_out(hook, frame);
+        let sent = frame;
+        let frame = inner.as_deref().unwrap_or(frame);
         let decided = self.decide(hook, frame);
         let mut counts = vec![0u64; self.counts.len()];
+        counts[Counter::Event(Event::Untunnelled).index() as usize] += u64::from(inner.is_some());
         for (index, times) in std::mem::take(&mut *self.model.counters.borrow_mut()) {
             counts[index as usize] = times;
         }
@@ -79,7 +83,7 @@ impl<F: Hosts + Answer> Twins<F> {
                     counts[Counter::Event(event).index() as usize] += 1;
                     self.node.maps.allow_answers();
                 }
-                (action(hook, verdict, is_answered), expected)
+                (action(hook, self.node.from, verdict, is_answered), expected)
             }
             Decided::Left(counter) => {
                 if let Some(counter) = counter {
@@ -89,13 +93,13 @@ impl<F: Hosts + Answer> Twins<F> {
             }
             Decided::Beside => {
                 self.node.maps.allow_answers();
-                let (done, after) = self.node.run_here(hook, frame);
+                let (done, after) = self.node.run_here(hook, sent);
                 let raised = self.raised();
                 self.must_hold(hook, frame, done, &after, &raised);
                 return (done, after);
             }
         };
-        let (done, after) = self.node.run_here(hook, frame);
+        let (done, after) = self.node.run_here(hook, sent);
         let raised = self.raised();
         counts[HOP_REFRESHED] = 0;
         let is_same = match &decided {
@@ -112,6 +116,20 @@ impl<F: Hosts + Answer> Twins<F> {
         }
         self.must_hold(hook, frame, done, &after, &raised);
         (done, after)
+    }
+
+    /// The frame that XDP takes out of one from another node, if it does.
+    pub(crate) fn taken_out(&self, hook: Hook, frame: &[u8]) -> Option<Vec<u8>> {
+        let at_xdp = matches!(hook, Hook::Xdp | Hook::XdpFrags);
+        let packet = tunnel::parse::<F, _>(frame, self.node.from)?;
+        if !at_xdp
+            || frame[12..14] != F::ETHERTYPE.to_be_bytes()
+            || !tunnel::is_ours::<F, _>(&self.model, &packet)
+        {
+            return None;
+        }
+        let inner = &frame[ETHERNET + usize::from(F::HEADER_LEN)..];
+        Some([&frame[..6], &tunnel::MARK[..], &frame[12..ETHERNET], inner].concat())
     }
 
     fn place(&self, hook: Hook, frame: &[u8]) -> String {
@@ -247,7 +265,7 @@ fn foreign<A, B>(parsed: Parsed<A>) -> Parsed<B> {
     }
 }
 
-fn action<A>(hook: Hook, verdict: &Verdict<A>, is_answered: bool) -> Action {
+fn action<A>(hook: Hook, from: u32, verdict: &Verdict<A>, is_answered: bool) -> Action {
     let is_xdp = matches!(hook, Hook::Xdp | Hook::XdpFrags);
     match verdict.action {
         verdict::Action::Pass | verdict::Action::Stack => Action::Pass,
@@ -256,6 +274,8 @@ fn action<A>(hook: Hook, verdict: &Verdict<A>, is_answered: bool) -> Action {
         verdict::Action::Drop(_) | verdict::Action::Reject(_) => Action::Drop,
         verdict::Action::Transmit => Action::Transmit,
         verdict::Action::Redirect => Action::Redirect,
+        verdict::Action::Tunnel if is_xdp && verdict.hop.ifindex == from => Action::Transmit,
+        verdict::Action::Tunnel => Action::Redirect,
     }
 }
 

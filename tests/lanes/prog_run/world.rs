@@ -8,13 +8,14 @@ use rtnetlink::packet_route::{
 };
 use xdp_agent_tests::lab::block_on;
 use xdp_common::{
-    answer::Answer,
     frame::Parsed,
-    net::{SCTP, TCP, UDP, V6},
-    tables::{Backend, Config, Device, Frontend, Route, backend, frontend, network},
+    net::{Address as _, SCTP, TCP, UDP, V6},
+    tables::{Backend, Config, Device, Frontend, Route, backend, direct, frontend, network},
+    tunnel::Tunnel,
 };
 
 use crate::{
+    applied::surrounding,
     family::{Family, Hosts},
     frames::*,
     node::*,
@@ -28,6 +29,8 @@ const FLAGS: [u8; 6] = [SYN, ACK, ACK, ACK, FIN | ACK, RST];
 /// A pod elsewhere, and an address of the service network that no service has.
 const POD: Addr = [10, 244, 9, 9];
 const FREE: Addr = [203, 0, 113, 99];
+/// No node, or none to which packets go as they are.
+const NOWHERE: Addr = [0; 4];
 /// Where clients connect to.
 const VIPS: [Addr; 3] = [VIP, VIP_TOO, NODE];
 pub(crate) const BACKENDS: [Addr; 5] = [LOCAL, REMOTE, REMOTE_TOO, BESIDE, UNRESOLVED];
@@ -70,12 +73,16 @@ pub(crate) struct Arrived {
     dst: Socket,
 }
 
-impl<F: Hosts + Answer> Twins<F> {
+impl<F: Hosts + Tunnel> Twins<F> {
     /// What holds for good: networks, and the ways that never change.
     pub(crate) fn networks(&mut self) {
-        for (owner, addr) in
-            [(network::PODS, POD), (network::SERVICES, FREE), (network::sources_of(SERVICE), CLIENT)]
-        {
+        for (owner, addr) in [
+            (network::PODS, POD),
+            (network::SERVICES, FREE),
+            (network::sources_of(SERVICE), CLIENT),
+            (network::NODES, OTHER_NODE),
+            (network::SELF, NODE),
+        ] {
             self.node.maps.network(owner, addr, 32, 1);
             self.model.networks.borrow_mut().insert((owner, F::addr(addr)));
         }
@@ -117,8 +124,10 @@ impl<F: Hosts + Answer> Twins<F> {
             self.model.device(ifindex, Device { snat: F::addr(snat), flags, mtu, mac, zero });
         }
         let masquerade_wire = self.dice.below(2) as u32;
+        let direct = self.dice.of(&[0, direct::TCP, direct::TCP | direct::OTHERS]);
         self.configure(|config| {
-            (config.clock, config.masquerade_wire) = (config.clock + 1_000, masquerade_wire)
+            (config.clock, config.masquerade_wire) = (config.clock + 1_000, masquerade_wire);
+            config.direct = direct;
         });
         self.generation += 1;
         for proto in TRANSPORTS {
@@ -148,12 +157,14 @@ impl<F: Hosts + Answer> Twins<F> {
         let addr = BACKENDS[at];
         let id = (first_id(proto) + at) as u32;
         let is_local = addr == LOCAL;
-        self.node.set_backend(id, addr, proto, is_local, self.generation);
         let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
         let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
+        let on = if is_local { NOWHERE } else { self.dice.of(&[NOWHERE, OTHER_NODE, BESIDE, UNRESOLVED]) };
+        self.node.write_backend(id, addr, proto, flags, self.generation, on);
+        let node = if on == NOWHERE { F::Addr::UNSPECIFIED } else { F::addr(on) };
         let port = TARGET.to_be_bytes();
         let (addr, generation) = (F::addr(addr), self.generation);
-        self.model.set_backend(id, Backend { addr, port, proto, flags, generation, service: SERVICE });
+        self.model.set_backend(id, Backend { addr, port, proto, flags, generation, service: SERVICE, node });
     }
 
     /// Gives a frontend new rings and rules.
@@ -239,7 +250,20 @@ impl<F: Hosts + Answer> Twins<F> {
 
     fn send(&mut self, proto: u8) {
         let sent = self.client_frame(proto);
+        if self.dice.once_in(6) {
+            return self.sends_on(&sent);
+        }
         self.comes_in(&sent.bytes());
+    }
+
+    /// A client's packet comes by another node.
+    fn sends_on(&mut self, sent: &Frame) {
+        let from = self.dice.of(&[OTHER_NODE, OTHER_NODE, OTHER_NODE, CLIENT]);
+        let to = self.dice.of(&[NODE, NODE, NODE, NODE_TOO]);
+        let bytes = sent.bytes();
+        let [from, to] = [from, to].map(|name| self.node.family.octets(name));
+        let outer = surrounding(self.node.family, sent.tos, sent.total_len(), &from, &to);
+        self.comes_in(&[&bytes[..ETHERNET], &outer[..], &bytes[ETHERNET..]].concat());
     }
 
     fn answer(&mut self) {
@@ -282,7 +306,9 @@ impl<F: Hosts + Answer> Twins<F> {
 
     /// A packet comes in: XDP first, tc behind it, and out again where it goes up and is not for here.
     fn comes_in(&mut self, frame: &[u8]) {
+        let inner = self.taken_out(self.node.entry, frame);
         let (mut action, mut after) = self.agree(self.node.entry, frame);
+        let frame = inner.as_deref().unwrap_or(frame);
         if action == Action::Pass && after == frame {
             (action, after) = self.agree(Hook::TcIngress, frame);
         }

@@ -81,7 +81,7 @@ impl World {
             kubeconfig: Some(server.kubeconfig(directory.path()).expect("a kubeconfig")),
             master: None,
         };
-        let options = Options { access, node: NODE.into(), pace };
+        let options = Options { access, node: NODE.into(), all_nodes: false, pace };
         let (sender, events) = mpsc::channel(64);
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
@@ -121,6 +121,23 @@ impl Namespace {
             RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(destination, prefix).gateway(gateway);
         block_on(self.netlink().route().add(route.build()).execute())
             .with_context(|| format!("route {destination}/{prefix} via {gateway} in {self:?}"))
+    }
+
+    /// Adds the route to one host, or replaces the one there is.
+    pub fn reroute_via(&self, host: IpAddr, gateway: IpAddr) -> Result<()> {
+        let route = match (host, gateway) {
+            (IpAddr::V4(host), IpAddr::V4(gateway)) => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(host, 32).gateway(gateway).build()
+            }
+            (IpAddr::V6(host), IpAddr::V6(gateway)) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(host, 128).gateway(gateway).build()
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
+                bail!("{host} and {gateway} are of different families")
+            }
+        };
+        block_on(self.netlink().route().add(route).replace().execute())
+            .with_context(|| format!("route to {host} via {gateway} in {self:?}"))
     }
 
     /// Adds a default route of IPv6.

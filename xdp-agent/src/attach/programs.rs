@@ -144,10 +144,14 @@ impl Programs {
 }
 
 /// The programs that XDP goes on to, by slot, without and with frags.
-const NEXT: [(u32, &str, &str); next::ALL.len()] =
-    [(next::V6, "xdp_v6", "xdp_v6_frags"), (next::OTHERS, "xdp_others", "xdp_others_frags")];
+const NEXT: [(u32, &str, &str); next::ALL.len()] = [
+    (next::V6, "xdp_v6", "xdp_v6_frags"),
+    (next::OTHERS, "xdp_others", "xdp_others_frags"),
+    (next::TUNNEL, "xdp_tunnel", "xdp_tunnel_frags"),
+    (next::INGRESS, "xdp_ingress", "xdp_ingress_frags"),
+];
 
-/// Loads an XDP program of an object, if it is not loaded, and before it those that it goes on to.
+/// Loads an XDP program of an object, if it is not loaded, and those that it goes on to.
 ///
 /// # Errors
 /// When the kernel refuses one.
@@ -159,15 +163,22 @@ pub fn load_xdp(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<()> {
     let spec = if has_frags { &tables::XDP_NEXT_FRAGS } else { &tables::XDP_NEXT };
     for (slot, plain, frags) in NEXT {
         let name = if has_frags { frags } else { plain };
-        let program = xdp(ebpf, name)?;
-        program.load().map_err(|error| refused(name, error))?;
-        let fd = program.fd()?.try_clone()?;
+        let fd = loaded(ebpf, name)?.fd()?.try_clone()?;
         let map = ebpf.map_mut(spec.name).with_context(|| maps::missing(spec))?;
         ProgramArray::try_from(map)?
             .set(slot, &fd, 0)
             .with_context(|| format!("cannot put {name} where XDP goes on to it"))?;
     }
-    xdp(ebpf, name)?.load().map_err(|error| refused(name, error))
+    loaded(ebpf, name)?;
+    Ok(())
+}
+
+fn loaded<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {
+    let program = xdp(ebpf, name)?;
+    if program.fd().is_err() {
+        program.load().map_err(|error| refused(name, error))?;
+    }
+    Ok(program)
 }
 
 fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut Xdp> {

@@ -1,8 +1,14 @@
 //! From EndpointSlices to the endpoint lists of a service port (Kubernetes: endpointslicecache.go, topology.go).
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use super::wanted::{Endpoint, Ip6, IpAddress, Protocol};
+use super::{
+    nodes::Nodes,
+    wanted::{Endpoint, Ip6, IpAddress, Protocol},
+};
 use crate::objects::{HintsId, NameId, Slice, SliceEndpoint};
 
 /// This node in the words of slices.
@@ -12,23 +18,35 @@ pub(super) struct Here<'a> {
     pub(super) node: &'a str,
     /// Its zone, empty when it is in none.
     pub(super) zone: &'a str,
+    /// The other nodes to which packets may go as they are.
+    pub(super) nodes: &'a Nodes,
 }
 
 /// An address family, as slices have it.
 pub(super) trait Family: IpAddress {
     /// The endpoints of a slice that are of this family.
     fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>];
+    /// The nodes that have an address of this family.
+    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Self>;
 }
 
 impl Family for [u8; 4] {
     fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>] {
         &slice.v4
     }
+
+    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Self> {
+        &nodes.v4
+    }
 }
 
 impl Family for Ip6 {
     fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>] {
         &slice.v6
+    }
+
+    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Self> {
+        &nodes.v6
     }
 }
 
@@ -75,7 +93,8 @@ pub(super) fn candidates<'a, A: Family>(
         let names = (slice.name(here.node), slice.name(here.zone));
         for own in slice.ports.iter().filter(|own| *own.name == *port && own.protocol == protocol) {
             let endpoints = A::endpoints(slice).iter();
-            all.extend(endpoints.map(|endpoint| candidate(slice, endpoint, own.port, names)));
+            let nodes = A::nodes(here.nodes);
+            all.extend(endpoints.map(|endpoint| candidate(slice, endpoint, own.port, names, nodes)));
         }
     }
     // While an address moves to another Pod both may be listed: the one that is not terminating counts.
@@ -107,14 +126,18 @@ fn candidate<A: IpAddress>(
     endpoint: &SliceEndpoint<A>,
     port: u16,
     (node, zone): (Option<NameId>, Option<NameId>),
+    nodes: &BTreeMap<Box<str>, A>,
 ) -> Candidate<A> {
     let hint = |list: HintsId, own: Option<NameId>| match slice.hints(list) {
         [] => Hint::Missing,
         names if own.is_some_and(|own| names.contains(&own)) => Hint::Here,
         [..] => Hint::Elsewhere,
     };
+    let local = Some(endpoint.node) == node;
+    let elsewhere = if local || nodes.is_empty() { None } else { nodes.get(slice.text(endpoint.node)) };
+    let node_addr = elsewhere.copied().unwrap_or(A::UNSPECIFIED);
     Candidate {
-        endpoint: Endpoint { addr: endpoint.addr, port, local: Some(endpoint.node) == node },
+        endpoint: Endpoint { addr: endpoint.addr, port, local, node: node_addr },
         ready: endpoint.ready,
         serving: endpoint.serving,
         terminating: endpoint.terminating,

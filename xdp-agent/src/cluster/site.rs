@@ -1,12 +1,12 @@
 //! What of this node decides how Services are served on it, for one address family.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
 };
 
 use super::{
-    DetectLocal, NodeFacts, NodePortAddresses, Options,
+    DetectLocal, Forwarding, NodeFacts, NodePortAddresses, Options,
     wanted::{IpAddress, Network, Networks},
 };
 use crate::objects::{Node, ServiceCidr};
@@ -85,6 +85,7 @@ impl<A: IpAddress> Site<A> {
         &self,
         options: &Options,
         node: Option<&Node>,
+        nodes: &BTreeMap<Box<str>, A>,
         service_cidrs: impl Iterator<Item = &'a ServiceCidr>,
     ) -> Networks<A> {
         let mut services: BTreeSet<Network<A>> = networks(&options.service_cidrs).into_iter().collect();
@@ -93,6 +94,12 @@ impl<A: IpAddress> Site<A> {
             pods: pods(options, node),
             services: services.into_iter().collect(),
             own: self.own.iter().copied().collect(),
+            nodes: nodes.values().copied().collect::<BTreeSet<_>>().into_iter().collect(),
+            this: if options.forwarding == Forwarding::Snat {
+                Vec::new()
+            } else {
+                self.rules.node_ips.clone()
+            },
         }
     }
 }

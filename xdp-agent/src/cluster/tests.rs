@@ -17,6 +17,7 @@ mod flaws;
 mod frontends;
 mod health;
 mod node;
+mod nodes;
 mod order;
 mod policies;
 mod topology;
@@ -42,8 +43,7 @@ struct ToldFamily<A> {
 
 impl<A> Default for ToldFamily<A> {
     fn default() -> Self {
-        let networks = Networks { pods: Vec::new(), services: Vec::new(), own: Vec::new() };
-        Self { ports: BTreeMap::new(), networks }
+        Self { ports: BTreeMap::new(), networks: Networks::NONE }
     }
 }
 

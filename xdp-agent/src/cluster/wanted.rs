@@ -141,6 +141,8 @@ pub struct Endpoint<A> {
     pub port: u16,
     /// Whether it is on this node.
     pub local: bool,
+    /// Address of its node, if that is another one to which packets may go as they are; else unspecified.
+    pub node: A,
 }
 
 /// A network: an address and how many of its leading bits count.
@@ -182,6 +184,10 @@ pub struct Networks<A> {
     pub services: Vec<Network<A>>,
     /// The node's own addresses, to which nothing is ever dropped though a ServiceCIDR may hold them.
     pub own: Vec<A>,
+    /// The other nodes of the cluster, if packets go to them as they are; sorted.
+    pub nodes: Vec<A>,
+    /// What these know this node by; sorted.
+    pub this: Vec<A>,
 }
 
 /// What has changed in one family since the last update.
@@ -197,6 +203,12 @@ impl<A> Default for Delta<A> {
     fn default() -> Self {
         Self { ports: BTreeMap::new(), networks: None }
     }
+}
+
+impl<A> Networks<A> {
+    /// None.
+    pub const NONE: Self =
+        Self { pods: Vec::new(), services: Vec::new(), own: Vec::new(), nodes: Vec::new(), this: Vec::new() };
 }
 
 impl<A> Delta<A> {

@@ -127,6 +127,24 @@ pub struct ClusterArgs {
     #[arg(long, env = "XDP_AGENT_MASQUERADE_ALL", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
         require_equals = true, default_missing_value = "true", default_value = "false", hide_default_value = true)]
     pub masquerade_all: bool,
+
+    /// How packets of clients outside the cluster get to endpoints on other nodes: translated to come from this node (snat),
+    /// as they are in IP-in-IP, to be answered by the endpoint's node directly (dsr), or so for TCP only (hybrid). The same on
+    /// every node; NodePorts are always translated.
+    #[arg(long, env = "XDP_AGENT_FORWARDING", value_enum, default_value_t = ForwardingChoice::Snat)]
+    pub forwarding: ForwardingChoice,
+}
+
+/// How packets of clients outside the cluster get to endpoints on other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ForwardingChoice {
+    /// Translated; answers come back by this node.
+    #[default]
+    Snat,
+    /// As they are, in packets to the endpoint's node, which answers.
+    Dsr,
+    /// TCP as with dsr, all else as with snat.
+    Hybrid,
 }
 
 /// How pods of this node are told from other clients, by kube-proxy's names.

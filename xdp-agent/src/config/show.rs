@@ -29,8 +29,16 @@ impl Config {
             timeouts,
             sockets,
         } = self;
-        let Options { node, detect_local, masquerade_all, nodeport_addresses, service_cidrs, node_ips, zone } =
-            cluster;
+        let Options {
+            node,
+            detect_local,
+            masquerade_all,
+            nodeport_addresses,
+            service_cidrs,
+            node_ips,
+            zone,
+            forwarding,
+        } = cluster;
         let Listen { healthz, metrics, is_hard_fail } = listen;
         let Sizes { established, embryonic, frontends, backends, ring_slots, networks } = sizes;
         let Timeouts { tcp_established, tcp_half_closed, tcp_closed, udp, sctp_established, sctp_closed: _ } =
@@ -60,6 +68,7 @@ impl Config {
                 DetectLocal::InterfaceNamePrefix(prefix) => json!({ "InterfaceNamePrefix": prefix }),
             },
             "masquerade-all": masquerade_all,
+            "forwarding": format!("{forwarding:?}").to_lowercase(),
             "echo": echo,
             "reset-on-endpoint-removal": reset_on_endpoint_removal,
             "iface": interfaces,

@@ -57,7 +57,7 @@ pub(super) fn decide<F: Family<Addr: IpAddress>>(
     let mut decision =
         Decision { verdict: Verdict::Pass, source, frontend, targets: Vec::new(), reason: None };
     (decision.verdict, decision.reason) = match met.action {
-        Action::Stack | Action::Transmit | Action::Redirect => (Verdict::Forward, None),
+        Action::Stack | Action::Transmit | Action::Redirect | Action::Tunnel => (Verdict::Forward, None),
         Action::Drop(reason) => (Verdict::Drop, Some(text(reason))),
         Action::Reject(reason) => (Verdict::Reject, Some(text(reason))),
         Action::Pass if met.events.contains(&Event::NoEndpointPassed) => (
@@ -98,11 +98,15 @@ fn meet<F: Family<Addr: IpAddress>>(
     let action = ingress::<F, _>(maps, packet, hook).action;
     let mut flows = maps.take_flows().into_iter();
     // A new flow has the half by which answers are recognised; what the kernel has to finish is noted beside it.
-    let reply = flows.find(|(_, flow)| flow.kind == kind::REPLY_LOCAL || flow.kind == kind::REPLY_REMOTE);
+    let tells = [kind::REPLY_LOCAL, kind::REPLY_REMOTE, kind::TUNNEL];
+    let reply = flows.find(|(_, flow)| tells.contains(&flow.kind));
     let target = reply.and_then(|(key, flow)| {
         let Backend { addr, port, flags, .. } = *maps.backends.get(&flow.backend)?;
         // Masqueraded, a process of the node keeps the node's address, but its answers are recognised on their way in.
-        let is_masqueraded = flow.kind == kind::REPLY_REMOTE || key.dst != packet.key.src;
+        let is_masqueraded = match flow.kind {
+            kind::TUNNEL => false,
+            _ => flow.kind == kind::REPLY_REMOTE || key.dst != packet.key.src,
+        };
         let is_local = flags & backend::LOCAL != 0;
         Some(Target { addr, port: u16::from_be_bytes(port), is_local, is_masqueraded })
     });
@@ -123,6 +127,7 @@ pub(super) fn packet<A: Address>(key: FlowKey<A>, tcp_flags: u8) -> Packet<A> {
         tos: 0,
         ttl: 64,
         tcp_flags,
+        is_tunnelled: false,
         ifindex: UPLINK,
     }
 }

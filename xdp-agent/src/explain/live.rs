@@ -14,7 +14,11 @@ use super::{
     tables::Maps,
     world::{self, World},
 };
-use crate::{cluster::wanted::IpAddress, maps::ImageMaps, neighbours, preflight};
+use crate::{
+    cluster::wanted::IpAddress,
+    maps::{ImageMaps, Settings},
+    neighbours, preflight,
+};
 
 /// What a running agent has written, beside what is known of the objects.
 pub(super) struct Live {
@@ -39,7 +43,9 @@ impl Live {
         let dir = preflight::maps_dir(pin_dir);
         ensure!(dir.exists(), "no agent of this version has its maps in {}; give --pin-dir", dir.display());
         let host = neighbours::read_host().context("cannot read the addresses of this host")?;
-        let (v4, v6) = (Side::open(&dir, names.v4)?, Side::open(&dir, names.v6)?);
+        let settings = Settings::pinned(&dir)?.get().context("cannot read the settings of the programs")?;
+        let v4 = Side::open(&dir, settings.direct, names.v4)?;
+        let v6 = Side::open(&dir, settings.direct, names.v6)?;
         Ok(Self { v4, v6, own: host.own_addresses(), world })
     }
 
@@ -74,14 +80,14 @@ impl Live {
 }
 
 impl<F: Family<Addr: IpAddress>> Side<F> {
-    fn open(dir: &Path, names: NamesById) -> anyhow::Result<Self> {
+    fn open(dir: &Path, direct: u32, names: NamesById) -> anyhow::Result<Self> {
         let image = ImageMaps::<F::Addr>::pinned(dir)?;
         let found = image.read().context("cannot read the maps")?;
         let devices = image.devices().context("cannot read the map of interfaces")?;
         // Unspecified stands for an address that an interface does not have.
         let unknown = F::Addr::UNSPECIFIED;
         let snat = devices.into_iter().map(|(_, device)| device.snat).find(|addr| *addr != unknown);
-        Ok(Self { maps: Maps::of(found, snat.unwrap_or(unknown)), names })
+        Ok(Self { maps: Maps::of(found, snat.unwrap_or(unknown), direct), names })
     }
 
     fn dump(&self, objects: &world::Side<F>) -> String {

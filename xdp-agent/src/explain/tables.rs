@@ -41,6 +41,8 @@ pub(crate) struct Maps<A> {
     pub(super) egress_gate: Vec<u64>,
     /// Address of this node, for what is masqueraded.
     pub(super) snat: A,
+    /// [`Config::direct`].
+    pub(super) direct: u32,
     established: Flows<A>,
     embryonic: Flows<A>,
     /// Bits of the keys that the established table may hold.
@@ -80,7 +82,7 @@ impl<A: Address> Entry<A> for Live<A> {
 
 impl<A: IpAddress> Maps<A> {
     /// Empty maps of a node with this address.
-    pub(super) fn new(snat: A) -> Self {
+    pub(super) fn new(snat: A, direct: u32) -> Self {
         Self {
             frontends: BTreeMap::new(),
             backends: BTreeMap::new(),
@@ -89,6 +91,7 @@ impl<A: IpAddress> Maps<A> {
             ingress_gate: vec![0; GATE_WORDS as usize],
             egress_gate: vec![0; GATE_WORDS as usize],
             snat,
+            direct,
             established: Flows::default(),
             embryonic: Flows::default(),
             known: RefCell::default(),
@@ -101,7 +104,7 @@ impl<A: IpAddress> Maps<A> {
     }
 
     /// Maps as they are found.
-    pub(super) fn of(found: Adopted<A>, snat: A) -> Self {
+    pub(super) fn of(found: Adopted<A>, snat: A, direct: u32) -> Self {
         let mut networks = BTreeMap::<u32, BTreeMap<Network<A>, bool>>::new();
         for (owner, network, value) in found.networks {
             networks.entry(owner).or_default().insert(network, value != 0);
@@ -113,7 +116,7 @@ impl<A: IpAddress> Maps<A> {
             networks,
             ingress_gate: found.ingress_gate,
             egress_gate: found.egress_gate,
-            ..Self::new(snat)
+            ..Self::new(snat, direct)
         }
     }
 
@@ -207,6 +210,7 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
             masquerade_wire: 0,
             policy_routing: 0,
             echo: 1,
+            direct: self.direct,
         }
     }
 

@@ -64,13 +64,14 @@ pub(super) struct Side<F: Family> {
 impl World {
     /// A node without objects.
     pub(crate) fn new(options: Options) -> Self {
+        let direct = options.forwarding.direct();
         let mut world = Self {
             node: options.node.clone(),
             given: options.node_ips.clone(),
             addresses: Vec::new(),
             cluster: Cluster::new(options),
-            v4: Side::new(),
-            v6: Side::new(),
+            v4: Side::new(direct),
+            v6: Side::new(direct),
         };
         world.set_node(None);
         world.update();
@@ -164,10 +165,10 @@ impl World {
 }
 
 impl<F: Family<Addr: IpAddress>> Side<F> {
-    fn new() -> Self {
+    fn new(direct: u32) -> Self {
         Self {
             plan: Plan::new(LIMITS),
-            maps: Maps::new(F::Addr::UNSPECIFIED),
+            maps: Maps::new(F::Addr::UNSPECIFIED, direct),
             ports: BTreeMap::new(),
             names: BTreeMap::new(),
             now_ms: 0,

@@ -33,7 +33,7 @@ impl<A: IpAddress> Open<A> {
     /// What an entry says, if it is one to mark.
     pub(super) fn of(key: &FlowKey<A>, flow: &Flow<A>) -> Option<Self> {
         let is_open = key.proto == TCP
-            && flow.kind == kind::FORWARD
+            && (flow.kind == kind::FORWARD || flow.kind == kind::TUNNEL)
             && flow.exit & exit::RESET == 0
             && flow.closing & closing::RST == 0;
         is_open.then_some(Self { key: *key, backend: flow.backend, generation: flow.generation })

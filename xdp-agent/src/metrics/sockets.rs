@@ -76,9 +76,13 @@ fn can_be(call: SocketCall, refused: Option<Reason>) -> bool {
             | Reason::NoBackend,
         ) => call != SocketCall::Bind,
         // Of packets only.
-        Some(Reason::SnatExhausted | Reason::FlowInsert | Reason::EndpointRemoved | Reason::EchoLimit) => {
-            false
-        }
+        Some(
+            Reason::SnatExhausted
+            | Reason::FlowInsert
+            | Reason::EndpointRemoved
+            | Reason::TunnelMtu
+            | Reason::EchoLimit,
+        ) => false,
     }
 }
 

@@ -133,6 +133,14 @@ impl Slice {
         Some(NameId(at as u32 + 1))
     }
 
+    /// The text of a name; empty for that of no name.
+    pub fn text(&self, name: NameId) -> &str {
+        let Some(at) = (name.0 as usize).checked_sub(1) else { return "" };
+        let end_of = |at: usize| self.names.ends.get(at).copied();
+        let start = at.checked_sub(1).map_or(Some(0), end_of);
+        start.zip(end_of(at)).and_then(|(start, end)| self.names.text.get(start..end)).unwrap_or_default()
+    }
+
     /// The names of a list of hints.
     pub fn hints(&self, list: HintsId) -> &[NameId] {
         let at = (list.0 as usize).checked_sub(1);

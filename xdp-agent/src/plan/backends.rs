@@ -10,7 +10,7 @@ use xdp_common::{
     tables::{Backend, backend},
 };
 
-use super::{Change, InUse, gates::Gate, slices::QUARANTINE_MS};
+use super::{Change, InUse, gates::Gate, service::Use, slices::QUARANTINE_MS};
 use crate::cluster::wanted::IpAddress;
 
 /// What an id stands for: an endpoint of a service port.
@@ -143,7 +143,7 @@ impl<A: IpAddress> Backends<A> {
     pub(super) fn acquire(
         &mut self,
         identity: Identity<A>,
-        flags: u8,
+        Use { flags, node }: Use<A>,
         egress: &mut Gate,
         writes: &mut Vec<Change<A>>,
     ) -> u32 {
@@ -165,6 +165,7 @@ impl<A: IpAddress> Backends<A> {
             // An address that is on another node now is another Pod's.
             generation: before.generation.wrapping_add(u32::from(before.proto == 0 || has_moved)),
             service: identity.service,
+            node,
         };
         slot.hold_bits(egress);
         if slot.value != before {
@@ -246,5 +247,13 @@ impl<A: IpAddress> Backends<A> {
 
 /// An empty slot, which keeps its generation so that it never repeats.
 const fn nothing<A: IpAddress>(generation: u32) -> Backend<A> {
-    Backend { addr: A::UNSPECIFIED, port: [0; 2], proto: 0, flags: 0, generation, service: 0 }
+    Backend {
+        addr: A::UNSPECIFIED,
+        port: [0; 2],
+        proto: 0,
+        flags: 0,
+        generation,
+        service: 0,
+        node: A::UNSPECIFIED,
+    }
 }

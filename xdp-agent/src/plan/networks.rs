@@ -7,7 +7,7 @@ use std::{
 
 use xdp_common::{
     gate::service_network_bit,
-    tables::network::{PODS, SERVICES},
+    tables::network::{NODES, PODS, SELF, SERVICES},
 };
 
 use super::{Change, gates::Gate};
@@ -153,8 +153,11 @@ fn wanted<A: IpAddress>(networks: &Networks<A>) -> BTreeMap<Key<A>, u32> {
     let pods = networks.pods.iter().map(|network| ((PODS, *network), 1));
     let services = networks.services.iter().map(|network| ((SERVICES, *network), 1));
     let own = networks.own.iter().filter(|own| networks.services.iter().any(|network| holds(network, **own)));
-    let own = own.map(|own| ((SERVICES, Network { addr: *own, len: A::LEN as u8 * 8 }), 0));
-    pods.chain(services).chain(own).collect()
+    let alone = |addr: &A| Network { addr: *addr, len: A::LEN as u8 * 8 };
+    let own = own.map(|own| ((SERVICES, alone(own)), 0));
+    let nodes = networks.nodes.iter().map(|node| ((NODES, alone(node)), 1));
+    let this = networks.this.iter().map(|this| ((SELF, alone(this)), 1));
+    pods.chain(services).chain(own).chain(nodes).chain(this).collect()
 }
 
 /// How many networks, as the gate sees them, a network is spread over.
@@ -219,8 +222,12 @@ mod tests {
     fn networks_that_do_not_fit_drop_nothing() {
         let mut table = NetworkTable::<[u8; 4]>::adopt(2, Vec::new());
         let network = |b: u8| Network { addr: [10, b, 0, 0], len: 16 };
-        let networks =
-            Networks { pods: vec![network(1)], services: vec![network(2)], own: vec![[10, 2, 0, 1]] };
+        let networks = Networks {
+            pods: vec![network(1)],
+            services: vec![network(2)],
+            own: vec![[10, 2, 0, 1]],
+            ..Networks::NONE
+        };
         let mut writes = Vec::new();
         table.set_common(&networks, &mut Gate::new(Vec::new()), &mut writes, &mut Vec::new());
         assert_eq!(writes, [Change::Network { owner: PODS, network: network(1), value: Some(1) }]);

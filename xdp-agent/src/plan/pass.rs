@@ -87,12 +87,12 @@ impl<A: IpAddress> Plan<A> {
         let before = self.services.remove(&id);
         self.reduced -= before.as_ref().map_or(0, |before| u32::from(before.is_reduced()));
         let wanted = endpoints(port);
-        for (&endpoint, &flags) in &wanted {
+        for (&endpoint, &used) in &wanted {
             let identity = identity(port, id, endpoint);
             // Who only serves on needs an id for its flows, which it has if there are any.
-            if flags & LISTED != 0 || self.backends.serving_id(&identity).is_some() {
+            if used.flags & LISTED != 0 || self.backends.serving_id(&identity).is_some() {
                 let (egress, writes) = (&mut self.egress, &mut pass.backends);
-                self.backends.acquire(identity, flags, egress, writes);
+                self.backends.acquire(identity, used, egress, writes);
             }
         }
         for (policy, slice) in found.fresh {
@@ -131,7 +131,7 @@ impl<A: IpAddress> Plan<A> {
         if wanted > self.networks.room() {
             return Err(Refusal::Networks { wanted });
         }
-        let listed = endpoints(port).into_iter().filter(|(_, flags)| flags & LISTED != 0);
+        let listed = endpoints(port).into_iter().filter(|(_, used)| used.flags & LISTED != 0);
         let wanted =
             listed.filter(|(endpoint, _)| self.backends.id(&identity(port, id, *endpoint)).is_none()).count();
         if wanted > self.backends.room() {

@@ -174,8 +174,17 @@ pub(super) fn room<A: IpAddress>(port: &ServicePort<A>) -> u64 {
     [cluster.len(), local].into_iter().filter(|len| *len > 1).map(|len| u64::from(maglev::room(len))).sum()
 }
 
+/// What an endpoint is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Use<A> {
+    /// Flags of its backend.
+    pub(super) flags: u8,
+    /// Address of its node, as in [`Endpoint::node`].
+    pub(super) node: A,
+}
+
 /// Every endpoint with the flags of its backend; those without a list serve flows that they have, and get no others.
-pub(super) fn endpoints<A: IpAddress>(port: &ServicePort<A>) -> BTreeMap<(A, u16), u8> {
+pub(super) fn endpoints<A: IpAddress>(port: &ServicePort<A>) -> BTreeMap<(A, u16), Use<A>> {
     let lists = [
         (list(port, Policy::Cluster), backend::IN_CLUSTER_LIST),
         (list(port, Policy::Local), backend::IN_LOCAL_LIST),
@@ -184,8 +193,9 @@ pub(super) fn endpoints<A: IpAddress>(port: &ServicePort<A>) -> BTreeMap<(A, u16
     let mut endpoints = BTreeMap::new();
     for (list, flag) in lists {
         for endpoint in list {
-            let flags = endpoints.entry((endpoint.addr, endpoint.port)).or_default();
-            *flags |= flag | if endpoint.local { backend::LOCAL } else { 0 };
+            let at = (endpoint.addr, endpoint.port);
+            let used = endpoints.entry(at).or_insert(Use { flags: 0, node: endpoint.node });
+            used.flags |= flag | if endpoint.local { backend::LOCAL } else { 0 };
         }
     }
     endpoints

@@ -123,7 +123,7 @@ fn port<A: TestAddress>(
 }
 
 fn endpoint<A: TestAddress>(n: u8) -> Endpoint<A> {
-    Endpoint { addr: A::at(0, 0, n), port: 8080, local: false }
+    Endpoint { addr: A::at(0, 0, n), port: 8080, local: false, node: A::UNSPECIFIED }
 }
 
 fn simple<A: TestAddress>(n: u8, endpoints: &[u8]) -> ServicePort<A> {

@@ -97,14 +97,14 @@ fn hint(code: u16) -> &'static str {
 }
 
 impl Selection {
-    /// The objects that kube-proxy asks for.
-    pub(super) fn new(kind: Kind, node: &str) -> Self {
+    /// The objects that kube-proxy asks for, and of nodes all that matter.
+    pub(super) fn new(kind: Kind, only_node: Option<&String>) -> Self {
         let (fields, labels) = match kind {
             Kind::Service => {
                 (Some("spec.clusterIP!=None".to_owned()), Some("!service.kubernetes.io/service-proxy-name"))
             }
             Kind::EndpointSlice => (None, Some("!service.kubernetes.io/headless")),
-            Kind::Node => (Some(format!("metadata.name={node}")), None),
+            Kind::Node => (only_node.map(|node| format!("metadata.name={node}")), None),
             Kind::ServiceCidr => (None, None),
         };
         Self { kind, fields, labels }

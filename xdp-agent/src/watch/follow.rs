@@ -74,7 +74,7 @@ impl Follower {
     ) -> Self {
         Self {
             kind,
-            selection: Selection::new(kind, &options.node),
+            selection: Selection::new(kind, (!options.all_nodes).then_some(&options.node)),
             pace: options.pace,
             connection,
             told,

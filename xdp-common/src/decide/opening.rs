@@ -1,7 +1,7 @@
 //! How a flow is opened: frontend, backend, way, source port.
 
 use super::{
-    Hook, Next, reply_of,
+    Hook, Next, direct, reply_of,
     sending::{set_hop, tag_from},
 };
 use crate::{
@@ -99,7 +99,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
             return Next::Reserve(true);
         }
     }
-    Next::Route
+    if direct::may_apply(tables, packet, hook, origin, frontend.flags) { Next::Direct } else { Next::Route }
 }
 
 /// The flag by which a frontend masquerades clients from there.
@@ -288,6 +288,9 @@ pub(super) fn still_holds<F: Family, T: Tables<F>>(
     key: &FlowKey<F::Addr>,
     work: &mut Work<F::Addr>,
 ) -> bool {
+    if work.flow.kind == kind::TUNNEL {
+        return true;
+    }
     let (reply_kind, reply_exit) = reply_of(&work.flow);
     mirror(key, &work.flow, reply_kind, reply_exit, &mut work.reply);
     match claim(tables, key, work) {

@@ -49,8 +49,13 @@ pub fn ingress<F: Family, T: Tables<F>>(
         // The answer serves the flow too, whether it is kept or not.
         refresh(tables, packet, table, flow);
     }
-    let action = by_cache(tables, packet, flow).unwrap_or(Way::Stack).action();
-    out.quote = quoted(flow);
+    // Left alone where the backend's node cannot be reached from here: the kernel has no use for it.
+    let otherwise = if flow.kind == kind::TUNNEL { Way::Pass } else { Way::Stack };
+    let action = by_cache(tables, packet, flow).unwrap_or(otherwise).action();
+    if action == Action::Pass {
+        return action;
+    }
+    out.quote = if action == Action::Tunnel { rewrite(flow) } else { quoted(flow) };
     out.hop = Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex };
     let is_masqueraded = flow.kind == kind::FORWARD && flow.src.differs(key.src) != 0;
     let is_renamed = is_masqueraded || message.from.differs(key.src) == 0;

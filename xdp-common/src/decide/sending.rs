@@ -1,6 +1,6 @@
 //! How a packet of a known flow leaves: by the cached next hop, by a new one, or half-translated through the kernel.
 
-use super::{Hook, note_reset};
+use super::{Hook, direct, note_reset};
 use crate::{
     conntrack::{rewrite, translate, translated},
     frame::{Packet, tcp},
@@ -18,10 +18,16 @@ pub(super) enum Way {
     Transmit,
     /// Out of another interface.
     Redirect,
+    /// In a packet to the backend's node.
+    Tunnel,
+    /// As it is, to the kernel.
+    Pass,
     /// Not at all: the table of new flows refused an entry.
     Refused,
     /// Not at all: the endpoint is gone.
     Reset,
+    /// Not at all: it is too long for the tunnel.
+    TooLong,
 }
 
 impl Way {
@@ -32,8 +38,11 @@ impl Way {
             Self::Stack => Action::Stack,
             Self::Transmit => Action::Transmit,
             Self::Redirect => Action::Redirect,
+            Self::Tunnel => Action::Tunnel,
+            Self::Pass => Action::Pass,
             Self::Refused => Action::Drop(Reason::FlowInsert),
             Self::Reset => Action::Reject(Reason::EndpointRemoved),
+            Self::TooLong => Action::Reject(Reason::TunnelMtu),
         }
     }
 }
@@ -57,6 +66,7 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
     match flow.exit {
         exit::TRANSMIT => Some(Way::Transmit),
         exit::REDIRECT => Some(Way::Redirect),
+        exit::TUNNEL => Some(Way::Tunnel),
         _ => None,
     }
 }
@@ -89,6 +99,9 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     }
     if flow.exit == exit::LOCAL {
         return Way::Stack;
+    }
+    if flow.kind == kind::TUNNEL {
+        return direct::send(tables, packet, hook, table, flow);
     }
     if hook == Hook::Xdp {
         if flow.routing != tag_from(tables, packet.ifindex) && refresh(tables, packet, table, flow) {
@@ -151,10 +164,12 @@ pub(super) fn refresh<F: Family, T: Tables<F>>(
         Route::Hop { ifindex, .. } => tables.device(ifindex),
         Route::NoNeighbour { .. } | Route::Local | Route::Kernel => None,
     };
+    let is_known = set_hop(tables, packet.ifindex, route, out, tag, flow);
+    if flow.kind == kind::TUNNEL && flow.ifindex != 0 {
+        direct::through::<F>(flow);
+    }
     // Kept only where entries are replaced as a whole, so that no other CPU sees half an address.
-    set_hop(tables, packet.ifindex, route, out, tag, flow)
-        && table == Table::Established
-        && tables.store(table, &packet.key, flow)
+    is_known && table == Table::Established && tables.store(table, &packet.key, flow)
 }
 
 /// Writes the answer of the routing table, and the device it names, into a flow; false when it is not worth keeping.
@@ -184,11 +199,14 @@ pub(super) fn set_hop<F: Family, T: Tables<F>>(
             flow.routing = tag;
             true
         }
-        Route::NoNeighbour { .. } => {
+        Route::NoNeighbour { ifindex } => {
+            flow.ifindex = ifindex;
+            flow.mtu = 0;
             flow.routing = 0;
             false
         }
         Route::Local | Route::Kernel => {
+            flow.ifindex = 0;
             flow.routing = tag;
             true
         }

@@ -90,6 +90,7 @@ pub const fn errno(reason: Reason) -> i32 {
         | Reason::FlowInsert
         | Reason::NoBackend
         | Reason::EndpointRemoved
+        | Reason::TunnelMtu
         | Reason::EchoLimit => EPERM,
     }
 }

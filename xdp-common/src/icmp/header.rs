@@ -132,7 +132,9 @@ impl Icmp for V6 {
         let (mut is_fragment, mut step) = (false, 0);
         while step < EXTENSIONS_MAX {
             let is_fragment_header = proto == extension::FRAGMENT;
-            if !is_fragment_header && proto != extension::HOP_BY_HOP && proto != extension::DESTINATION {
+            // Hop-by-hop options come first or not at all (RFC 8200, section 4.1).
+            let is_option = (proto == extension::HOP_BY_HOP && step == 0) || proto == extension::DESTINATION;
+            if !is_fragment_header && !is_option {
                 break;
             }
             let header = frame.view::<EXTENSION_LEN_MIN>(at + len)?;

@@ -10,6 +10,9 @@ pub mod kind {
     pub const REPLY_LOCAL: u8 = 3;
     /// Half-translated by ingress, routed by the kernel, to be finished at egress; either direction.
     pub const TRANSIT: u8 = 4;
+    /// From the client to a backend elsewhere, through a tunnel to its node, which answers; met at ingress. It has no other
+    /// half: answers do not come by here. Its addresses are those of the packet around the client's, its ports the client's.
+    pub const TUNNEL: u8 = 5;
 }
 
 /// How packets of a flow leave.
@@ -28,9 +31,19 @@ pub mod exit {
     pub const BACK: u8 = 5;
     /// From a process of this node to a backend elsewhere.
     pub const OUT: u8 = 6;
+    /// In a packet to the backend's node, out of whichever interface.
+    pub const TUNNEL: u8 = 7;
     /// A bit beside the way: its endpoint is gone, and whoever goes on is reset (`--reset-on-endpoint-removal`). The agent sets
     /// it in forward halves of TCP; no way that a cached next hop allows has it, so the fast path need not look.
     pub const RESET: u8 = 1 << 7;
+}
+
+/// For which protocols clients outside the cluster are answered by the backend's node itself (`--forwarding`).
+pub mod direct {
+    /// TCP.
+    pub const TCP: u32 = 1;
+    /// UDP and SCTP.
+    pub const OTHERS: u32 = 2;
 }
 
 /// How far a TCP flow has closed.
@@ -77,6 +90,10 @@ pub mod network {
     pub const PODS: u32 = 0;
     /// ServiceCIDRs: what is addressed there and is no ClusterIP is dropped.
     pub const SERVICES: u32 = 1;
+    /// The other nodes of the cluster: whence this one takes packets that have come to them.
+    pub const NODES: u32 = 2;
+    /// This node, as the other nodes know it.
+    pub const SELF: u32 = 3;
 
     /// Sources that may reach the load-balancer addresses of a service port.
     #[inline(always)] // one instruction

@@ -143,8 +143,12 @@ pub mod next {
     pub const V6: u32 = 0;
     /// What is neither.
     pub const OTHERS: u32 = 1;
+    /// What another node has sent on in a packet of its own.
+    pub const TUNNEL: u32 = 2;
+    /// The first program again, for what was in such a packet.
+    pub const INGRESS: u32 = 3;
     /// All of them.
-    pub const ALL: [u32; 2] = [V6, OTHERS];
+    pub const ALL: [u32; 4] = [V6, OTHERS, TUNNEL, INGRESS];
 }
 
 /// The maps that both families share.

@@ -1,5 +1,6 @@
 //! The decision on ordinary maps: what a packet meets, from the first of a flow to the last.
 
+mod direct;
 mod fragments;
 mod model;
 mod node;

@@ -121,7 +121,9 @@ impl Model {
         match first.action {
             Action::Transmit | Action::Redirect => half,
             Action::Stack => rewritten(&half, &self.egress(&half)),
-            Action::Pass | Action::Drop(_) | Action::Reject(_) => panic!("not forwarded: {:?}", first.action),
+            Action::Pass | Action::Tunnel | Action::Drop(_) | Action::Reject(_) => {
+                panic!("not forwarded: {:?}", first.action)
+            }
         }
     }
 }
@@ -146,6 +148,7 @@ impl<F: Family> Model<F> {
                 masquerade_wire: 0,
                 policy_routing: 0,
                 echo: 1,
+                direct: 0,
             }),
             established: Flows::<F::Addr>::default(),
             embryonic: Flows::<F::Addr>::default(),
@@ -160,6 +163,7 @@ impl<F: Family> Model<F> {
                 flags: 0,
                 generation: 0,
                 service: 0,
+                node: F::Addr::UNSPECIFIED,
             }]),
             devices: RefCell::new(HashMap::from([(UPLINK, uplink)])),
             route: Cell::new(gateway()),
@@ -187,7 +191,8 @@ impl<F: Family> Model<F> {
         let lists = backend::IN_CLUSTER_LIST | backend::IN_LOCAL_LIST;
         let flags = if is_local { backend::LOCAL | lists } else { backend::IN_CLUSTER_LIST };
         let id = self.backends.borrow().len() as u32;
-        self.set_backend(id, Backend { addr, port: TARGET, proto, flags, generation: 1, service: 1 });
+        let node = F::Addr::UNSPECIFIED;
+        self.set_backend(id, Backend { addr, port: TARGET, proto, flags, generation: 1, service: 1, node });
         id
     }
 
@@ -445,6 +450,7 @@ fn packet(src: Addr, sport: [u8; 2], dst: Addr, dport: [u8; 2], proto: u8, tcp_f
         tos: 0,
         ttl: 64,
         tcp_flags,
+        is_tunnelled: false,
         ifindex: UPLINK,
     };
     packet.check = finished(&packet);
@@ -460,7 +466,7 @@ fn finished<A: Address>(packet: &Packet<A>) -> u16 {
 
 /// The packet after a verdict, its checksum updated by the verdict's deltas.
 pub(crate) fn rewritten<A: Address>(packet: &Packet<A>, verdict: &Verdict<A>) -> Packet<A> {
-    if matches!(verdict.action, Action::Pass | Action::Drop(_) | Action::Reject(_)) {
+    if matches!(verdict.action, Action::Pass | Action::Tunnel | Action::Drop(_) | Action::Reject(_)) {
         return *packet;
     }
     let rewrite = verdict.rewrite;

@@ -6,13 +6,14 @@ use xdp_common::{
     frame::{Packet, tcp},
     icmp::{Message, Translation},
     net::{TCP, UDP, V4},
-    tables::{Config, Device, Frontend, Route, frontend},
+    tables::{Backend, Config, Device, Frontend, Route, direct, frontend},
     verdict::{Action, Event, Hop},
 };
 
 use crate::model::*;
 
 const ROUTER: Addr = [100, 64, 0, 1];
+const OTHER_NODE: Addr = [192, 168, 70, 20];
 
 /// An error about a packet, as a router or one of its ends sends it.
 fn about(packet: &Packet<Addr>, from: Addr) -> Message<Addr> {
@@ -32,7 +33,7 @@ fn sent(
         hop: Hop { dmac: [0; 6], smac: [0; 6], ifindex: 0 },
     };
     let action = decide(message, &mut out);
-    if action == Action::Pass {
+    if action == Action::Pass || action == Action::Tunnel {
         return (action, quoted, message.from);
     }
     let quote = out.quote;
@@ -60,7 +61,7 @@ fn passes(model: &Model, message: &Message<Addr>) -> (Key, Addr) {
             let (_, quoted, source) = leaves(model, &about(&packet, source));
             (quoted, source)
         }
-        Action::Drop(_) | Action::Reject(_) => panic!("no error is dropped"),
+        Action::Tunnel | Action::Drop(_) | Action::Reject(_) => panic!("not of this flow: {action:?}"),
     }
 }
 
@@ -150,6 +151,33 @@ fn what_the_kernel_was_handed_in_half_it_quotes_in_half() {
         }
         assert_eq!(leaves(&model, &about(&seen, ROUTER)).0, Action::Pass, "from behind, it comes by ingress");
     }
+}
+
+#[test]
+fn an_error_about_an_answer_of_another_node_goes_there_as_it_is() {
+    let model = Model::new();
+    let id = model.backend(REMOTE, TCP, false);
+    let backend = Backend { node: OTHER_NODE, ..model.backends.borrow()[id as usize] };
+    model.set_backend(id, backend);
+    model.frontend(VIP, TCP, &[id], 0);
+    model.config.set(Config { direct: direct::TCP, ..model.config.get() });
+    for flags in [tcp::SYN, tcp::ACK, tcp::ACK] {
+        assert_eq!(model.xdp(&segment(CLIENT, 40_000, VIP, HTTP, flags)).action, Action::Tunnel);
+        let answer = answer(&ack(40_000, VIP), tcp::ACK);
+        let mut out = Translation {
+            source: [0; 4],
+            quote: xdp_common::conntrack::rewrite_between(&answer.key, &answer.key),
+            hop: Hop { dmac: [0; 6], smac: [0; 6], ifindex: 0 },
+        };
+        let action = related::ingress::<V4, _>(&model, &about(&answer, ROUTER), &mut out);
+        assert_eq!((action, out.quote.src, out.quote.dst), (Action::Tunnel, NODE, OTHER_NODE));
+    }
+    // Without a neighbour it is left alone.
+    model.route.set(Route::NoNeighbour { ifindex: UPLINK });
+    model.config.set(Config { epoch: 9, ..model.config.get() });
+    let answer = answer(&ack(40_000, VIP), tcp::ACK);
+    assert_eq!(comes(&model, &about(&answer, ROUTER)).0, Action::Pass);
+    assert_eq!(model.events(Event::Related), 3);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use xdp_common::{
 };
 
 use super::{super::decision::packet, *};
-use crate::cluster::{DetectLocal, NodePortAddresses, Options, wanted::Protocol};
+use crate::cluster::{DetectLocal, Forwarding, NodePortAddresses, Options, wanted::Protocol};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -171,6 +171,7 @@ fn way(world: &World, key: FlowKey<[u8; 4]>, tcp_flags: u8) -> Way {
         Action::Pass => Way::Untouched,
         Action::Reject(reason) => Way::Refused(reason),
         Action::Drop(reason) => panic!("dropped: {}", reason.text()),
+        Action::Tunnel => panic!("nothing is direct here"),
         Action::Stack | Action::Transmit | Action::Redirect => {
             let (ip, port) = (IpAddr::from(verdict.rewrite.dst), u16::from_be_bytes(verdict.rewrite.dport));
             Way::To(format!("{ip}:{port}"))
@@ -188,6 +189,7 @@ fn world() -> World {
         service_cidrs: Vec::new(),
         node_ips: vec![NODE.parse().expect("an address")],
         zone: None,
+        forwarding: Forwarding::Snat,
     };
     World::new(options)
 }

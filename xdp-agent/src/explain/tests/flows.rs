@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::*;
 use crate::cluster::{
-    DetectLocal, NodePortAddresses, Options,
+    DetectLocal, Forwarding, NodePortAddresses, Options,
     address::{parse_cidr_sloppy, parse_ip_sloppy},
 };
 
@@ -293,6 +293,7 @@ fn options(config: &Config) -> Options {
         service_cidrs: cidrs(&config.service_cidrs),
         node_ips: addresses(config),
         zone: None,
+        forwarding: Forwarding::Snat,
     }
 }
 

@@ -71,7 +71,13 @@ fn service_port<A: TestAddress>(shape: Shape) -> ServicePort<A> {
     use Policy::{Cluster, Local};
     let Shape { service, frontends, chosen, local, serving, address, port: number, sources } = shape;
     let endpoints = |mask: u8| -> Vec<Endpoint<A>> {
-        bits(mask).map(|bit| Endpoint { local: local >> bit & 1 == 1, ..endpoint(bit) }).collect()
+        bits(mask)
+            .map(|bit| {
+                let is_local = local >> bit & 1 == 1;
+                let node = if is_local { A::UNSPECIFIED } else { A::at(7, 7, number) };
+                Endpoint { local: is_local, node, ..endpoint(bit) }
+            })
+            .collect()
     };
     let policies: &[(Policy, Policy)] = match frontends {
         0 => &[(Cluster, Cluster)],
@@ -134,6 +140,8 @@ fn run<A: TestAddress>(limits: Limits, events: Vec<Event>) {
                     pods: bits(pods).map(|n| network(n + 1)).collect(),
                     services: bits(services).map(|n| network(96 + n)).collect(),
                     own: bits(own).map(|n| A::at(96 + n, 9, 9)).collect(),
+                    nodes: bits(own).map(|n| A::at(n, 8, 8)).collect(),
+                    this: bits(pods).map(|n| A::at(n, 7, 7)).collect(),
                 };
                 delta.networks = Some(networks.clone());
             }

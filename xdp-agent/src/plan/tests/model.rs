@@ -49,8 +49,16 @@ struct Allowed<A> {
 
 impl<A: TestAddress> Model<A> {
     pub(super) fn new(limits: Limits) -> Self {
-        let nothing =
-            Backend { addr: A::UNSPECIFIED, port: [0; 2], proto: 0, flags: 0, generation: 0, service: 0 };
+        let unspecified = A::UNSPECIFIED;
+        let nothing = Backend {
+            addr: unspecified,
+            port: [0; 2],
+            proto: 0,
+            flags: 0,
+            generation: 0,
+            service: 0,
+            node: unspecified,
+        };
         Self {
             frontends: HashMap::new(),
             backends: vec![nothing; limits.backends as usize],

@@ -13,6 +13,7 @@ fn networks_come_before_what_needs_them_and_exceptions_before_what_they_except()
         pods: vec![net(244, 16)],
         services: vec![net(96, 16)],
         own: vec![[10, 96, 0, 9], [192, 0, 2, 1]],
+        ..Networks::NONE
     };
     let update = node.wish_with([], Some(networks.clone()), 0);
     assert_eq!(
@@ -44,7 +45,7 @@ fn a_network_of_ipv6_has_its_bits_too() {
     let mut node = Node::<V6>::new(LIMITS);
     let services = vec![Network { addr: V6::at(96, 0, 0), len: 108 }];
     let own = vec![V6::at(96, 0, 9)];
-    let update = node.wish_with([], Some(Networks { pods: Vec::new(), services, own }), 0);
+    let update = node.wish_with([], Some(Networks { services, own, ..Networks::NONE }), 0);
     assert_eq!(
         script(&update.changes),
         ["ingress gate", "network fd60::9/128 of 1 is 0", "network fd60::/108 of 1 is 1"]

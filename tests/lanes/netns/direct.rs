@@ -1,0 +1,442 @@
+//! Direct server return between three nodes: backends see their clients and answer them past the node where they came in,
+//! which may change.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use xdp_agent_tests::lab::{
+    agent::{Agent, AgentOptions},
+    link::veth,
+    manifests::Manifests,
+    netns::{Namespace, PrivateBpffs},
+    pass::PassProgram,
+    patient,
+    servers::pattern_of,
+    wait_for,
+};
+
+use crate::setup::Setup;
+
+/// An address in each family.
+type Both = (Ipv4Addr, Ipv6Addr);
+
+const VIP: Both = (Ipv4Addr::new(203, 0, 113, 10), Ipv6Addr::new(0x2001, 0xdb8, 0x113, 0, 0, 0, 0, 10));
+const CLUSTER_IP: Both = (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10));
+const PORT: u16 = 80;
+const TARGET: u16 = 8080;
+const NAMES: [&str; 3] = ["node-a", "node-b", "node-c"];
+/// The nodes that have a backend.
+const BACKENDS: [usize; 2] = [1, 2];
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a transfer may pause; a lost packet is sent again after a second at most.
+const STALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is sent each way in a turn, and how many turns there are.
+const TURN: usize = 4 << 20;
+const TURNS: usize = 6;
+/// Connections after which a backend that was never chosen is not in the ring.
+const TRIES_MAX: usize = 60;
+
+/// A client and three nodes around a router; two of the nodes have a pod. Fields drop in order, agents first.
+struct Cluster {
+    agents: Vec<Option<Agent>>,
+    bpffs: Vec<PrivateBpffs>,
+    client: Namespace,
+    router: Namespace,
+    nodes: Vec<Namespace>,
+    pods: Vec<Namespace>,
+    manifests: Manifests,
+    setup: Setup,
+    _programs: Vec<PassProgram>,
+}
+
+/// The address of a host on a link; hosts there end in 2 and the other side in 1.
+fn at(link: u16, host: u16) -> Both {
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0x20, link, 0, 0, 0, host);
+    (Ipv4Addr::new(10, 20, link as u8, host as u8), v6)
+}
+
+fn each((v4, v6): Both) -> [IpAddr; 2] {
+    [v4.into(), v6.into()]
+}
+
+/// The link of a node to the router, and that of its pod to it.
+const fn uplink(node: usize) -> u16 {
+    node as u16 + 1
+}
+const fn inside(node: usize) -> u16 {
+    node as u16 + 11
+}
+/// That of the client.
+const CLIENT_LINK: u16 = 9;
+
+impl Cluster {
+    fn build(setup: Setup, forwarding: &str) -> Result<Self> {
+        let mut cluster = Self {
+            agents: vec![None, None, None],
+            bpffs: (0..NAMES.len()).map(|_| PrivateBpffs::new()).collect::<Result<_>>()?,
+            client: Namespace::new("direct-client")?,
+            router: Namespace::new("direct-router")?,
+            nodes: NAMES.into_iter().map(Namespace::new).collect::<Result<_>>()?,
+            pods: ["pod-b", "pod-c"].into_iter().map(Namespace::new).collect::<Result<_>>()?,
+            manifests: Manifests::new()?,
+            setup,
+            _programs: Vec::new(),
+        };
+        cluster.link(&cluster.client, &cluster.router, "client", CLIENT_LINK)?;
+        for (node, name) in NAMES.iter().enumerate() {
+            cluster.link(&cluster.nodes[node], &cluster.router, name, uplink(node))?;
+        }
+        for (&node, pod) in BACKENDS.iter().zip(&cluster.pods) {
+            cluster.link(pod, &cluster.nodes[node], "pod", inside(node))?;
+            serve(pod, node as u8)?;
+            let (pods_v4, pods_v6) = at(inside(node), 0);
+            let (v4, v6) = at(uplink(node), 2);
+            cluster.router.route_via(pods_v4, 24, v4)?;
+            cluster.router.route_via_v6(pods_v6, 64, v6)?;
+        }
+        for namespace in [&cluster.nodes[..], &[cluster.router.clone()]].concat() {
+            namespace.sysctl("net/ipv4/ip_forward", "1")?;
+            namespace.sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        }
+        // Without them, what a native program sends to a veth is lost.
+        let devices = NAMES.into_iter().map(|name| (&cluster.router, name));
+        for (namespace, device) in devices.chain([(&cluster.client, "eth0")]) {
+            cluster._programs.push(PassProgram::attach(namespace, device)?);
+        }
+        cluster.publish(&BACKENDS)?;
+        for node in 0..NAMES.len() {
+            cluster.start(node, forwarding)?;
+        }
+        cluster.enter_by(0)?;
+        Ok(cluster)
+    }
+
+    /// Links a namespace to its gateway, where the device has a name.
+    fn link(&self, namespace: &Namespace, gateway: &Namespace, device: &str, link: u16) -> Result<()> {
+        veth(namespace, "eth0", gateway, device)?;
+        for (namespace, device, (v4, v6)) in
+            [(namespace, "eth0", at(link, 2)), (gateway, device, at(link, 1))]
+        {
+            namespace.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
+            namespace.sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")?;
+            namespace.up(device)?;
+            namespace.address(device, v4, 24)?;
+            namespace.address(device, v6, 64)?;
+            namespace.tx_offload(device, self.setup.tx_offload)?;
+        }
+        namespace.route_via(Ipv4Addr::UNSPECIFIED, 0, at(link, 1).0)?;
+        namespace.default_route_v6(at(link, 1).1)
+    }
+
+    /// Has packets to the Service come in by a node from now on.
+    fn enter_by(&self, node: usize) -> Result<()> {
+        for (to, gateway) in each(VIP).into_iter().zip(each(at(uplink(node), 2))) {
+            self.router.reroute_via(to, gateway)?;
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, node: usize, forwarding: &str) -> Result<()> {
+        let mut options = AgentOptions::new(self.manifests.directory(), self.setup.mode);
+        options.node = NAMES[node].into();
+        options.extra = vec!["--forwarding".into(), forwarding.into()];
+        self.agents[node] = Some(Agent::start(&self.nodes[node], &self.bpffs[node], &options)?);
+        Ok(())
+    }
+
+    fn agent(&self, node: usize) -> &Agent {
+        self.agents[node].as_ref().expect("an agent on every node")
+    }
+
+    fn count(&self, node: usize, event: &str) -> Result<f64> {
+        self.agent(node).metric("xdp_agent_events_total", &format!("event=\"{event}\""))
+    }
+
+    /// Says which backends serve, by their nodes.
+    fn publish(&self, backends: &[usize]) -> Result<()> {
+        let (vip_v4, vip_v6) = VIP;
+        let (ip_v4, ip_v6) = CLUSTER_IP;
+        let service = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec:\n  clusterIP: {ip_v4}\n  \
+             clusterIPs: [{ip_v4}, \"{ip_v6}\"]\n  externalIPs: [{vip_v4}, \"{vip_v6}\"]\n  ipFamilies: [IPv4, IPv6]\n  \
+             ports:\n  - {{name: tcp, port: {PORT}, protocol: TCP}}\n  - {{name: udp, port: {PORT}, protocol: UDP}}\n"
+        );
+        let mut documents = vec![service];
+        for (family, name) in ["IPv4", "IPv6"].into_iter().enumerate() {
+            let endpoints: String = backends
+                .iter()
+                .map(|&node| {
+                    let (address, node) = (each(at(inside(node), 2))[family], NAMES[node]);
+                    format!(
+                        "- {{addresses: [\"{address}\"], nodeName: {node}, conditions: {{ready: true}}}}\n"
+                    )
+                })
+                .collect();
+            documents.push(format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: web-{}, namespace: shop, labels: \
+                 {{kubernetes.io/service-name: web}}}}\naddressType: {name}\nports:\n- {{name: tcp, port: {TARGET}, protocol: \
+                 TCP}}\n- {{name: udp, port: {TARGET}, protocol: UDP}}\nendpoints:\n{endpoints}",
+                name.to_lowercase(),
+            ));
+        }
+        for (node, name) in NAMES.into_iter().enumerate() {
+            let (v4, v6) = at(uplink(node), 2);
+            documents.push(format!(
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nstatus:\n  addresses:\n  - {{type: InternalIP, address: \
+                 {v4}}}\n  - {{type: InternalIP, address: \"{v6}\"}}\n"
+            ));
+        }
+        self.manifests.write("all.yaml", &documents)
+    }
+
+    fn connect(&self, to: IpAddr) -> Result<Connection> {
+        let to = SocketAddr::new(to, PORT);
+        let stream = self.client.run(|| TcpStream::connect_timeout(&to, patient(TIMEOUT)));
+        let mut stream = stream.with_context(|| format!("connecting to {to}"))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(patient(STALL_TIMEOUT)))?;
+        stream.set_write_timeout(Some(patient(STALL_TIMEOUT)))?;
+        let mut greeting = [0; GREETING];
+        stream.read_exact(&mut greeting)?;
+        Ok(Connection { met: Met::of(&greeting), stream })
+    }
+
+    /// Connects until this backend answers.
+    fn connect_to(&self, to: IpAddr, backend: usize) -> Result<Connection> {
+        for _ in 0..TRIES_MAX {
+            let connection = self.connect(to)?;
+            if connection.met.backend == backend {
+                return Ok(connection);
+            }
+        }
+        anyhow::bail!("{TRIES_MAX} connections never met the backend on {}", NAMES[backend])
+    }
+
+    fn socket(&self, to: IpAddr) -> Result<UdpSocket> {
+        let any: IpAddr =
+            if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = self.client.run(|| {
+            UdpSocket::bind((any, 0)).and_then(|socket| {
+                socket.connect((to, PORT))?;
+                Ok(socket)
+            })
+        })?;
+        socket.set_read_timeout(Some(patient(Duration::from_millis(500))))?;
+        Ok(socket)
+    }
+}
+
+/// Who has answered, and whom that one saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Met {
+    backend: usize,
+    client: IpAddr,
+}
+
+/// What a backend says first: its node, and the address it sees, as IPv6 writes it.
+const GREETING: usize = 17;
+
+impl Met {
+    fn of(greeting: &[u8]) -> Self {
+        let octets: [u8; 16] = greeting[1..GREETING].try_into().expect("an address of IPv6");
+        Self { backend: greeting[0].into(), client: Ipv6Addr::from(octets).to_canonical() }
+    }
+}
+
+struct Connection {
+    stream: TcpStream,
+    met: Met,
+}
+
+impl Connection {
+    /// Sends so much, and gets the same back.
+    fn exchange(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut writer = self.stream.try_clone()?;
+        thread::scope(|scope| {
+            let sent = scope.spawn(move || writer.write_all(bytes));
+            let mut back = vec![0; bytes.len()];
+            self.stream.read_exact(&mut back).context("reading what comes back")?;
+            sent.join().expect("the writer does not panic").context("sending")?;
+            ensure!(back == bytes, "what came back is something else");
+            Ok(())
+        })
+    }
+}
+
+/// Greets every connection and echoes what it sends; greets every datagram, and repeats it.
+fn serve(pod: &Namespace, node: u8) -> Result<()> {
+    let any = (Ipv6Addr::UNSPECIFIED, TARGET);
+    let listener = pod.run(|| TcpListener::bind(any))?;
+    let socket = pod.run(|| UdpSocket::bind(any))?;
+    let greeting = move |peer: SocketAddr| -> Vec<u8> {
+        let octets = match peer.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        [&[node][..], &octets].concat()
+    };
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || -> std::io::Result<u64> {
+                let greeting = greeting(stream.peer_addr()?);
+                stream.write_all(&greeting)?;
+                std::io::copy(&mut stream.try_clone()?, &mut stream)
+            });
+        }
+    });
+    thread::spawn(move || {
+        let mut question = vec![0; 1 << 16];
+        while let Ok((len, peer)) = socket.recv_from(&mut question) {
+            // A client that goes away early is the client's to report.
+            let _ = socket.send_to(&[&greeting(peer)[..], &question[..len]].concat(), peer);
+        }
+    });
+    Ok(())
+}
+
+/// Asks by a datagram of so many bytes until it is answered as a whole: one too long for the tunnel is lost, and its sender
+/// told.
+fn ask(socket: &UdpSocket, len: usize) -> Result<Met> {
+    let question = pattern_of(len);
+    let what = format!("a datagram of {len} bytes to {:?} to be answered", socket.peer_addr()?);
+    wait_for(&what, TIMEOUT, || {
+        // The error of an earlier one, which the kernel was told, comes with the next call.
+        let _ = socket.take_error();
+        socket.send(&question)?;
+        let mut answer = vec![0; len + GREETING + 1];
+        let got = socket.recv(&mut answer)?;
+        ensure!(answer[GREETING..got] == question, "{got} bytes came back");
+        Ok(Met::of(&answer))
+    })
+}
+
+/// One setup per mode; checksums are complete, as on a wire.
+macro_rules! each_mode_of_a_wire {
+    ($name:ident) => {
+        mod $name {
+            use xdp_agent_tests::lab::agent::Mode;
+
+            use crate::setup::Setup;
+
+            #[test]
+            fn native() -> anyhow::Result<()> {
+                super::$name(Setup { mode: Mode::Native, tx_offload: false })
+            }
+
+            #[test]
+            fn generic() -> anyhow::Result<()> {
+                super::$name(Setup { mode: Mode::Generic, tx_offload: false })
+            }
+        }
+    };
+}
+
+each_mode_of_a_wire!(backends_see_their_clients_and_answer_past_the_node_of_entry);
+fn backends_see_their_clients_and_answer_past_the_node_of_entry(setup: Setup) -> Result<()> {
+    let cluster = Cluster::build(setup, "dsr")?;
+    for (vip, client) in each(VIP).into_iter().zip(each(at(CLIENT_LINK, 2))) {
+        for backend in BACKENDS {
+            let connection = cluster.connect_to(vip, backend)?;
+            ensure!(connection.met == Met { backend, client }, "{:?}", connection.met);
+        }
+        // Long enough to be fragments too.
+        for len in [1, 1_400, 1_472, 8_000] {
+            let met = ask(&cluster.socket(vip)?, len)?;
+            ensure!(met.client == client, "{len} bytes: {met:?}");
+        }
+    }
+    for event in ["transmitted", "redirected", "restored", "slow_path"] {
+        let times = cluster.count(0, event)?;
+        ensure!(times == 0.0, "the node of entry has {times} of {event}: answers came back by it");
+    }
+    ensure!(cluster.count(0, "tunnelled")? > 10.0 && cluster.count(0, "untunnelled")? == 0.0);
+    for backend in BACKENDS {
+        ensure!(cluster.count(backend, "untunnelled")? > 2.0 && cluster.count(backend, "tunnelled")? == 0.0);
+        ensure!(cluster.count(backend, "delivered")? > 2.0 && cluster.count(backend, "restored")? > 2.0);
+    }
+    Ok(())
+}
+
+each_mode_of_a_wire!(a_transfer_goes_on_when_its_node_of_entry_changes_is_killed_or_loses_its_neighbours);
+fn a_transfer_goes_on_when_its_node_of_entry_changes_is_killed_or_loses_its_neighbours(
+    setup: Setup,
+) -> Result<()> {
+    let mut cluster = Cluster::build(setup, "dsr")?;
+    let bytes = pattern_of(TURN);
+    for (vip, backend) in each(VIP).into_iter().zip(BACKENDS) {
+        cluster.enter_by(0)?;
+        let mut connection = cluster.connect_to(vip, backend)?;
+        for turn in 0..TURNS {
+            match turn {
+                // By each node in turn: one that sends on, the backend's own, the other one's.
+                1 | 2 => cluster.enter_by(turn)?,
+                3 => cluster.enter_by(0)?,
+                4 => {
+                    cluster.nodes[0].flush_neighbours()?;
+                }
+                5 => {
+                    cluster.agents[0].take().expect("an agent on every node").kill()?;
+                }
+                _ => {}
+            }
+            connection.exchange(&bytes).with_context(|| format!("{vip}, turn {turn}"))?;
+        }
+        cluster.start(0, "dsr")?;
+        connection.exchange(&bytes).context("with another agent")?;
+    }
+    // Longer packets than get through the tunnel, of which their sender was told.
+    let too_long = cluster.agent(0).metric("xdp_agent_drops_total", "reason=\"tunnel_mtu\"")?;
+    ensure!(too_long > 0.0, "nothing was too long");
+    Ok(())
+}
+
+each_mode_of_a_wire!(hybrid_answers_tcp_directly_and_udp_by_the_node_of_entry);
+fn hybrid_answers_tcp_directly_and_udp_by_the_node_of_entry(setup: Setup) -> Result<()> {
+    let cluster = Cluster::build(setup, "hybrid")?;
+    let ends = each(at(CLIENT_LINK, 2)).into_iter().zip(each(at(uplink(0), 2)));
+    for (vip, (client, node)) in each(VIP).into_iter().zip(ends) {
+        ensure!(cluster.connect(vip)?.met.client == client, "TCP is direct");
+        ensure!(ask(&cluster.socket(vip)?, 100)?.client == node, "UDP is not");
+    }
+    Ok(())
+}
+
+/// A client on the same machine leaves its checksums to a device that never comes; its flows are translated.
+#[test]
+fn a_client_that_leaves_checksums_to_its_device_is_served_too() -> Result<()> {
+    let setup = Setup { mode: xdp_agent_tests::lab::agent::Mode::Native, tx_offload: true };
+    let cluster = Cluster::build(setup, "dsr")?;
+    let bytes = pattern_of(TURN);
+    for vip in each(VIP) {
+        cluster.connect(vip)?.exchange(&bytes)?;
+        ask(&cluster.socket(vip)?, 100)?;
+    }
+    Ok(())
+}
+
+each_mode_of_a_wire!(udp_leaves_a_backend_that_goes_and_tcp_stays_with_it);
+fn udp_leaves_a_backend_that_goes_and_tcp_stays_with_it(setup: Setup) -> Result<()> {
+    let cluster = Cluster::build(setup, "dsr")?;
+    cluster.publish(&BACKENDS[..1])?;
+    for vip in each(VIP) {
+        let gone = BACKENDS[0];
+        let socket = cluster.socket(vip)?;
+        let mut connection = wait_for("the other backend to be gone", TIMEOUT, || {
+            ensure!(ask(&socket, 1)?.backend == gone);
+            cluster.connect_to(vip, gone)
+        })?;
+        cluster.publish(&BACKENDS[1..])?;
+        wait_for("UDP to leave the backend that is gone", TIMEOUT, || {
+            ensure!(ask(&socket, 1)?.backend == BACKENDS[1]);
+            Ok(())
+        })?;
+        connection.exchange(b"goes on").context("a connection to a backend that is gone")?;
+        cluster.publish(&BACKENDS[..1])?;
+    }
+    Ok(())
+}

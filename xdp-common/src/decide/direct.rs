@@ -1,0 +1,170 @@
+//! Direct server return: flows whose packets go to the node of their backend as they are ([`crate::tunnel`]).
+//!
+//! Such a flow has one entry, which says where its packets go while the ring changes. Losing it costs nothing but that: the
+//! next packet is placed by hash again. So it reserves nothing, and no table that is full drops a packet of it.
+
+use super::{
+    Hook, Next, Origin,
+    opening::route_new,
+    sending::{Way, by_cache, refresh, tag_from},
+};
+use crate::{
+    conntrack::opens,
+    frame::{Packet, tcp},
+    net::{Address, Family, FlowKey, SCTP, TCP, UDP},
+    select::known_bit,
+    tables::{Flow, Insertion, Table, Tables, Work, direct, exit, frontend, kind, network},
+    verdict::{Counter, Event},
+};
+
+/// Whether a new flow's packets may go to the node of its backend: those of clients outside the cluster, whose answers that
+/// node can send by the way they came. A packet that has come by a tunnel goes through no other, and one whose checksum a
+/// device is still to finish would have to be finished on the way. An address of this node is none of the other's.
+#[inline(always)] // one caller
+pub(super) fn may_apply<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    hook: Hook,
+    origin: Origin,
+    frontend_flags: u32,
+) -> bool {
+    let wanted = if packet.key.proto == TCP { direct::TCP } else { direct::OTHERS };
+    matches!(hook, Hook::Xdp | Hook::Fragment)
+        && origin == Origin::External
+        && frontend_flags & (frontend::NODE_PORT | frontend::NODE_ADDRESS) == 0
+        && tables.config().direct & wanted != 0
+        && !packet.is_tunnelled
+}
+
+/// Finds the way of a new flow to the node of its backend, and enters it; where there is none, or its client is a pod, the
+/// flow takes the way of others.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+pub(super) fn enter<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    work: &mut Work<F::Addr>,
+) -> Next {
+    let flow = &mut work.flow;
+    let Some(backend) = tables.backend(flow.backend) else { return Next::Route };
+    if backend.node.differs(F::Addr::UNSPECIFIED) == 0 || tables.network(network::PODS, packet.key.src) {
+        return Next::Route;
+    }
+    flow.dst = backend.node;
+    if !route_new(tables, packet, flow) || flow.ifindex == 0 {
+        flow.src = packet.key.src;
+        flow.dst = backend.addr;
+        return Next::Route;
+    }
+    flow.kind = kind::TUNNEL;
+    flow.sport = packet.key.sport;
+    flow.dport = packet.key.dport;
+    flow.addr_delta = 0;
+    flow.l4_delta = 0;
+    through::<F>(flow);
+    match tables.insert(Table::Embryonic, &packet.key, flow) {
+        Insertion::Done => tables.count(Counter::Event(Event::FlowNew)),
+        Insertion::Exists => match tables.flow(Table::Embryonic, &packet.key) {
+            // An opener that is sent again goes where it went before.
+            Some(entry) if entry.kind == kind::TUNNEL && !is_over(tables, packet, &entry) => *flow = *entry,
+            _ => _ = tables.store(Table::Embryonic, &packet.key, flow),
+        },
+        Insertion::Refused => {}
+    }
+    Next::Send(Table::Embryonic)
+}
+
+/// Makes the way of a flow, as the routing table has told it, one through a tunnel.
+#[inline(always)] // a few instructions
+pub(super) fn through<F: Family>(flow: &mut Flow<F::Addr>) {
+    if flow.exit == exit::TRANSMIT || flow.exit == exit::REDIRECT {
+        flow.exit = exit::TUNNEL;
+    }
+    flow.mtu = flow.mtu.saturating_sub(F::HEADER_LEN);
+}
+
+/// Whether a flow through a tunnel must not carry a packet on: because it has come by one itself, its backend is gone and
+/// the packet would start something new, or the tuple is used again after the old connection closed.
+#[inline(always)] // as for other flows
+pub(super) fn is_over<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    flow: &Flow<F::Addr>,
+) -> bool {
+    packet.is_tunnelled
+        || ((packet.key.proto == UDP || opens(packet))
+            && (flow.closing != 0
+                || tables.backend(flow.backend).is_none_or(|now| now.generation != flow.generation)))
+}
+
+/// Whether a flow is established by this packet. No answer comes by here; that the client goes on says that it got one.
+#[inline(always)] // one caller
+pub(super) fn establishes<A: Address>(packet: &Packet<A>) -> bool {
+    match packet.key.proto {
+        TCP => packet.tcp_flags & tcp::ACK != 0,
+        SCTP => !opens(packet),
+        _ => true,
+    }
+}
+
+/// Moves a flow to the established table, and says where it is now.
+#[inline(never)] // once per flow
+pub(super) fn establish<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    flow: &Flow<F::Addr>,
+) -> Table {
+    let bit = known_bit(key);
+    tables.note_known(bit);
+    if !tables.store(Table::Established, key, flow) {
+        tables.count(Counter::Event(Event::EstablishedFull));
+        return Table::Embryonic;
+    }
+    tables.note_known(bit);
+    tables.remove(Table::Embryonic, key);
+    tables.count(Counter::Event(Event::FlowEstablished));
+    Table::Established
+}
+
+/// Sends a packet through the tunnel off the fast path. What XDP cannot send is left to tc ingress, behind which the kernel
+/// finds the neighbour; what has no hops left, or no way, to the kernel as it is.
+#[inline(always)] // two callers, off whose stack it would be too deep
+pub(super) fn send<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    hook: Hook,
+    table: Table,
+    flow: &mut Flow<F::Addr>,
+) -> Way {
+    if flow.routing != tag_from(tables, packet.ifindex) && refresh(tables, packet, table, flow) {
+        tables.count(Counter::Event(Event::HopRefreshed));
+    }
+    if packet.ttl <= 1 || flow.ifindex == 0 {
+        return Way::Pass;
+    }
+    if flow.mtu != 0 && packet.total_len > flow.mtu {
+        return Way::TooLong;
+    }
+    match hook {
+        Hook::Xdp => by_cache(tables, packet, flow).unwrap_or(Way::Pass),
+        _ => Way::Tunnel,
+    }
+}
+
+/// How a packet leaves that XDP has left alone though it could have changed it, at tc ingress: through its tunnel, if it is of
+/// a flow that has one. All others are nobody's.
+#[inline(never)] // rare, and a frame of its own
+pub(super) fn left_by_xdp<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    work: &mut Work<F::Addr>,
+) -> Way {
+    for table in [Table::Established, Table::Embryonic] {
+        let Some(entry) = tables.flow(table, &packet.key) else { continue };
+        if entry.kind != kind::TUNNEL || is_over(tables, packet, &entry) {
+            return Way::Pass;
+        }
+        work.flow = *entry;
+        return send(tables, packet, Hook::Tc, table, &mut work.flow);
+    }
+    Way::Pass
+}
