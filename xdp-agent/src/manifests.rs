@@ -139,27 +139,35 @@ impl Reader<'_> {
         if self.now.files.contains_key(path) {
             return; // named twice
         }
-        let stamp = Stamp::of(path);
+        self.file_in(path, Stamp::of(path));
+    }
+
+    /// Reads a file that was in this state a moment ago.
+    fn file_in(&mut self, path: &Path, stamp: Option<Stamp>) {
         let held = self.previous.and_then(|previous| previous.files.get(path));
-        let judge = |(caution, held): (Caution<'_>, &Held)| caution.judge(held, stamp);
-        match self.caution.zip(held).map_or(Verdict::Take, judge) {
-            Verdict::Take => {
-                self.now.files.insert(path.to_owned(), Held::taken(stamp));
-                self.content(path);
+        let known = self.caution.zip(held);
+        let judge = |stamp| known.map_or(Verdict::Take, |(caution, held)| caution.judge(held, stamp));
+        let verdict = judge(stamp);
+        if let Verdict::Hold(wait) = verdict {
+            return self.hold(path, Held::waiting(stamp, wait));
+        }
+        let before = (self.now.problems.len(), self.kept.len(), self.now.ignored);
+        self.now.files.insert(path.to_owned(), Held::taken(stamp));
+        self.content(path);
+        let is_whole = self.now.problems.len() == before.0 && !self.is_something_missing(path);
+        // Writers do not wait for readers: what was read may be of a state after that one.
+        let then = Stamp::of(path);
+        let is_same = then == stamp;
+        match if is_same { verdict } else { judge(then) } {
+            Verdict::Take => {}
+            Verdict::TakeIfWhole(_) if is_same && is_whole => {}
+            Verdict::TakeIfWhole(wait) | Verdict::Hold(wait) => {
+                self.take_back(path);
+                self.now.problems.truncate(before.0);
+                self.kept.truncate(before.1);
+                self.now.ignored = before.2;
+                self.hold(path, Held::waiting(then, wait));
             }
-            Verdict::TakeIfWhole(wait) => {
-                let before = (self.now.problems.len(), self.kept.len(), self.now.ignored);
-                self.now.files.insert(path.to_owned(), Held::taken(stamp));
-                self.content(path);
-                if self.now.problems.len() > before.0 || self.is_something_missing(path) {
-                    self.take_back(path);
-                    self.now.problems.truncate(before.0);
-                    self.kept.truncate(before.1);
-                    self.now.ignored = before.2;
-                    self.hold(path, Held::waiting(stamp, wait));
-                }
-            }
-            Verdict::Hold(wait) => self.hold(path, Held::waiting(stamp, wait)),
         }
     }
 

@@ -42,7 +42,7 @@ fn virtio_that_merges_frames_for_the_guest_falls_back_and_serves() -> Result<()>
         6,
         "virtio_net",
         "generic",
-        "native: guest offloads are on [virtio_net: Can't set XDP while host is implementing",
+        "native: receive offloads are on [virtio_net: Can't set XDP while host is implementing",
     )
 }
 

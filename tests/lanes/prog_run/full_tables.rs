@@ -14,9 +14,9 @@ const FLOOD: u16 = 200;
 /// depends on how many come in a tick of the kernel's clock.
 const KEPT: u16 = 2_000;
 
-/// Opens flows from another client.
-fn flood(node: &Node) {
-    for sport in 0..FLOOD {
+/// Opens flows from another client, new ones in each wave: which of the last wave the table still holds depends on the clock too.
+fn flood(node: &Node, wave: u16) {
+    for sport in wave * FLOOD..(wave + 1) * FLOOD {
         let opener = node.opener(UDP, KEPT + sport, VIP).with(|frame| frame.src.0 = [198, 51, 100, 99]);
         node.open("a flow of the flood", &opener, REMOTE);
     }
@@ -64,8 +64,8 @@ fn a_flood_disturbs_no_established_flow() {
     Node::each_sized(Sizes { buckets: 1, ..Sizes::default() }, |node| {
         one_remote(node);
         let flow = node.connect("a flow", &node.opener(TCP, 40_000, VIP), REMOTE);
-        for _ in 0..2 {
-            flood(node);
+        for wave in 0..2 {
+            flood(node, wave);
             flow.sends(node, "an established flow", ACK, &[]);
             flow.answers(node, "an established flow", ACK, &[]);
         }
@@ -79,7 +79,7 @@ fn a_flood_evicts_unanswered_flows_before_answered_ones() {
         let answered = node.open("answered", &node.opener(TCP, 40_000, VIP), REMOTE);
         answered.answers(node, "the answer", SYN | ACK, &[]);
         let silent = node.open("unanswered", &node.opener(TCP, 40_001, VIP), REMOTE);
-        flood(node);
+        flood(node, 0);
         answered.answers(node, "the answer once more", SYN | ACK, &[]);
         answered.sends(node, "the handshake's end", ACK, &[Event(E::FlowEstablished)]);
         let late = silent.answer(node).flags(SYN | ACK).bytes();

@@ -15,7 +15,7 @@ pub enum RefusalKind {
     Unsupported,
     /// Frames can be longer than one buffer of the driver.
     Mtu,
-    /// The device merges or finishes frames before XDP could see them.
+    /// The device merges, finishes or splits frames before XDP could see them.
     Offloads,
     /// The driver has too few queues left to give XDP its own.
     Queues,
@@ -54,13 +54,16 @@ impl Refusal {
         match self.kind {
             RefusalKind::Busy => "take the other program off (`ip link set dev IFACE xdp off`)",
             RefusalKind::Permission => "grant CAP_NET_ADMIN and CAP_BPF in the first user namespace",
-            RefusalKind::Unsupported => "none needed: this driver has no native XDP",
+            RefusalKind::Unsupported => {
+                "none needed: the driver has no native XDP, or not for a device that is set up so"
+            }
             RefusalKind::Mtu => {
                 "lower the MTU to the driver's limit (often 3498), or use a kernel whose driver has frags"
             }
             RefusalKind::Offloads => {
-                "turn the guest offloads off (`ethtool -K IFACE lro off gro off`, or guest_tso4=off,guest_tso6=off,\
-                 guest_ecn=off,guest_ufo=off,guest_csum=off in the hypervisor)"
+                "turn the offloads off that are named (`ethtool -K IFACE lro off rx-gro-hw off`, `ethtool -G IFACE \
+                 tcp-data-split off`, or guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,guest_csum=off in the \
+                 hypervisor)"
             }
             RefusalKind::Queues => {
                 "use fewer channels (`ethtool -L IFACE combined N`), or give the device more queues"
@@ -72,13 +75,14 @@ impl Refusal {
     }
 
     /// Whether another native variant might fare better.
-    pub const fn may_frags_help(&self) -> bool {
+    pub fn may_frags_help(&self) -> bool {
         match self.kind {
             RefusalKind::Mtu | RefusalKind::Other => true,
+            // Headers apart from their data are several buffers too; frames that were merged before are too long for any.
+            RefusalKind::Offloads => self.text.as_ref().is_some_and(|text| text.contains(DATA_SPLIT)),
             RefusalKind::Busy
             | RefusalKind::Permission
             | RefusalKind::Unsupported
-            | RefusalKind::Offloads
             | RefusalKind::Queues
             | RefusalKind::Memory
             | RefusalKind::Gone => false,
@@ -96,7 +100,7 @@ impl Refusal {
             RefusalKind::Permission => "not permitted",
             RefusalKind::Unsupported => "not supported by the driver",
             RefusalKind::Mtu => "MTU over the driver's limit",
-            RefusalKind::Offloads => "guest offloads are on",
+            RefusalKind::Offloads => "receive offloads are on",
             RefusalKind::Queues => "too few queues",
             RefusalKind::Memory => "not enough memory",
             RefusalKind::Gone => "the interface is gone",
@@ -118,79 +122,61 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// What a refusal means. Its words decide where it has some, because drivers disagree about the numbers.
 fn classify(errno: i32, text: &str, mtu: u32) -> RefusalKind {
     let text = text.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     match errno {
-        libc::EBUSY | libc::EEXIST => RefusalKind::Busy,
+        // Drivers use these numbers too, for queues and for what else a device is used for.
+        libc::EBUSY | libc::EEXIST
+            if text.is_empty() || says(&["program", "xdp link", "native and generic"]) =>
+        {
+            RefusalKind::Busy
+        }
         libc::EPERM | libc::EACCES => RefusalKind::Permission,
         libc::ENODEV | libc::ENXIO => RefusalKind::Gone,
-        // The words first: drivers disagree about the numbers.
-        _ if says(&["lro", "gro_hw", "csum", "rsc", "header split", "offload"]) => RefusalKind::Offloads,
-        _ if says(&["queue", "rings", "channels"]) => RefusalKind::Queues,
-        _ if says(&["mtu", "frame size", "too large", "single-buffer", "single buffer", "frags"]) => {
+        _ if says(&["re-create rx queues"]) => RefusalKind::Memory,
+        _ if says(&["lro", "gro_hw", "hw-gro", "csum", "rsc", "data-split", "data split", "offload"]) => {
+            RefusalKind::Offloads
+        }
+        _ if says(&["queue", "rings", "channels", "txqs", "not enough tx resources"]) => RefusalKind::Queues,
+        _ if says(&[
+            "mtu",
+            "frame size",
+            "too large",
+            "single-buffer",
+            "single buffer",
+            "frags",
+            "jumbo",
+        ]) =>
+        {
             RefusalKind::Mtu
         }
+        // A kernel without XDP in the driver says so. A driver that refuses without words has it, and means the MTU.
+        libc::EOPNOTSUPP if text.is_empty() && mtu > MTU_USUAL => RefusalKind::Mtu,
         libc::EOPNOTSUPP => RefusalKind::Unsupported,
         libc::ENOMEM | libc::ENOSPC => RefusalKind::Memory,
         // Drivers that give no reason mean a long MTU by these; a page less headroom and tail is the usual limit.
-        libc::EINVAL | libc::ERANGE | libc::E2BIG if mtu > 3_498 => RefusalKind::Mtu,
+        libc::EINVAL | libc::ERANGE | libc::E2BIG if mtu > MTU_OF_A_PAGE => RefusalKind::Mtu,
         _ => RefusalKind::Other,
     }
 }
 
+/// How the kernel calls a device that puts headers and data into buffers of their own.
+const DATA_SPLIT: &str = "tcp-data-split";
+
+/// The longest MTU whose frames every driver with XDP takes.
+const MTU_USUAL: u32 = 1_500;
+
+/// The longest MTU whose frames fit a page beside the room that XDP needs.
+const MTU_OF_A_PAGE: u32 = 3_498;
+
+#[cfg(test)]
+mod recorded;
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn recorded_refusals_are_classified() {
-        // errno and extended acknowledgement as drivers give them, with the MTU at the time.
-        for (errno, text, mtu, kind) in [
-            (libc::EBUSY, "XDP program already attached", 1500, RefusalKind::Busy),
-            (
-                libc::EEXIST,
-                "Native and generic XDP can't be active at the same time",
-                1500,
-                RefusalKind::Busy,
-            ),
-            (libc::EPERM, "", 1500, RefusalKind::Permission),
-            (
-                libc::EOPNOTSUPP,
-                "Underlying driver does not support XDP in native mode",
-                1500,
-                RefusalKind::Unsupported,
-            ),
-            (libc::EOPNOTSUPP, "", 1500, RefusalKind::Unsupported),
-            (libc::ERANGE, "Peer MTU is too large to set XDP", 9000, RefusalKind::Mtu),
-            (libc::EINVAL, "MTU requires frame size larger than page", 9000, RefusalKind::Mtu),
-            (libc::EINVAL, "single-buffer XDP requires MTU less than 3506", 9000, RefusalKind::Mtu),
-            (libc::EINVAL, "MTU too large to enable XDP", 3818, RefusalKind::Mtu),
-            (libc::EINVAL, "", 9001, RefusalKind::Mtu),
-            (libc::EINVAL, "", 1500, RefusalKind::Other),
-            (
-                libc::EOPNOTSUPP,
-                "virtio_net: Can't set XDP while host is implementing GRO_HW/CSUM, disable GRO_HW/CSUM first",
-                1500,
-                RefusalKind::Offloads,
-            ),
-            (
-                libc::EOPNOTSUPP,
-                "Can't set XDP while host is implementing LRO, disable LRO first",
-                1500,
-                RefusalKind::Offloads,
-            ),
-            (libc::ENOMEM, "Too few free TX rings available", 1500, RefusalKind::Queues),
-            (libc::EINVAL, "Failed to set XDP: too many channels", 1500, RefusalKind::Queues),
-            (libc::ENOMEM, "", 1500, RefusalKind::Memory),
-            (libc::ENODEV, "", 1500, RefusalKind::Gone),
-        ] {
-            let text = Some(text.to_owned()).filter(|text| !text.is_empty());
-            let refusal = Refusal::new(Mode::Native, errno, text, mtu);
-            assert_eq!(refusal.kind, kind, "{refusal}");
-            assert!(!refusal.remedy().is_empty());
-        }
-    }
 
     #[test]
     fn a_refusal_says_what_the_driver_said() {
@@ -201,5 +187,12 @@ mod tests {
         assert!(refusal.may_frags_help() && refusal.may_generic_help());
         let busy = Refusal::new(Mode::Native, libc::EBUSY, None, 1500);
         assert!(!busy.may_frags_help() && !busy.may_generic_help(), "never past a foreign program");
+    }
+
+    #[test]
+    fn frames_in_several_buffers_help_where_headers_are_apart_and_not_where_frames_are_merged() {
+        let refusal = |text: &str| Refusal::new(Mode::Native, libc::EBUSY, Some(text.to_owned()), 1500);
+        assert!(refusal("unable to install XDP to device using tcp-data-split").may_frags_help());
+        assert!(!refusal("XDP is not supported when HW-GRO is on.").may_frags_help());
     }
 }

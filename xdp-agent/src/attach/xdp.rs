@@ -171,7 +171,8 @@ fn reason(mode: Mode, choice: ModeChoice, refusals: &[Refusal]) -> String {
 fn explained(program: BorrowedFd<'_>, link: &Link, mode: Mode, flags: u32, error: &io::Error) -> Refusal {
     let errno = error.raw_os_error().unwrap_or(0);
     let plain = Refusal::new(mode, errno, None, link.mtu);
-    if matches!(plain.kind, RefusalKind::Busy | RefusalKind::Permission | RefusalKind::Gone) {
+    // A number that stands for another program can stand for something else, with words alone; what is there stays.
+    if matches!(plain.kind, RefusalKind::Permission | RefusalKind::Gone) {
         return plain;
     }
     let Ok(mut requests) = Requests::open(Protocol::Route) else { return plain };

@@ -73,6 +73,31 @@ fn however_far_a_file_is_written_it_stands_for_what_it_held() {
 }
 
 #[test]
+fn a_file_that_changes_while_it_is_read_stands_for_what_it_held() {
+    let file = Followed::new();
+    let seen = Stamp::of(&file.path);
+    let read = |text: &str, is_closed: bool| {
+        file.write(text);
+        if is_closed {
+            file.close();
+        }
+        let caution = Some(Caution { written: &file.written, now: file.start });
+        let mut reader =
+            Reader { now: Snapshot::default(), previous: Some(&file.snapshot), caution, kept: Vec::new() };
+        // Its state was looked at before it was written.
+        reader.file_in(&file.path, seen);
+        let snapshot = reader.finish();
+        let problems = snapshot.problems.len();
+        (services(&snapshot), problems, snapshot.files[&file.path].rested_at())
+    };
+    let old = OLD.map(str::to_owned).to_vec();
+    for text in [String::new(), service("a", "10.0.0.1"), two("10.0.99"), "---\nkind: [\n".to_owned()] {
+        assert_eq!(read(&text, false), (old.clone(), 0, Some(file.start + REST_OPEN)), "{text}");
+        assert_eq!(read(&text, true), (old.clone(), 0, Some(file.start + REST)), "{text}");
+    }
+}
+
+#[test]
 fn a_file_that_is_closed_with_something_missing_or_wrong_has_to_rest() {
     for (text, rested, problems) in [
         (String::new(), &[][..], 0),
