@@ -68,6 +68,7 @@ pub(crate) fn verdict<F: Traced, C: EbpfContext>(
         Action::Stack => "to the stack",
         Action::Transmit => "transmitted",
         Action::Redirect => "redirected",
+        Action::Tunnel => "tunnel",
     };
     F::log(ctx, hook, what, key, &verdict.rewrite);
 }

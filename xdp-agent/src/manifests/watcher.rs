@@ -83,11 +83,9 @@ fn watch(paths: &[PathBuf], wake: signals::Sender<Wake>, written: Written) -> Wa
         let relevant = match event {
             Ok(event) => {
                 let is_relevant = is_change(&event.kind) && is_ours(&event.paths, &owned);
-                let by = match event.kind {
-                    CLOSED => Some(By::Closing),
-                    MOVED => Some(By::Moving),
-                    _ => None,
-                };
+                let by = [(CLOSED, By::Closing), (MOVED, By::Moving)]
+                    .into_iter()
+                    .find_map(|(kind, by)| (event.kind == kind).then_some(by));
                 if let Some(by) = by.filter(|_| is_relevant) {
                     event.paths.iter().for_each(|path| written.note(path, by));
                 }

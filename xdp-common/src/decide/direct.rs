@@ -146,7 +146,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     }
     match hook {
         Hook::Xdp => by_cache(tables, packet, flow).unwrap_or(Way::Pass),
-        _ => Way::Tunnel,
+        Hook::Tc | Hook::Fragment | Hook::Host | Hook::Pod | Hook::Out => Way::Tunnel,
     }
 }
 
