@@ -22,7 +22,7 @@ use xdp_common::{
     conntrack::opposite,
     gate,
     net::{Address, Family, FlowKey, Plain, TCP, V4, V6},
-    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, device, frontend},
+    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, device, direct, frontend},
     verdict::{Counter, Event, Reason},
 };
 
@@ -34,7 +34,7 @@ use self::traffic::*;
 const BACKENDS: u32 = 64;
 const NEW_FLOWS: u32 = 1 << 24;
 
-/// Measures established flows (forward and reply), frames of nobody's service, and new flows.
+/// Measures established flows (forward and reply), frames of nobody's service, new flows, and flows through tunnels.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Rounds; the median of each case is printed.
@@ -89,10 +89,16 @@ enum Case {
     ReplyV6,
     StrangerV6,
     NewFlowV6,
+    MoveHead,
+    TunnelLimit,
+    Tunnel,
 }
 
 impl Case {
-    const ALL: [Self; 10] = [
+    /// Those of direct server return, in a run of their own: their frames grow, and their flows have one entry each.
+    const DIRECT: [Self; 4] = [Self::Drop, Self::MoveHead, Self::TunnelLimit, Self::Tunnel];
+
+    const TRANSLATED: [Self; 10] = [
         Self::Drop,
         Self::Limit,
         Self::Forward,
@@ -117,13 +123,17 @@ impl Case {
             Self::ReplyV6 => "IPv6: established, reply",
             Self::StrangerV6 => "IPv6: not ours",
             Self::NewFlowV6 => "IPv6: new flow",
+            Self::MoveHead => "room in front, and back",
+            Self::TunnelLimit => "limit of a tunnel",
+            Self::Tunnel => "established, tunnelled",
         }
     }
 
     /// The budget in nanoseconds over `drop`, given the figures of this run.
     fn budget(self, over: impl Fn(Self) -> f64) -> Option<f64> {
         match self {
-            Self::Drop | Self::Limit | Self::NewFlowV6 => None,
+            Self::Drop | Self::Limit | Self::NewFlowV6 | Self::MoveHead | Self::TunnelLimit => None,
+            Self::Tunnel => Some(1.3 * over(Self::TunnelLimit)),
             Self::Forward | Self::Reply => Some(1.5 * over(Self::Limit)),
             Self::ForwardV6 => Some(V6_MAX * over(Self::Forward)),
             Self::ReplyV6 => Some(V6_MAX * over(Self::Reply)),
@@ -138,7 +148,7 @@ impl Case {
         const XDP_PASS: u32 = 2;
         const XDP_TX: u32 = 3;
         match self {
-            Self::Drop => XDP_DROP,
+            Self::Drop | Self::MoveHead => XDP_DROP,
             Self::Stranger | Self::StrangerV6 => XDP_PASS,
             Self::Limit
             | Self::Forward
@@ -146,7 +156,9 @@ impl Case {
             | Self::NewFlow
             | Self::ForwardV6
             | Self::ReplyV6
-            | Self::NewFlowV6 => XDP_TX,
+            | Self::NewFlowV6
+            | Self::TunnelLimit
+            | Self::Tunnel => XDP_TX,
         }
     }
 }
@@ -179,8 +191,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let mut failed = Vec::new();
         for &flows in &args.flows {
             ensure!(flows.is_power_of_two(), "--flows takes powers of two, not {flows}");
-            let mut bench = Bench::new(ifindex, mac, flows)?;
-            failed.extend(bench.measure(args, flows)?);
+            for sort in [Sort::Translated, Sort::Tunnelled] {
+                let mut bench = Bench::new(ifindex, mac, flows, sort)?;
+                failed.extend(bench.measure(args, flows)?);
+            }
         }
         ensure!(!args.check || failed.is_empty(), "over budget: {}", failed.join("; "));
         Ok(())
@@ -188,6 +202,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 struct Bench {
+    sort: Sort,
     ifindex: u32,
     mac: [u8; 6],
     product: Ebpf,
@@ -197,27 +212,31 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(ifindex: u32, mac: [u8; 6], flows: u32) -> Result<Self> {
+    fn new(ifindex: u32, mac: [u8; 6], flows: u32, sort: Sort) -> Result<Self> {
         let mut product = load("xdp-ebpf")?;
         load_xdp(&mut product, "xdp_ingress")?;
         let mut lab = load("xdp-lab")?;
-        for name in ["replay", "limit", "xdp_drop"] {
+        for name in ["replay", "limit", "xdp_drop", "limit_tunnel", "move_head"] {
             program(&mut lab, name)?.load().with_context(|| format!("loading the program {name}"))?;
         }
-        let (entries, _) = traffic::flows::<V4>(flows, ifindex, mac);
+        let (entries, _) = traffic::flows::<V4>(flows, ifindex, mac, sort);
         let mut limit: FlowMap<'_, V4> = map(&mut lab, "LIMIT")?;
         for (key, flow) in entries {
             limit.insert(Raw(key), Raw(flow), 0).context("filling the table of the limit")?;
         }
-        configure::<V4>(&mut product, flows, ifindex, mac)?;
-        configure::<V6>(&mut product, flows, ifindex, mac)?;
-        Ok(Self { ifindex, mac, product, lab, sent: 0 })
+        configure::<V4>(&mut product, flows, ifindex, mac, sort)?;
+        configure::<V6>(&mut product, flows, ifindex, mac, sort)?;
+        Ok(Self { sort, ifindex, mac, product, lab, sent: 0 })
     }
 
     fn measure(&mut self, args: &Args, flows: u32) -> Result<Vec<String>> {
-        let mut samples = vec![Vec::new(); Case::ALL.len()];
+        let cases = match self.sort {
+            Sort::Translated => &Case::TRANSLATED[..],
+            Sort::Tunnelled => &Case::DIRECT,
+        };
+        let mut samples = vec![Vec::new(); cases.len()];
         for round in 0..=args.rounds {
-            for (case, samples) in Case::ALL.iter().zip(&mut samples) {
+            for (case, samples) in cases.iter().zip(&mut samples) {
                 let nanoseconds = self.case(*case, flows, args.packets)?;
                 // The first round warms caches, frequency and next hops.
                 if round > 0 {
@@ -227,12 +246,22 @@ impl Bench {
         }
         let medians: Vec<f64> = samples.iter_mut().map(|samples| median(samples)).collect();
         let wrapper = medians[0];
-        let over = |case: Case| medians[case as usize] - wrapper;
-        let limit = over(Case::Limit);
+        let median_of =
+            |case: Case| cases.iter().position(|of| *of == case).map_or(wrapper, |at| medians[at]);
+        // Where a frame has grown, the wrapper shrinks it again, which costs as much as making room.
+        let shrinking = (median_of(Case::MoveHead) - wrapper) / 2.0;
+        let over = |case: Case| {
+            let grows = matches!(case, Case::MoveHead | Case::TunnelLimit | Case::Tunnel);
+            median_of(case) - wrapper - if grows { shrinking } else { 0.0 }
+        };
+        let limit = over(match self.sort {
+            Sort::Translated => Case::Limit,
+            Sort::Tunnelled => Case::TunnelLimit,
+        });
         println!("\n{flows} flows (median of {} rounds of {} packets)", args.rounds, args.packets);
         println!("{:<28}{:>10}{:>12}{:>12}{:>12}", "path", "ns", "over drop", "x limit", "budget");
         let mut failed = Vec::new();
-        for (case, total) in Case::ALL.iter().zip(&medians) {
+        for (case, total) in cases.iter().zip(&medians) {
             let budget = case.budget(over);
             let over = over(*case);
             let note = match budget {
@@ -252,6 +281,8 @@ impl Bench {
         let (object, name) = match case {
             Case::Drop => (&mut self.lab, "xdp_drop"),
             Case::Limit => (&mut self.lab, "limit"),
+            Case::MoveHead => (&mut self.lab, "move_head"),
+            Case::TunnelLimit => (&mut self.lab, "limit_tunnel"),
             Case::Forward
             | Case::Reply
             | Case::Stranger
@@ -259,7 +290,8 @@ impl Bench {
             | Case::ForwardV6
             | Case::ReplyV6
             | Case::StrangerV6
-            | Case::NewFlowV6 => (&mut self.product, "xdp_ingress"),
+            | Case::NewFlowV6
+            | Case::Tunnel => (&mut self.product, "xdp_ingress"),
         };
         let target = program(object, name)?.fd()?.try_clone()?;
         let mut targets: ProgramArray<&mut MapData> =
@@ -313,7 +345,9 @@ fn context(ifindex: u32) -> [u8; 24] {
 
 fn replay_of(case: Case, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
     match case {
-        Case::Drop | Case::Limit | Case::Forward => replay::<V4>(Way::Forward, flows, sent, mac),
+        Case::Drop | Case::Limit | Case::Forward | Case::MoveHead | Case::TunnelLimit | Case::Tunnel => {
+            replay::<V4>(Way::Forward, flows, sent, mac)
+        }
         Case::Reply => replay::<V4>(Way::Reply, flows, sent, mac),
         Case::Stranger => replay::<V4>(Way::Stranger, flows, sent, mac),
         Case::NewFlow => replay::<V4>(Way::NewFlow, flows, sent, mac),
@@ -348,7 +382,13 @@ fn replay<F: Traffic>(way: Way, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
 }
 
 /// Live flows, and one service with backends elsewhere, behind the gateway.
-fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8; 6]) -> Result<()> {
+fn configure<F: Traffic>(
+    product: &mut Ebpf,
+    flows: u32,
+    ifindex: u32,
+    mac: [u8; 6],
+    sort: Sort,
+) -> Result<()> {
     let maps = F::Addr::MAPS;
     let config = Config {
         epoch: 1,
@@ -359,10 +399,10 @@ fn configure<F: Traffic>(product: &mut Ebpf, flows: u32, ifindex: u32, mac: [u8;
         masquerade_wire: 1,
         policy_routing: 0,
         echo: 1,
-        direct: 0,
+        direct: if sort == Sort::Tunnelled { direct::TCP } else { 0 },
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
-    let (entries, known) = traffic::flows::<F>(flows, ifindex, mac);
+    let (entries, known) = traffic::flows::<F>(flows, ifindex, mac, sort);
     let mut established: FlowMap<'_, F> = map(product, maps.established.name)?;
     for (key, flow) in entries {
         established.insert(Raw(key), Raw(flow), 0).context("filling the established table")?;

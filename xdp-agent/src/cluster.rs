@@ -189,6 +189,8 @@ pub struct Cluster {
     health_checks: BTreeMap<ObjectName, HealthCheck>,
     problems: Problems,
     touched: BTreeSet<ObjectName>,
+    /// Other nodes whose addresses have changed.
+    moved_nodes: BTreeSet<Box<str>>,
     /// Whether something of the node, or of networks, has changed.
     is_site_touched: bool,
     /// Where the view of the node stood at the last update.
@@ -220,6 +222,7 @@ impl Cluster {
             health_checks: BTreeMap::new(),
             problems: Problems::default(),
             touched: BTreeSet::new(),
+            moved_nodes: BTreeSet::new(),
             is_site_touched: true,
             zone: String::new(),
         }
@@ -256,7 +259,7 @@ impl Cluster {
         }
     }
 
-    /// Takes the object of another node, if that matters, and touches the Services with endpoints there.
+    /// Takes the object of another node, if that matters.
     fn apply_other(&mut self, name: &str, node: Option<&Node>) {
         if self.options.forwarding == Forwarding::Snat {
             return;
@@ -264,9 +267,7 @@ impl Cluster {
         self.problems.set("Node", name, node.map(|node| &*node.flaws));
         if self.nodes.set(name, node) {
             self.is_site_touched = true;
-            let there = self.slices.iter().filter(|(_, slice)| slice.name(name).is_some());
-            let services = there.map(|(at, slice)| ObjectName::new(&*at.namespace, &*slice.service));
-            self.touched.extend(services);
+            self.moved_nodes.insert(name.into());
         }
     }
 
@@ -323,6 +324,12 @@ impl Cluster {
     pub fn update(&mut self) -> Update {
         let mut update = Update::default();
         let mut touched = mem::take(&mut self.touched);
+        let moved = mem::take(&mut self.moved_nodes);
+        if !moved.is_empty() {
+            let there =
+                self.slices.iter().filter(|(_, slice)| slice.names().any(|name| moved.contains(name)));
+            touched.extend(there.map(|(at, slice)| ObjectName::new(&*at.namespace, &*slice.service)));
+        }
         if mem::take(&mut self.is_site_touched) {
             self.update_site(&mut touched, &mut update);
         }

@@ -43,6 +43,8 @@ pub const REMOVALS_MAX: usize = 1 << 16;
 const UNANSWERED_SECONDS: u32 = 30;
 /// How long a flow that was answered waits for its initiator to go on (netfilter's SYN_RECV).
 const ANSWERED_SECONDS: u32 = 60;
+/// The same for a TCP connection through a tunnel.
+const TUNNEL_SECONDS: u32 = 3_600;
 /// Neighbours of flows that were idle for longer are not kept fresh.
 const NEIGHBOUR_SECONDS: u32 = 60;
 
@@ -219,14 +221,15 @@ impl<A: IpAddress> FlowTables<A> {
         timeouts: &Timeouts,
     ) -> io::Result<u32> {
         let other_key = opposite(key, seen);
-        let other = self.established.get(&other_key)?;
+        // A flow through a tunnel has no other half.
+        let other = if seen.kind == kind::TUNNEL { None } else { self.established.get(&other_key)? };
         // A pair is judged once, with its forward half.
         if seen.kind != kind::FORWARD && other.is_some_and(|other| other.kind == kind::FORWARD) {
             return Ok(0);
         }
         // Read again: a packet may have come since the walk.
         let Some(flow) = self.established.get(key)? else { return Ok(0) };
-        if !expired(&flow, other.as_ref(), key.proto, clock, timeouts) {
+        if !expired(&flow, other.as_ref(), key.proto, clock, &limits_of(&flow, timeouts)) {
             return Ok(0);
         }
         // The forward half first: the reply's key is the reservation of the source port.
@@ -243,7 +246,8 @@ impl<A: IpAddress> FlowTables<A> {
         let found = self.embryonic.read();
         let flows: HashMap<FlowKey<A>, Flow<A>> = found.iter().map(|entry| (entry.key, entry.flow)).collect();
         for entry in &found {
-            let other = flows.get(&opposite(&entry.key, &entry.flow));
+            let has_other = entry.flow.kind != kind::TUNNEL;
+            let other = flows.get(&opposite(&entry.key, &entry.flow)).filter(|_| has_other);
             let is_answered = entry.flow.replied != 0 || other.is_some_and(|other| other.replied != 0);
             let limits = embryonic(timeouts, is_answered);
             if expired(&entry.flow, other, entry.key.proto, clock, &limits) && self.embryonic.remove(entry) {
@@ -253,6 +257,13 @@ impl<A: IpAddress> FlowTables<A> {
             }
         }
     }
+}
+
+/// What counts as idle for an established flow. One through a tunnel is established without an answer, so that whoever sends
+/// two packets has one; and to lose it only means to be placed by the ring again.
+fn limits_of<A>(flow: &Flow<A>, timeouts: &Timeouts) -> Timeouts {
+    let longest = if flow.kind == kind::TUNNEL { TUNNEL_SECONDS } else { u32::MAX };
+    Timeouts { tcp_established: timeouts.tcp_established.min(longest), ..*timeouts }
 }
 
 /// What counts as idle for a new flow, whether or not it has been answered.

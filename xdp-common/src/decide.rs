@@ -152,6 +152,8 @@ fn verdict<F: Family, T: Tables<F>>(
         Action::Pass => return Verdict::PASS,
         Action::Drop(reason) | Action::Reject(reason) => {
             tables.count(Counter::Drop(reason));
+            // The station that a tunnelled packet came from is not known any more: nothing can be sent back there.
+            let action = if packet.is_tunnelled { Action::Drop(reason) } else { action };
             return Verdict { action, mtu: flow.mtu, ..Verdict::PASS };
         }
         Action::Stack => match flow.exit {

@@ -146,8 +146,8 @@ pub fn is_plain<F: Tunnel, R: Frame + ?Sized>(frame: &R) -> bool {
     frame.view::<1>(IP + F::PROTO).is_some_and(|proto| proto.u8(0) == F::IN_IP)
 }
 
-/// Whether a packet is to be taken out of the one around it: that goes from another node to this one, and the one inside to
-/// a Service, or is of a known flow. All other packets in packets are somebody else's.
+/// Whether a packet is to be taken out of the one around it: that goes from another node to this one, and the one inside from
+/// a client outside the cluster to a Service, or is of a known flow. All other packets in packets are somebody else's.
 #[inline(always)] // one caller
 pub fn is_ours<F: Tunnel, T: Tables<F>>(tables: T, packet: &Tunnelled<F::Addr>) -> bool {
     let address = FrontendKey { addr: packet.key.dst, port: [0; 2], proto: 0, zero: 0 };
@@ -156,6 +156,9 @@ pub fn is_ours<F: Tunnel, T: Tables<F>>(tables: T, packet: &Tunnelled<F::Addr>) 
         && tables.device(packet.ifindex).is_some_and(|entry| entry.mac == packet.dmac)
         && tables.network(network::SELF, packet.to)
         && tables.network(network::NODES, packet.from)
+        && ![network::PODS, network::NODES, network::SELF]
+            .into_iter()
+            .any(|owner| tables.network(owner, packet.key.src))
         && (tables
             .frontend(&address)
             .is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)

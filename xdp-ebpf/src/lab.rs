@@ -23,6 +23,8 @@ use crate::packet::{Wire as _, XdpFrame};
 
 /// Bytes of the template that are restored before each run: Ethernet, IPv6 and TCP headers, or the shorter ones of IPv4.
 const TEMPLATE_LEN: usize = 76;
+/// Length of the frames that the bench gives; what a run has put in front is taken off before the next.
+const FRAME_LEN: usize = 80;
 /// Offset of what varies: the last four bytes of the source address.
 const SOURCE_V4: usize = 26;
 const SOURCE_V6: usize = 34;
@@ -71,6 +73,10 @@ pub(crate) fn xdp_drop(_ctx: XdpContext) -> u32 {
 pub(crate) fn replay(ctx: XdpContext) -> u32 {
     let Some(replay) = REPLAY.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
     let frame = XdpFrame::new(ctx.ctx, false);
+    let surplus = ctx.data_end() - ctx.data() - FRAME_LEN;
+    if surplus > 0 && !frame.move_head(surplus as i32) {
+        return xdp_action::XDP_ABORTED;
+    }
     let Some(bytes) = frame.view::<TEMPLATE_LEN>(0) else { return xdp_action::XDP_ABORTED };
     // SAFETY: the one slot of an array; the bench runs on one CPU at a time.
     let replay = unsafe { &mut *replay };
@@ -105,6 +111,34 @@ pub(crate) fn limit(ctx: XdpContext) -> u32 {
         unsafe { *count += 1 }
     }
     xdp_action::XDP_TX
+}
+
+/// The least that a packet can cost which is sent on in another one: the same with room in front and a header there.
+#[xdp]
+pub(crate) fn limit_tunnel(ctx: XdpContext) -> u32 {
+    let frame = XdpFrame::new(ctx.ctx, false);
+    let Parsed::Packet(packet) = V4::parse(&frame, 0) else { return xdp_action::XDP_PASS };
+    // SAFETY: as in `limit`.
+    let Some(flow) = (unsafe { LIMIT.get(packet.key) }) else { return xdp_action::XDP_DROP };
+    let hop = Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex };
+    if !V4::tunnel(&frame, &packet, &hop, flow.src, flow.dst) {
+        return xdp_action::XDP_ABORTED;
+    }
+    if let Some(count) = LIMIT_COUNT.get_ptr_mut(0) {
+        // SAFETY: the slot belongs to this CPU.
+        unsafe { *count += 1 }
+    }
+    xdp_action::XDP_TX
+}
+
+/// Makes room in front of a frame and drops it: with what `replay` does then, twice the cost of that.
+#[xdp]
+pub(crate) fn move_head(ctx: XdpContext) -> u32 {
+    if XdpFrame::new(ctx.ctx, false).move_head(-(V4::LEN as i32)) {
+        xdp_action::XDP_DROP
+    } else {
+        xdp_action::XDP_ABORTED
+    }
 }
 
 // Checked on the host, by clippy and editors, the crate takes its panic handler from std.

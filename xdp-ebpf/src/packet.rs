@@ -307,7 +307,7 @@ impl XdpFrame {
 
     /// Moves the beginning of the frame, backward where the number is negative.
     #[inline(always)]
-    fn move_head(&self, by: i32) -> bool {
+    pub(crate) fn move_head(&self, by: i32) -> bool {
         // SAFETY: the context is the verifier's; the helper takes a number beside it.
         unsafe { helpers::bpf_xdp_adjust_head(self.ctx.ctx, by) == 0 }
     }

@@ -199,10 +199,6 @@ impl TcFrame {
     /// the kernel's.
     #[inline(always)]
     pub(crate) fn tunnel<F: Wire>(&self, packet: &Packet<F::Addr>, verdict: &Verdict<F::Addr>) -> i32 {
-        if let Some(at) = F::IP_CHECK {
-            let _ = self.ctx.l3_csum_replace(at, 0, checksum::TTL_DECREMENT as u64, 0);
-        }
-        self.put(F::TTL_AT, &(packet.ttl - 1));
         // SAFETY: the context is the verifier's; the helper takes numbers beside it.
         let refused = unsafe {
             helpers::bpf_skb_adjust_room(self.skb(), F::LEN as i32, BPF_ADJ_ROOM_MAC, F::AROUND as u64)
@@ -210,6 +206,10 @@ impl TcFrame {
         if refused != 0 {
             return TC_ACT_UNSPEC;
         }
+        if let Some(at) = F::IP_CHECK {
+            let _ = self.ctx.l3_csum_replace(F::LEN + at, 0, checksum::TTL_DECREMENT as u64, 0);
+        }
+        self.put(F::LEN + F::TTL_AT, &(packet.ttl - 1));
         tunnel::surround::<F, _>(self, packet, verdict.rewrite.src, verdict.rewrite.dst);
         self.leave_by(verdict.hop.ifindex)
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use xdp_common::{
     conntrack::{mirror, opposite, translate},
     frame::Headers,
-    net::{FlowKey, Ip6, TCP, V4, V6},
+    net::{Address, FlowKey, Ip6, TCP, V4, V6},
     select::known_bit,
     tables::{self, Flow, Mapped, exit, kind},
 };
@@ -112,15 +112,48 @@ pub(super) fn forward<F: Traffic>(
     (key, flow)
 }
 
+/// Which way flows take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sort {
+    /// Both addresses are translated, and answers come back.
+    Translated,
+    /// In a packet to the backend's node, which answers.
+    Tunnelled,
+}
+
+/// The same flow through a tunnel, to the address that its backend has otherwise.
+fn tunnelled<A: Address>(key: &FlowKey<A>, flow: Flow<A>) -> Flow<A> {
+    Flow {
+        sport: key.sport,
+        dport: key.dport,
+        addr_delta: 0,
+        l4_delta: 0,
+        kind: kind::TUNNEL,
+        exit: exit::TUNNEL,
+        ..flow
+    }
+}
+
 /// Flows by their keys.
 pub(super) type FlowTable<A> = HashMap<FlowKey<A>, Flow<A>>;
 
 /// Both halves of so many flows, and the words of the bits that say which keys are known.
-pub(super) fn flows<F: Traffic>(flows: u32, ifindex: u32, mac: [u8; 6]) -> (FlowTable<F::Addr>, Vec<u64>) {
+pub(super) fn flows<F: Traffic>(
+    flows: u32,
+    ifindex: u32,
+    mac: [u8; 6],
+    sort: Sort,
+) -> (FlowTable<F::Addr>, Vec<u64>) {
     let mut entries = HashMap::new();
     let mut known = vec![0u64; tables::KNOWN_WORDS as usize];
     for index in 0..flows {
         let (key, flow) = forward::<F>(index, ifindex, mac);
+        if sort == Sort::Tunnelled {
+            let bit = known_bit(&key);
+            known[(bit / 64) as usize] |= 1 << (bit % 64);
+            entries.insert(key, tunnelled(&key, flow));
+            continue;
+        }
         let mut reply = Flow::ZERO;
         mirror(&key, &flow, kind::REPLY_REMOTE, exit::KERNEL, &mut reply);
         for (key, flow) in [(opposite(&key, &flow), reply), (key, flow)] {

@@ -82,6 +82,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
             (network::sources_of(SERVICE), CLIENT),
             (network::NODES, OTHER_NODE),
             (network::SELF, NODE),
+            (network::SELF, NODE_TOO),
         ] {
             self.node.maps.network(owner, addr, 32, 1);
             self.model.networks.borrow_mut().insert((owner, F::addr(addr)));

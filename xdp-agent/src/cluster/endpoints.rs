@@ -27,7 +27,7 @@ pub(super) trait Family: IpAddress {
     /// The endpoints of a slice that are of this family.
     fn endpoints(slice: &Slice) -> &[SliceEndpoint<Self>];
     /// The nodes that have an address of this family.
-    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Self>;
+    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Vec<Self>>;
 }
 
 impl Family for [u8; 4] {
@@ -35,7 +35,7 @@ impl Family for [u8; 4] {
         &slice.v4
     }
 
-    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Self> {
+    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Vec<Self>> {
         &nodes.v4
     }
 }
@@ -45,7 +45,7 @@ impl Family for Ip6 {
         &slice.v6
     }
 
-    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Self> {
+    fn nodes(nodes: &Nodes) -> &BTreeMap<Box<str>, Vec<Self>> {
         &nodes.v6
     }
 }
@@ -126,7 +126,7 @@ fn candidate<A: IpAddress>(
     endpoint: &SliceEndpoint<A>,
     port: u16,
     (node, zone): (Option<NameId>, Option<NameId>),
-    nodes: &BTreeMap<Box<str>, A>,
+    nodes: &BTreeMap<Box<str>, Vec<A>>,
 ) -> Candidate<A> {
     let hint = |list: HintsId, own: Option<NameId>| match slice.hints(list) {
         [] => Hint::Missing,
@@ -135,7 +135,7 @@ fn candidate<A: IpAddress>(
     };
     let local = Some(endpoint.node) == node;
     let elsewhere = if local || nodes.is_empty() { None } else { nodes.get(slice.text(endpoint.node)) };
-    let node_addr = elsewhere.copied().unwrap_or(A::UNSPECIFIED);
+    let node_addr = elsewhere.and_then(|addresses| addresses.first()).copied().unwrap_or(A::UNSPECIFIED);
     Candidate {
         endpoint: Endpoint { addr: endpoint.addr, port, local, node: node_addr },
         ready: endpoint.ready,

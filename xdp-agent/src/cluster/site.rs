@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     DetectLocal, Forwarding, NodeFacts, NodePortAddresses, Options,
+    nodes::addresses,
     wanted::{IpAddress, Network, Networks},
 };
 use crate::objects::{Node, ServiceCidr};
@@ -85,7 +86,7 @@ impl<A: IpAddress> Site<A> {
         &self,
         options: &Options,
         node: Option<&Node>,
-        nodes: &BTreeMap<Box<str>, A>,
+        nodes: &BTreeMap<Box<str>, Vec<A>>,
         service_cidrs: impl Iterator<Item = &'a ServiceCidr>,
     ) -> Networks<A> {
         let mut services: BTreeSet<Network<A>> = networks(&options.service_cidrs).into_iter().collect();
@@ -94,14 +95,20 @@ impl<A: IpAddress> Site<A> {
             pods: pods(options, node),
             services: services.into_iter().collect(),
             own: self.own.iter().copied().collect(),
-            nodes: nodes.values().copied().collect::<BTreeSet<_>>().into_iter().collect(),
-            this: if options.forwarding == Forwarding::Snat {
-                Vec::new()
-            } else {
-                self.rules.node_ips.clone()
+            nodes: sorted(nodes.values().flatten().copied()),
+            this: match options.forwarding {
+                Forwarding::Snat => Vec::new(),
+                Forwarding::Dsr | Forwarding::Hybrid => {
+                    sorted(self.rules.node_ips.iter().copied().chain(addresses(node)))
+                }
             },
         }
     }
+}
+
+/// Each address once.
+fn sorted<A: IpAddress>(addresses: impl Iterator<Item = A>) -> Vec<A> {
+    addresses.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// Addresses of one family.

@@ -133,6 +133,11 @@ impl Slice {
         Some(NameId(at as u32 + 1))
     }
 
+    /// Every name that an endpoint or a hint has.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        (1..=self.names.ends.len() as u32).map(|name| self.text(NameId(name)))
+    }
+
     /// The text of a name; empty for that of no name.
     pub fn text(&self, name: NameId) -> &str {
         let Some(at) = (name.0 as usize).checked_sub(1) else { return "" };

@@ -82,14 +82,14 @@ impl<A: IpAddress> NetworkTable<A> {
         let mut wanted = wanted(networks);
         if wanted.keys().filter(|key| !self.entries.contains_key(key)).count() > self.room() {
             let message = format!(
-                "no room for {} networks of pods and ServiceCIDRs ({} of {} in use), so nothing is dropped for being \
+                "no room for {} networks of pods, nodes and ServiceCIDRs ({} of {} in use), so nothing is dropped for being \
                  addressed to a ServiceCIDR; raise --max-networks",
                 wanted.len(),
                 self.entries.len(),
                 self.limit
             );
             self.problems.push(Problem::general(ProblemKind::NetworksFull, message));
-            wanted.retain(|(owner, _), _| *owner == PODS);
+            wanted.retain(|(owner, _), _| [PODS, NODES, SELF].contains(owner));
         }
         let mut puts: Vec<_> = wanted.iter().map(|(key, value)| (*value, *key)).collect();
         puts.sort_unstable();

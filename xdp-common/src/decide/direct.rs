@@ -28,11 +28,10 @@ pub(super) fn may_apply<F: Family, T: Tables<F>>(
     origin: Origin,
     frontend_flags: u32,
 ) -> bool {
-    let wanted = if packet.key.proto == TCP { direct::TCP } else { direct::OTHERS };
     matches!(hook, Hook::Xdp | Hook::Fragment)
         && origin == Origin::External
         && frontend_flags & (frontend::NODE_PORT | frontend::NODE_ADDRESS) == 0
-        && tables.config().direct & wanted != 0
+        && is_wanted(tables, packet)
         && !packet.is_tunnelled
 }
 
@@ -50,7 +49,8 @@ pub(super) fn enter<F: Family, T: Tables<F>>(
         return Next::Route;
     }
     flow.dst = backend.node;
-    if !route_new(tables, packet, flow) || flow.ifindex == 0 {
+    // The other node takes packets from addresses that it knows this one by.
+    if !route_new(tables, packet, flow) || flow.ifindex == 0 || !tables.network(network::SELF, flow.src) {
         flow.src = packet.key.src;
         flow.dst = backend.addr;
         return Next::Route;
@@ -82,8 +82,9 @@ pub(super) fn through<F: Family>(flow: &mut Flow<F::Addr>) {
     flow.mtu = flow.mtu.saturating_sub(F::HEADER_LEN);
 }
 
-/// Whether a flow through a tunnel must not carry a packet on: because it has come by one itself, its backend is gone and
-/// the packet would start something new, or the tuple is used again after the old connection closed.
+/// Whether a flow through a tunnel must not carry a packet on: because it has come by one itself, tunnels have been switched off,
+/// its backend is gone or has another node and the packet would start something new, or the tuple is used again after the old
+/// connection closed.
 #[inline(always)] // as for other flows
 pub(super) fn is_over<F: Family, T: Tables<F>>(
     tables: T,
@@ -91,9 +92,19 @@ pub(super) fn is_over<F: Family, T: Tables<F>>(
     flow: &Flow<F::Addr>,
 ) -> bool {
     packet.is_tunnelled
+        || !is_wanted(tables, packet)
         || ((packet.key.proto == UDP || opens(packet))
             && (flow.closing != 0
-                || tables.backend(flow.backend).is_none_or(|now| now.generation != flow.generation)))
+                || tables
+                    .backend(flow.backend)
+                    .is_none_or(|now| now.generation != flow.generation || now.node.differs(flow.dst) != 0)))
+}
+
+/// Whether packets of this protocol go to the node of their backend at all.
+#[inline(always)] // two callers
+fn is_wanted<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+    let wanted = if packet.key.proto == TCP { direct::TCP } else { direct::OTHERS };
+    tables.config().direct & wanted != 0
 }
 
 /// Whether a flow is established by this packet. No answer comes by here; that the client goes on says that it got one.
@@ -141,7 +152,9 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     if packet.ttl <= 1 || flow.ifindex == 0 {
         return Way::Pass;
     }
-    if flow.mtu != 0 && packet.total_len > flow.mtu {
+    // What the kernel has merged has the length of many packets, which are shortened one by one; its checksum is left to a device.
+    let is_merged = hook == Hook::Tc && packet.looks_offloaded();
+    if flow.mtu != 0 && packet.total_len > flow.mtu && !is_merged {
         return Way::TooLong;
     }
     match hook {

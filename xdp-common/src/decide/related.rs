@@ -41,6 +41,10 @@ pub fn ingress<F: Family, T: Tables<F>>(
     if !is_ingress_kind(entry.kind) {
         return Action::Pass;
     }
+    if entry.kind == kind::TUNNEL && packet.is_tunnelled {
+        // Through no second tunnel, as packets.
+        return Action::Pass;
+    }
     let flow = &mut work.flow;
     *flow = *entry;
     // The client may still learn about what it has sent.
@@ -125,6 +129,7 @@ pub fn echoes<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> b
     tables.config().echo != 0
         && gate::admits_echo(tables, at.addr)
         && is_ours(tables, packet)
+        && !packet.is_tunnelled
         && packet.key.src.is_unicast()
         && tables.device(packet.ifindex).is_some_and(|entry| entry.flags & device::TRANSMIT != 0)
         && tables

@@ -28,6 +28,7 @@ fn answers_directly(model: &Model, direct: u32) {
 fn one_elsewhere() -> Model {
     let model = Model::new();
     answers_directly(&model, direct::TCP | direct::OTHERS);
+    model.networks.borrow_mut().insert((network::SELF, NODE));
     for proto in [TCP, UDP, SCTP] {
         let id = model.backend(REMOTE, proto, false);
         on(&model, id, OTHER_NODE);
@@ -130,6 +131,9 @@ fn what_the_other_node_could_not_answer_is_translated_as_ever() {
     let model = one_elsewhere();
     model.routes.borrow_mut().insert(OTHER_NODE, Route::Kernel);
     is_translated("a node without a way", &model, &syn(40_000, VIP));
+    let model = one_elsewhere();
+    model.networks.borrow_mut().remove(&(network::SELF, NODE));
+    is_translated("from an address that the other node does not know", &model, &syn(40_000, VIP));
     // Left to tc ingress by XDP, and translated in half there.
     let model = one_elsewhere();
     let packet = offloaded(syn(40_000, VIP));
@@ -221,6 +225,48 @@ fn what_is_too_long_for_the_tunnel_is_refused_with_the_length_that_gets_through(
 }
 
 #[test]
+fn what_the_kernel_has_merged_is_not_too_long_because_it_is_shortened_packet_by_packet() {
+    let model = one_elsewhere();
+    for packet in [syn(40_000, VIP), ack(40_000, VIP)] {
+        assert_eq!(goes_to(&model, &packet), Some(OTHER_NODE));
+    }
+    let mut merged = Packet { total_len: 30_000, l4_len: 29_980, ..ack(40_000, VIP) };
+    merged.check = xdp_common::checksum::pseudo_header(merged.key.addresses_sum(), TCP, merged.l4_len);
+    assert_eq!(model.xdp(&merged).action, Action::Pass);
+    let verdict = model.tc(&merged);
+    assert_eq!((verdict.action, verdict.rewrite.dst), (Action::Tunnel, OTHER_NODE));
+    assert_eq!(model.all_drops(), 0);
+}
+
+#[test]
+fn where_tunnels_are_switched_off_or_a_node_has_another_address_known_flows_leave_theirs() {
+    let udp = datagram(CLIENT, 40_000, VIP, HTTP);
+    let model = one_elsewhere();
+    for packet in [syn(40_000, VIP), ack(40_000, VIP), udp, udp] {
+        assert_eq!(goes_to(&model, &packet), Some(OTHER_NODE));
+    }
+    let next = [192, 168, 70, 30];
+    on(&model, 2, next);
+    assert_eq!(goes_to(&model, &udp), Some(next), "another address");
+    assert_eq!(goes_to(&model, &ack(40_000, VIP)), Some(OTHER_NODE));
+    answers_directly(&model, 0);
+    for packet in [ack(40_000, VIP), udp] {
+        let verdict = model.xdp(&packet);
+        assert_eq!((verdict.action, verdict.rewrite.src), (Action::Transmit, NODE), "switched off");
+    }
+}
+
+#[test]
+fn what_has_come_by_a_tunnel_is_refused_without_an_answer() {
+    let model = one_elsewhere();
+    model.frontend(VIP, TCP, &[], 0);
+    assert_eq!(model.xdp(&syn(40_000, VIP)).action, Action::Reject(Reason::NoEndpoint));
+    let verdict = model.xdp(&tunnelled(syn(40_000, VIP)));
+    assert_eq!(verdict.action, Action::Drop(Reason::NoEndpoint));
+    assert_eq!(model.drops(Reason::NoEndpoint), 2);
+}
+
+#[test]
 fn without_a_neighbour_tc_ingress_sends_what_xdp_leaves_alone() {
     let model = one_elsewhere();
     model.route.set(Route::NoNeighbour { ifindex: UPLINK });
@@ -265,6 +311,7 @@ fn a_connection_whose_endpoint_is_gone_is_reset_where_that_is_asked_for() {
 fn affinity_and_the_lists_are_those_of_other_flows() {
     let model = Model::new();
     answers_directly(&model, direct::TCP);
+    model.networks.borrow_mut().insert((network::SELF, NODE));
     model.affinity_seconds.set(100);
     let ids = [REMOTE, REMOTE_TOO].map(|addr| model.backend(addr, TCP, false));
     on(&model, ids[0], OTHER_NODE);

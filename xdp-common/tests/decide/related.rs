@@ -6,7 +6,7 @@ use xdp_common::{
     frame::{Packet, tcp},
     icmp::{Message, Translation},
     net::{TCP, UDP, V4},
-    tables::{Backend, Config, Device, Frontend, Route, direct, frontend},
+    tables::{Backend, Config, Device, Frontend, Route, direct, frontend, network},
     verdict::{Action, Event, Hop},
 };
 
@@ -161,6 +161,7 @@ fn an_error_about_an_answer_of_another_node_goes_there_as_it_is() {
     model.set_backend(id, backend);
     model.frontend(VIP, TCP, &[id], 0);
     model.config.set(Config { direct: direct::TCP, ..model.config.get() });
+    model.networks.borrow_mut().insert((network::SELF, NODE));
     for flags in [tcp::SYN, tcp::ACK, tcp::ACK] {
         assert_eq!(model.xdp(&segment(CLIENT, 40_000, VIP, HTTP, flags)).action, Action::Tunnel);
         let answer = answer(&ack(40_000, VIP), tcp::ACK);
@@ -171,6 +172,10 @@ fn an_error_about_an_answer_of_another_node_goes_there_as_it_is() {
         };
         let action = related::ingress::<V4, _>(&model, &about(&answer, ROUTER), &mut out);
         assert_eq!((action, out.quote.src, out.quote.dst), (Action::Tunnel, NODE, OTHER_NODE));
+        // Through no second tunnel.
+        let mut again = about(&answer, ROUTER);
+        again.packet.is_tunnelled = true;
+        assert_eq!(comes(&model, &again).0, Action::Pass);
     }
     // Without a neighbour it is left alone.
     model.route.set(Route::NoNeighbour { ifindex: UPLINK });
