@@ -49,6 +49,23 @@ fn everything_that_exists_is_known_when_it_is_said_to_be() {
 }
 
 #[test]
+fn other_nodes_are_followed_where_they_matter() {
+    let mut world = World::of_all_nodes();
+    world.until_synced();
+    let mut other = node();
+    other["metadata"]["name"] = json!("node-b");
+    other["status"]["addresses"][0]["address"] = json!("192.0.2.2");
+    world.server.put(other);
+    world.until("the other node", |_, seen| {
+        let address = |name| seen.objects.nodes.get(name).map(|node| node.internal_ips.clone());
+        address("node-b").is_some_and(|ips| ips[0].to_string() == "192.0.2.2") && address(NODE).is_some()
+    });
+    assert!(world.asked(Resource::Nodes, false).iter().all(|list| !list.query.contains_key("fieldSelector")));
+    world.server.delete(Resource::Nodes, "", "node-b");
+    world.until("it to be gone", |_, seen| seen.objects.nodes.len() == 1);
+}
+
+#[test]
 fn an_object_is_followed_from_its_creation_to_its_deletion() {
     let mut world = World::start();
     world.until_synced();

@@ -75,13 +75,23 @@ impl World {
         Self::watching(server, directory, pace)
     }
 
+    /// A watch of all nodes.
+    pub(crate) fn of_all_nodes() -> Self {
+        let (server, directory) = Self::without_watch();
+        Self::watching_as(server, directory, PACE, true)
+    }
+
     /// A watch of a server.
     pub(crate) fn watching(server: ApiServer, directory: TempDir, pace: Pace) -> Self {
+        Self::watching_as(server, directory, pace, false)
+    }
+
+    fn watching_as(server: ApiServer, directory: TempDir, pace: Pace, all_nodes: bool) -> Self {
         let access = Access {
             kubeconfig: Some(server.kubeconfig(directory.path()).expect("a kubeconfig")),
             master: None,
         };
-        let options = Options { access, node: NODE.into(), all_nodes: false, pace };
+        let options = Options { access, node: NODE.into(), all_nodes, pace };
         let (sender, events) = mpsc::channel(64);
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
