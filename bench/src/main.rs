@@ -5,6 +5,10 @@ mod sockets;
 mod sync;
 
 use clap::{Parser, Subcommand};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
 
 /// Measures, always beside its references in the same run.
 #[derive(Parser)]
@@ -29,4 +33,11 @@ fn main() -> anyhow::Result<()> {
         What::Sockets(args) => sockets::run(&args),
         What::Sync(args) => sync::run(&args),
     }
+}
+
+/// Keeps this thread on one CPU.
+fn stay_on(cpu: usize) -> anyhow::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
 }

@@ -185,9 +185,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (ifindex, mac) = (node.index("eth0")?, node.mac("eth0")?);
     node.run(|| {
         // One core for all cases; moves between cores would show up as noise.
-        let mut cpus = nix::sched::CpuSet::new();
-        cpus.set(0)?;
-        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus)?;
+        crate::stay_on(0)?;
         let mut failed = Vec::new();
         for &flows in &args.flows {
             ensure!(flows.is_power_of_two(), "--flows takes powers of two, not {flows}");

@@ -7,6 +7,8 @@
 #[path = "netns/setup.rs"]
 mod setup;
 
+#[path = "netns/affinity.rs"]
+mod affinity;
 #[path = "netns/bad_input.rs"]
 mod bad_input;
 #[path = "netns/callers.rs"]
@@ -17,6 +19,8 @@ mod clean_host;
 mod dead_backends;
 #[path = "netns/direct.rs"]
 mod direct;
+#[path = "netns/dual.rs"]
+mod dual;
 #[path = "netns/explain.rs"]
 mod explain;
 #[path = "netns/fragments.rs"]

@@ -61,6 +61,20 @@ pub struct Options {
     pub forwarding: Forwarding,
 }
 
+impl Options {
+    /// What the endpoint's node answers, in bits of [`direct`]. NodePorts only where networks tell every pod of the cluster
+    /// from other clients: pods reach those of other nodes by the wire.
+    pub fn direct(&self) -> u32 {
+        let wanted = match self.forwarding {
+            Forwarding::Snat => return 0,
+            Forwarding::Dsr => direct::TCP | direct::OTHERS,
+            Forwarding::Hybrid => direct::TCP,
+        };
+        let has_cidrs = matches!(&self.detect_local, DetectLocal::ClusterCidr(cidrs) if !cidrs.is_empty());
+        if has_cidrs { wanted | direct::NODE_PORTS } else { wanted }
+    }
+}
+
 /// How packets of clients outside the cluster get to endpoints on other nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Forwarding {
@@ -71,17 +85,6 @@ pub enum Forwarding {
     Dsr,
     /// TCP as with [`Forwarding::Dsr`], all else as with [`Forwarding::Snat`].
     Hybrid,
-}
-
-impl Forwarding {
-    /// For which protocols the endpoint's node answers, in bits of [`direct`].
-    pub const fn direct(self) -> u32 {
-        match self {
-            Self::Snat => 0,
-            Self::Dsr => direct::TCP | direct::OTHERS,
-            Self::Hybrid => direct::TCP,
-        }
-    }
 }
 
 /// How this node's pods are told from other clients.

@@ -338,7 +338,10 @@ impl<A: IpAddress> Look<A> {
             // Half of a flow whose other entries say the same, whichever direction it is.
             _ => return,
         };
-        self.in_use.ingress_bits.insert(gate::frontend_bit(frontend.0, frontend.1, key.proto));
+        // The second is that of a NodePort of another node, which has sent the flow on.
+        for addr in [frontend.0, A::UNSPECIFIED] {
+            self.in_use.ingress_bits.insert(gate::frontend_bit(addr, frontend.1, key.proto));
+        }
         if let Some(snat) = snat {
             self.in_use.ingress_bits.insert(gate::snat_bit(snat));
         }

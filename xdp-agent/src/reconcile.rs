@@ -176,7 +176,7 @@ impl Reconciler {
             // Until the rules are known.
             policy_routing: 1,
             echo: u32::from(parts.echo),
-            direct: cluster.forwarding.direct(),
+            direct: cluster.direct(),
         };
         settings.set(config)?;
         parts.told.clock.store(config.clock, Ordering::Relaxed);

@@ -48,7 +48,6 @@ pub struct Hooks {
     maps: SocketMaps,
     v4: SocketSettings<[u8; 4]>,
     v6: SocketSettings<Ip6>,
-    is_on_loopback: bool,
     /// Told when backends may have gone.
     pub gone: Arc<Notify>,
     /// Service ports that ask for their clients' addresses, by the length of those.
@@ -69,11 +68,12 @@ impl Hooks {
         };
         // Before kernel 5.14 a process cannot ask; 0 stands for the first namespace, in which nodes usually are.
         let host_namespace = own_cookie().unwrap_or(0);
+        // Of IPv6 none is on the loopback, as in kube-proxy.
+        let v4_flags = flags | if is_on_loopback { socket::ON_LOOPBACK } else { 0 };
         let mut hooks = Self {
             maps,
-            v4: settings(host_namespace, flags),
+            v4: settings(host_namespace, v4_flags),
             v6: settings(host_namespace, flags),
-            is_on_loopback,
             gone: Arc::default(),
             restricted: HashSet::new(),
             asks_for_pods: Arc::default(),
@@ -90,20 +90,17 @@ impl Hooks {
         self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
     }
 
-    /// Takes the node's primary address of each family and one that serves NodePorts; of IPv6 none does so on the
-    /// loopback, as in kube-proxy.
+    /// Takes the node's primary address of each family and one that serves NodePorts.
     ///
     /// # Errors
     /// When the kernel refuses the write; it is made again with the next change.
     pub fn set_node(&mut self, v4: [Option<[u8; 4]>; 2], v6: [Option<Ip6>; 2]) -> io::Result<()> {
-        let ([v4_node, node_port], [v6_node, _]) = (v4, v6);
-        let loopback = node_port.filter(|_| self.is_on_loopback).unwrap_or_default();
-        let v4 = SocketSettings { node: v4_node.unwrap_or_default(), loopback, ..self.v4 };
+        let v4 = with_node(self.v4, v4);
         if v4 != self.v4 {
             self.maps.set_v4(v4)?;
             self.v4 = v4;
         }
-        let v6 = SocketSettings { node: v6_node.unwrap_or_default(), ..self.v6 };
+        let v6 = with_node(self.v6, v6);
         if v6 != self.v6 {
             self.maps.set_v6(v6)?;
             self.v6 = v6;
@@ -113,7 +110,15 @@ impl Hooks {
 }
 
 fn settings<A: Address>(host_namespace: u64, flags: u32) -> SocketSettings<A> {
-    SocketSettings { host_namespace, node: A::UNSPECIFIED, loopback: A::UNSPECIFIED, flags, zero: [0; 4] }
+    SocketSettings { host_namespace, node: A::UNSPECIFIED, node_ports: A::UNSPECIFIED, flags, zero: [0; 4] }
+}
+
+fn with_node<A: Address>(
+    settings: SocketSettings<A>,
+    [node, node_ports]: [Option<A>; 2],
+) -> SocketSettings<A> {
+    let [node, node_ports] = [node, node_ports].map(Option::unwrap_or_default);
+    SocketSettings { node, node_ports, ..settings }
 }
 
 fn note<A>(restricted: &mut HashSet<(ServicePortName, usize)>, delta: &Delta<A>) {
@@ -208,10 +213,7 @@ impl Sweeper {
         let mut destroyed = 0;
         let (mut refused, mut failed) = (None, None);
         namespaces::each(|result| match result {
-            Ok(()) => match diag::destroy(&wanted) {
-                Ok(count) => destroyed += count,
-                Err(error) => failed = Some(error),
-            },
+            Ok(()) => failed = diag::destroy(&wanted, &mut destroyed).err().or(failed.take()),
             Err(error) => refused = Some(error),
         });
         self.tell_refusal(refused);

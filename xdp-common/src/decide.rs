@@ -15,7 +15,7 @@ use crate::{
     gate,
     net::{Address, Family, FlowKey, UDP},
     select::known_bit,
-    tables::{Entry, Flow, Insertion, Table, Tables, Work, closing, exit, kind},
+    tables::{Config, Entry, Flow, Insertion, Table, Tables, Work, closing, exit, kind, network},
     verdict::{Action, Counter, Event, Hop, Reason, Verdict},
 };
 
@@ -73,8 +73,8 @@ enum Next {
 #[inline(always)] // one caller per hook
 pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hook: Hook) -> Verdict<F::Addr> {
     let config = tables.config();
-    if !gate::admits_ingress(tables, &config, &packet.key) {
-        return Verdict::PASS;
+    if !admits(tables, &config, packet) {
+        return stray(tables, packet);
     }
     let offloaded = packet.looks_offloaded();
     match hook {
@@ -138,6 +138,30 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         },
     };
     verdict(tables, packet, action, &work.flow)
+}
+
+/// Whether a packet may be ours: by where it goes, or because another node has sent it on.
+#[inline(always)] // the gate
+fn admits<F: Family, T: Tables<F>>(tables: T, config: &Config, packet: &Packet<F::Addr>) -> bool {
+    gate::admits_ingress(tables, config, &packet.key)
+        || (packet.is_tunnelled && gate::admits_tunnelled(tables, &packet.key))
+}
+
+/// Whether a packet has been sent on by another node, to whose NodePort it is addressed.
+#[inline(always)] // false on every path but one, by one test
+fn is_for_other_node<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+    packet.is_tunnelled && tables.network(network::NODES, packet.key.dst)
+}
+
+/// What becomes of a packet that is nobody's: the kernel would only send it back to the node that has sent it on, and that
+/// one would again.
+#[inline(always)] // as above
+fn stray<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+    if !is_for_other_node(tables, packet) {
+        return Verdict::PASS;
+    }
+    tables.count(Counter::Drop(Reason::UnknownPort));
+    Verdict { action: Action::Drop(Reason::UnknownPort), ..Verdict::PASS }
 }
 
 /// A verdict from a flow's translation and next hop; counts it.

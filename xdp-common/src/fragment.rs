@@ -149,7 +149,12 @@ pub fn step<F: Family, T: FragmentTables<F>>(
     side: Side,
 ) -> Step {
     let clock = tables.config().clock;
-    if side == Side::Ingress && !gate::admits_address(tables, key.dst) {
+    let may_be_ours = || {
+        // Another node's NodePort is known by its port alone, which the first fragment has.
+        gate::admits_address(tables, key.dst)
+            || (packet.is_tunnelled && gate::admits_address(tables, F::Addr::UNSPECIFIED))
+    };
+    if side == Side::Ingress && !may_be_ours() {
         return Step::Pass;
     }
     let is_first = !packet.is_later_fragment();

@@ -75,19 +75,25 @@ pub fn backend_destination_bit<A: Address>(addr: A, port: Port, proto: u8) -> u3
 /// the range.
 #[inline(always)] // the hottest test of all
 pub fn admits_ingress<F: Family, T: Tables<F>>(tables: T, config: &Config, key: &FlowKey<F::Addr>) -> bool {
+    let port = u16::from_be_bytes(key.dport);
+    if port >= config.snat_port_min && port <= config.snat_port_max {
+        let at = snat_bit(key.dst);
+        if is_set(tables.ingress_gate(at / 64), at) {
+            return true;
+        }
+    }
     let at = frontend_bit(key.dst, key.dport, key.proto);
     if is_set(tables.ingress_gate(at / 64), at) {
         return true;
     }
     let at = service_network_bit(key.dst.network());
-    if is_set(tables.ingress_gate(at / 64), at) {
-        return true;
-    }
-    let port = u16::from_be_bytes(key.dport);
-    if port < config.snat_port_min || port > config.snat_port_max {
-        return false;
-    }
-    let at = snat_bit(key.dst);
+    is_set(tables.ingress_gate(at / 64), at)
+}
+
+/// Whether a packet that has come out of a tunnel may be addressed to a NodePort of the node that has sent it on.
+#[inline(always)] // one caller
+pub fn admits_tunnelled<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> bool {
+    let at = frontend_bit(F::Addr::UNSPECIFIED, key.dport, key.proto);
     is_set(tables.ingress_gate(at / 64), at)
 }
 

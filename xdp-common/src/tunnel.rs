@@ -147,7 +147,8 @@ pub fn is_plain<F: Tunnel, R: Frame + ?Sized>(frame: &R) -> bool {
 }
 
 /// Whether a packet is to be taken out of the one around it: that goes from another node to this one, and the one inside from
-/// a client outside the cluster to a Service, or is of a known flow. All other packets in packets are somebody else's.
+/// a client outside the cluster to a Service or a NodePort of another node, or is of a known flow. All other packets in
+/// packets are somebody else's.
 #[inline(always)] // one caller
 pub fn is_ours<F: Tunnel, T: Tables<F>>(tables: T, packet: &Tunnelled<F::Addr>) -> bool {
     let address = FrontendKey { addr: packet.key.dst, port: [0; 2], proto: 0, zero: 0 };
@@ -162,8 +163,16 @@ pub fn is_ours<F: Tunnel, T: Tables<F>>(tables: T, packet: &Tunnelled<F::Addr>) 
         && (tables
             .frontend(&address)
             .is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)
+            || is_node_port(tables, &packet.key)
             || tables.flow(Table::Established, &packet.key).is_some()
             || tables.flow(Table::Embryonic, &packet.key).is_some())
+}
+
+/// Whether a packet goes to a NodePort of another node, as far as its ports are in sight.
+#[inline(always)] // one caller
+fn is_node_port<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>) -> bool {
+    let at = FrontendKey { addr: F::Addr::UNSPECIFIED, port: key.dport, proto: key.proto, zero: 0 };
+    tables.network(network::NODES, key.dst) && (key.dport == [0; 2] || tables.frontend(&at).is_some())
 }
 
 /// Writes the IP header around a client's packet, in front of which there is room.

@@ -38,6 +38,9 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
         }
         Found::Error => {
             let action = related::ingress(tables, message, translation);
+            if let Action::Drop(_) = action {
+                return xdp_action::XDP_DROP;
+            }
             if action == Action::Pass {
                 return xdp_action::XDP_PASS;
             }

@@ -33,7 +33,7 @@ use xdp_common::{
     icmp::Icmp,
     net::{Family, V4, V6},
     tables,
-    verdict::{Action, Counter, Event, Reason, Verdict},
+    verdict::{Action, Counter, Event, Reason, Rewrite, Verdict},
 };
 
 use crate::{
@@ -122,33 +122,66 @@ fn tc_egress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     apply::<F>(skb, "tc egress", packet, &verdict)
 }
 
-#[inline(never)] // a frame of its own on a stack of 512 bytes
+/// Does with a frame what has been decided.
+///
+/// The branches are here, where the verdict is on the program's own stack. A function that is given it by reference must not
+/// branch by what is in there: verifiers before 6.8 do not know then that the value matters, take one that they have not
+/// followed for one that they have, and cut the other branches off.
+#[inline(always)] // as said
 fn apply<F: Maps + Wire>(
     skb: *mut __sk_buff,
     _hook: &str,
     packet: &frame::Packet<F::Addr>,
     verdict: &Verdict<F::Addr>,
 ) -> i32 {
-    let frame = &TcFrame::of(skb);
     #[cfg(feature = "trace")]
-    trace::verdict::<F, _>(frame.ctx(), _hook, &packet.key, verdict);
+    trace::verdict::<F, _>(TcFrame::of(skb).ctx(), _hook, &packet.key, verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
-        Action::Reject(Reason::TunnelMtu) => {
-            answer(|area| frame.too_big::<F>(packet, verdict.mtu, area)).unwrap_or(TC_ACT_SHOT)
-        }
-        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area, Turn::Out)).unwrap_or(TC_ACT_SHOT),
-        Action::Tunnel => frame.tunnel::<F>(packet, verdict),
+        Action::Reject(Reason::TunnelMtu) => too_big::<F>(skb, packet, verdict.mtu),
+        Action::Reject(_) => refused::<F>(skb, packet, Turn::Out),
+        Action::Tunnel => tunnelled::<F>(skb, packet, verdict),
         Action::Stack | Action::Transmit | Action::Redirect => {
-            frame.rewrite::<F>(packet, &verdict.rewrite);
+            rewritten::<F>(skb, packet, &verdict.rewrite);
             TC_ACT_UNSPEC
         }
     }
 }
 
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+fn too_big<F: Maps + Wire>(skb: *mut __sk_buff, packet: &frame::Packet<F::Addr>, mtu: u16) -> i32 {
+    let frame = &TcFrame::of(skb);
+    answer(|area| F::too_big(frame, packet, mtu, area).then(|| frame.redirect(Turn::Out)))
+        .unwrap_or(TC_ACT_SHOT)
+}
+
+#[inline(never)] // as above
+fn refused<F: Maps + Wire>(skb: *mut __sk_buff, packet: &frame::Packet<F::Addr>, way: Turn) -> i32 {
+    let frame = &TcFrame::of(skb);
+    answer(|area| frame.answer::<F>(packet, area, way)).unwrap_or(TC_ACT_SHOT)
+}
+
+#[inline(never)] // as above
+fn tunnelled<F: Maps + Wire>(
+    skb: *mut __sk_buff,
+    packet: &frame::Packet<F::Addr>,
+    verdict: &Verdict<F::Addr>,
+) -> i32 {
+    TcFrame::of(skb).tunnel::<F>(packet, verdict)
+}
+
+#[inline(never)] // as above
+fn rewritten<F: Maps + Wire>(
+    skb: *mut __sk_buff,
+    packet: &frame::Packet<F::Addr>,
+    rewrite: &Rewrite<F::Addr>,
+) {
+    TcFrame::of(skb).rewrite::<F>(packet, rewrite);
+}
+
 /// Answers a refused packet, if there have not been too many of late.
-#[inline(always)] // two callers
+#[inline(always)] // what it is given writes the frame, whose bounds are proven there
 fn answer<R>(send: impl FnOnce(&mut AnswerFrame) -> Option<R>) -> Option<R> {
     let sent = maps::answer_area().and_then(send);
     let event = if sent.is_some() { Event::Answered } else { Event::Unanswered };

@@ -17,13 +17,13 @@ use xdp_common::{
 };
 
 use crate::{
-    answer, apply,
+    apply,
     family::{Found, Maps},
     fragments::fragment,
     icmp,
     maps::{Kernel, parse, parsed, place},
     packet::Wire,
-    sctp,
+    refused, sctp,
     skb::{TcFrame, Turn},
 };
 
@@ -116,7 +116,7 @@ fn sent<F: Maps + Wire>(skb: *mut __sk_buff) -> i32 {
     match verdict.action {
         Action::Transmit => turned::<F>(skb, packet, &verdict, Turn::In),
         Action::Redirect => sent_elsewhere::<F>(skb, packet, &verdict),
-        Action::Reject(_) => refused::<F>(skb, packet),
+        Action::Reject(_) => refused::<F>(skb, packet, Turn::In),
         Action::Pass | Action::Drop(_) | Action::Stack | Action::Tunnel => {
             apply::<F>(skb, "tc host", packet, &verdict)
         }
@@ -155,10 +155,4 @@ fn sent_elsewhere<F: Maps + Wire>(
         Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => frame.leave_by(ifindex),
         Route::Local | Route::Kernel => TC_ACT_UNSPEC,
     }
-}
-
-#[inline(never)] // as above
-fn refused<F: Maps + Wire>(skb: *mut __sk_buff, packet: &Packet<F::Addr>) -> i32 {
-    let frame = &TcFrame::of(skb);
-    answer(|area| frame.answer::<F>(packet, area, Turn::In)).unwrap_or(TC_ACT_SHOT)
 }

@@ -4,9 +4,7 @@ use core::{arch::asm, mem::offset_of};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{
-        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_PSEUDO_HDR, xdp_action, xdp_md,
-    },
+    bindings::{BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_PSEUDO_HDR, xdp_md},
     helpers,
     programs::XdpContext,
 };
@@ -47,7 +45,7 @@ pub(crate) trait Wire: Tunnel {
     const PSEUDO_HEADER: u64;
     /// Writes an address.
     fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: Self::Addr);
-    /// [`XdpFrame::address`], [`XdpFrame::rewrite`] and the answers, with the lengths of this family's headers proven.
+    /// [`XdpFrame::address`], [`XdpFrame::rewrite`] and [`answer()`], with the lengths of this family's headers proven.
     fn address(frame: &XdpFrame, packet: &Packet<Self::Addr>, hop: &Hop);
     fn rewrite(frame: &XdpFrame, packet: &Packet<Self::Addr>, rewrite: &Rewrite<Self::Addr>);
     fn answer<R: Replace>(
@@ -56,7 +54,7 @@ pub(crate) trait Wire: Tunnel {
         finisher: Finisher,
         out: &mut AnswerFrame,
     ) -> bool;
-    /// Answers a packet that is longer than so many bytes, likewise.
+    /// [`too_big`], likewise.
     fn too_big<R: Replace>(frame: &R, packet: &Packet<Self::Addr>, mtu: u16, out: &mut AnswerFrame) -> bool;
     /// [`XdpFrame::tunnel`], likewise.
     fn tunnel(
@@ -316,23 +314,6 @@ impl XdpFrame {
     pub(crate) fn redirect(&self, ifindex: u32) -> u32 {
         // SAFETY: the helper takes numbers only.
         unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
-    }
-
-    /// Answers a refused packet.
-    #[inline(always)]
-    pub(crate) fn answer<F: Wire>(&self, packet: &Packet<F::Addr>, area: &mut AnswerFrame) -> Option<u32> {
-        if F::answer(self, packet, Finisher::Nobody, area) { Some(xdp_action::XDP_TX) } else { None }
-    }
-
-    /// Tells the sender of a packet how long it may be.
-    #[inline(always)]
-    pub(crate) fn too_big<F: Wire>(
-        &self,
-        packet: &Packet<F::Addr>,
-        mtu: u16,
-        area: &mut AnswerFrame,
-    ) -> Option<u32> {
-        F::too_big(self, packet, mtu, area).then_some(xdp_action::XDP_TX)
     }
 }
 

@@ -12,7 +12,6 @@ use xdp_common::{
 };
 
 use crate::{
-    answer,
     family::Maps,
     maps::{self, Kernel},
     packet::{
@@ -37,9 +36,8 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
 #[inline(never)] // as above
 pub(crate) fn abort<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
-    let sent = maps::parsed::<F>().and_then(|packet| {
-        answer(|area| F::abort(frame, packet, Finisher::Nobody, area).then_some(xdp_action::XDP_TX))
-    });
+    let sent = maps::parsed::<F>()
+        .map(|packet| xdp::answered(|area| F::abort(frame, packet, Finisher::Nobody, area)));
     sent.unwrap_or(xdp_action::XDP_DROP)
 }
 
@@ -62,9 +60,9 @@ fn known<F: Maps, R>(
 pub(crate) fn too_big<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
     let sent = known(Kernel::<F>::new(frame.context()), |packet, flow| {
-        answer(|area| frame.too_big::<F>(packet, flow.mtu, area))
+        xdp::answered(|area| F::too_big(frame, packet, flow.mtu, area))
     });
-    sent.flatten().unwrap_or(xdp_action::XDP_DROP)
+    sent.unwrap_or(xdp_action::XDP_DROP)
 }
 
 /// Sends the packet on in another one; what the program then does with the frame.

@@ -181,18 +181,7 @@ impl TcFrame {
             SCTP => F::abort(self, packet, finisher, area),
             _ => F::answer(self, packet, finisher, area),
         };
-        if is_answered { Some(self.redirect(way)) } else { None }
-    }
-
-    /// Tells the sender of a packet how long it may be.
-    #[inline(always)]
-    pub(crate) fn too_big<F: Wire>(
-        &self,
-        packet: &Packet<F::Addr>,
-        mtu: u16,
-        area: &mut AnswerFrame,
-    ) -> Option<i32> {
-        F::too_big(self, packet, mtu, area).then(|| self.redirect(Turn::Out))
+        is_answered.then(|| self.redirect(way))
     }
 
     /// Sends a packet on in another one, by the neighbour that the kernel finds. Where there is no room for that, the frame is

@@ -186,7 +186,7 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
         F::sockets().get(0).copied().unwrap_or(SocketSettings {
             host_namespace: 0,
             node: F::Addr::UNSPECIFIED,
-            loopback: F::Addr::UNSPECIFIED,
+            node_ports: F::Addr::UNSPECIFIED,
             flags: 0,
             zero: [0; 4],
         })

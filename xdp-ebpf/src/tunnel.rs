@@ -49,5 +49,5 @@ fn untunnel_of<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
         return xdp_action::XDP_PASS;
     }
     count(Counter::Event(Event::Untunnelled));
-    go_on::<FRAGS>(ctx, next::INGRESS)
+    go_on::<FRAGS, { next::INGRESS }>(ctx)
 }

@@ -10,6 +10,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use xdp_common::{
+    answer::{AnswerFrame, Finisher},
     decide::{self, Hook},
     frame::{self, Packet, Parsed},
     icmp::Icmp,
@@ -75,7 +76,7 @@ pub(crate) fn xdp_others_frags(ctx: XdpContext) -> u32 {
 fn ingress<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     match frame::ethertype(&XdpFrame::new(ctx, FRAGS)) {
         V4::ETHERTYPE => transport::<V4, FRAGS>(ctx),
-        V6::ETHERTYPE => go_on::<FRAGS>(ctx, next::V6),
+        V6::ETHERTYPE => go_on::<FRAGS, { next::V6 }>(ctx),
         _ => xdp_action::XDP_PASS,
     }
 }
@@ -89,7 +90,7 @@ fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
             place.set(packet);
             &*place
         }
-        Parsed::Other => return go_on::<FRAGS>(ctx, next::OTHERS),
+        Parsed::Other => return go_on::<FRAGS, { next::OTHERS }>(ctx),
         // For tc ingress, which the kernel gives them next.
         Parsed::Fragment => return xdp_action::XDP_PASS,
         Parsed::Malformed => {
@@ -115,7 +116,7 @@ fn others<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 #[inline(always)] // a level of calls less
 fn others_of<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     if tunnels::is_plain::<F, _>(&XdpFrame::new(ctx, FRAGS)) {
-        return go_on::<FRAGS>(ctx, next::TUNNEL);
+        return go_on::<FRAGS, { next::TUNNEL }>(ctx);
     }
     match sctp::xdp::<F, FRAGS>(ctx) {
         OTHER => icmp::xdp::<F, FRAGS>(ctx),
@@ -136,11 +137,9 @@ pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
         Action::Reject(Reason::TunnelMtu) if IS_SCTP => sctp::too_big::<F, FRAGS>(frame.context().cast()),
-        Action::Reject(Reason::TunnelMtu) => {
-            answer(|area| frame.too_big::<F>(packet, verdict.mtu, area)).unwrap_or(xdp_action::XDP_DROP)
-        }
+        Action::Reject(Reason::TunnelMtu) => answered(|area| F::too_big(frame, packet, verdict.mtu, area)),
         Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
-        Action::Reject(_) => answer(|area| frame.answer::<F>(packet, area)).unwrap_or(xdp_action::XDP_DROP),
+        Action::Reject(_) => answered(|area| F::answer(frame, packet, Finisher::Nobody, area)),
         Action::Stack => {
             rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
             xdp_action::XDP_PASS
@@ -158,6 +157,12 @@ pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
         Action::Tunnel if IS_SCTP => sctp::tunnel::<F, FRAGS>(frame.context().cast()),
         Action::Tunnel => tunnel::<F>(frame, packet, &verdict.hop, verdict.rewrite.src, verdict.rewrite.dst),
     }
+}
+
+/// Sends the answer out where the packet came in, if there is one.
+#[inline(always)] // the work of a single call
+pub(crate) fn answered(write: impl FnOnce(&mut AnswerFrame) -> bool) -> u32 {
+    answer(|area| write(area).then_some(xdp_action::XDP_TX)).unwrap_or(xdp_action::XDP_DROP)
 }
 
 /// Sends a packet on in another one. Where the driver has left no room for that, tc ingress sees the frame next, and does it.
@@ -192,9 +197,9 @@ fn rewrite<F: Maps + Wire, const IS_SCTP: bool>(
 }
 
 /// Hands the frame to another program; without one in the slot it is the kernel's.
-#[inline(always)] // two instructions
-pub(crate) fn go_on<const FRAGS: bool>(ctx: *mut xdp_md, slot: u32) -> u32 {
+#[inline(always)] // a jump
+pub(crate) fn go_on<const FRAGS: bool, const SLOT: u32>(ctx: *mut xdp_md) -> u32 {
     let programs = if FRAGS { &XDP_NEXT_FRAGS } else { &XDP_NEXT };
-    maps::go_on(programs, &XdpContext::new(ctx), slot);
+    maps::go_on::<_, SLOT>(programs, &XdpContext::new(ctx));
     xdp_action::XDP_PASS
 }

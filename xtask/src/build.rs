@@ -113,20 +113,24 @@ pub(crate) fn bpf_objects(
     for object in BPF_OBJECTS {
         // With further features they are for the machine that builds them.
         if features.is_none() {
-            check_stack(&built.join(object))?;
+            check_programs(&built.join(object))?;
         }
         copy_if_changed(&built.join(object), &workspace.bpf_objects().join(object))?;
     }
     Ok(())
 }
 
-/// Fails when a program of the object takes more stack than every supported kernel grants.
-fn check_stack(object: &Path) -> Result<()> {
-    for Used { program, bytes, chain } in stack::used(object)? {
+/// Fails when a program of the object takes more stack than every supported kernel grants, or jumps where it is not told.
+fn check_programs(object: &Path) -> Result<()> {
+    for Used { program, bytes, chain, loose_tail_calls } in stack::used(object)? {
         ensure!(
             bytes <= STACK_MAX,
             "{program} takes {bytes} bytes of stack and kernels before 6.8 grant {STACK_MAX}; the longest chain of calls:\n  {}",
             chain.join("\n  ")
+        );
+        ensure!(
+            loose_tail_calls == 0,
+            "{program} has {loose_tail_calls} tail calls with the slot in a register"
         );
     }
     Ok(())

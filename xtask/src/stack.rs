@@ -1,10 +1,11 @@
-//! The stack of the kernel programs, added up over calls as the strictest supported verifier does.
+//! What the object says of the kernel programs: their stack, added up over calls as the strictest supported verifier does, and
+//! whether their tail calls can become jumps.
 //!
 //! Newer kernels round frames to 16 bytes and are content with programs that older ones refuse; the machine that builds
 //! is seldom the oldest one that runs them.
 
 use anyhow::{Context, Result, ensure};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// What a program and all it calls may use together (`MAX_BPF_STACK`).
@@ -20,7 +21,15 @@ const SYMBOL_FUNCTION: u8 = 2;
 const INSTRUCTION: usize = 8;
 /// Opcodes and registers (Documentation/bpf/standardization/instruction-set.rst).
 const CALL: u8 = 0x85;
+const EXIT: u8 = 0x95;
+const JUMP_FAR: u8 = 0x06;
+const CLASSES_JUMP: [u8; 2] = [5, 6];
 const CALL_LOCAL: u8 = 1;
+const CALL_HELPER: u8 = 0;
+const TAIL_CALL: i32 = 12;
+const SLOT: u8 = 3;
+/// Moves of a constant, of 64 and 32 bits.
+const MOVES_CONSTANT: [u8; 2] = [0xb7, 0xb4];
 const MOVE: u8 = 0xbf;
 const ADD: u8 = 0x07;
 const FRAME_POINTER: u8 = 10;
@@ -34,6 +43,7 @@ struct Function {
     name: String,
     frame: u32,
     calls: Vec<Place>,
+    loose_tail_calls: u32,
     is_program: bool,
 }
 
@@ -43,6 +53,9 @@ pub(crate) struct Used {
     pub(crate) bytes: u32,
     /// The functions of the chain, with the bytes of each.
     pub(crate) chain: Vec<String>,
+    /// Tail calls of its own whose slot is not set right before them. The kernel makes a jump of a call whose slot it knows, and
+    /// else an indirect one (`record_func_key` and `do_misc_fixups` in kernel/bpf/verifier.c).
+    pub(crate) loose_tail_calls: u32,
 }
 
 /// What every program of an object takes.
@@ -53,7 +66,8 @@ pub(crate) fn used(object: &Path) -> Result<Vec<Used>> {
     let used = programs.map(|(place, function)| {
         let mut chain = Vec::new();
         let bytes = deepest(&functions, *place, &mut chain, 0)?;
-        Ok(Used { program: function.name.clone(), bytes, chain })
+        let Function { name, loose_tail_calls, .. } = function;
+        Ok(Used { program: name.clone(), bytes, chain, loose_tail_calls: *loose_tail_calls })
     });
     used.collect()
 }
@@ -99,10 +113,12 @@ fn functions(object: &[u8]) -> Option<BTreeMap<Place, Function>> {
             name: symbol.name.clone(),
             frame: 0,
             calls: Vec::new(),
+            loose_tail_calls: 0,
             is_program: section.name != ".text",
         };
         // Registers that hold the frame pointer, until something is taken off it.
         let mut copies = [false; 16];
+        let (mut has_slot, joined) = (false, jump_targets(code));
         for (index, instruction) in code.chunks_exact(INSTRUCTION).enumerate() {
             let (opcode, registers) = (instruction[0], instruction[1]);
             let (to, from) = (registers & 15, registers >> 4);
@@ -122,6 +138,10 @@ fn functions(object: &[u8]) -> Option<BTreeMap<Place, Function>> {
             if opcode == MOVE {
                 copies[usize::from(to)] = from == FRAME_POINTER;
             }
+            if opcode == CALL && from == CALL_HELPER && value == TAIL_CALL {
+                function.loose_tail_calls += u32::from(!has_slot || joined.contains(&index));
+            }
+            has_slot = MOVES_CONSTANT.contains(&opcode) && to == SLOT;
             if opcode == CALL && from == CALL_LOCAL {
                 let at = symbol.offset + index * INSTRUCTION;
                 let beyond =
@@ -137,6 +157,24 @@ fn functions(object: &[u8]) -> Option<BTreeMap<Place, Function>> {
         functions.insert((symbol.section, symbol.offset), function);
     }
     Some(functions)
+}
+
+/// The instructions of a function that jumps lead to.
+fn jump_targets(code: &[u8]) -> BTreeSet<usize> {
+    let jumps = code.chunks_exact(INSTRUCTION).enumerate().filter(|(_, instruction)| {
+        CLASSES_JUMP.contains(&(instruction[0] & 7)) && ![CALL, EXIT].contains(&instruction[0])
+    });
+    let target = |(index, instruction): (usize, &[u8])| {
+        let far = [instruction[4], instruction[5], instruction[6], instruction[7]];
+        let near = [instruction[2], instruction[3]];
+        let by = if instruction[0] == JUMP_FAR {
+            i32::from_le_bytes(far)
+        } else {
+            i16::from_le_bytes(near).into()
+        };
+        index.checked_add_signed(by as isize + 1)
+    };
+    jumps.filter_map(target).collect()
 }
 
 struct Section {
@@ -210,7 +248,7 @@ mod tests {
 
     fn function(name: &str, frame: u32, calls: &[usize]) -> Function {
         let calls = calls.iter().map(|&at| (1, at)).collect();
-        Function { name: name.to_owned(), frame, calls, is_program: name == "program" }
+        Function { name: name.to_owned(), frame, calls, loose_tail_calls: 0, is_program: name == "program" }
     }
 
     #[test]
@@ -235,6 +273,13 @@ mod tests {
     fn a_loop_of_calls_is_refused() {
         let functions = BTreeMap::from([((1, 0), function("program", 8, &[0]))]);
         assert!(deepest(&functions, (1, 0), &mut Vec::new(), 0).is_err());
+    }
+
+    #[test]
+    fn jumps_lead_to_the_instruction_behind_them_and_their_offset() {
+        let code =
+            [[0xb7, 3, 0, 0, 1, 0, 0, 0], [CALL, 0, 0, 0, 12, 0, 0, 0], [0x05, 0, 0xfe, 0xff, 0, 0, 0, 0]];
+        assert_eq!(jump_targets(code.as_flattened()), BTreeSet::from([1]));
     }
 
     #[test]

@@ -115,9 +115,11 @@ impl Lane {
                 "checksums::tc_delivers_to_a_backend_on_this_node_what_xdp_has_deferred",
                 "checksums::tc_finishes_answers_that_xdp_has_deferred",
                 "full_tables::a_flood_disturbs_no_established_flow",
+                "tunnel::",
             ],
             Self::Netns => &[
                 "clean_host::killing_starting_and_stopping_leaves_the_host_as_it_was::native",
+                "direct::backends_see_their_clients_and_answer_past_the_node_of_entry",
                 "ipv6::services_answer_over_ipv6::native_with_tx",
                 "ipv6::services_answer_over_ipv6::generic_with_tx",
                 "slow_path::a_second_node_behind_a_peer_without_a_program_is_served::native_with_tx",

@@ -4,11 +4,14 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     process::{Child, ChildStdin, ChildStdout, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use xdp_agent_tests::lab::{cgroup::Cgroup, netns::Namespace};
+
+use crate::stay_on;
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;
@@ -101,6 +104,16 @@ impl Drop for Client {
     }
 }
 
+/// The CPU of the client; where the scheduler puts it and the server makes a factor of two in the rates. Bytes stay on one:
+/// between two, the queue decides.
+fn client_cpu(verb: Verb) -> Result<usize> {
+    if matches!(verb, Verb::Bulk) { server_cpu() } else { Ok(0) }
+}
+
+fn server_cpu() -> Result<usize> {
+    Ok(thread::available_parallelism()?.get().min(2) - 1)
+}
+
 /// Is a client until its input ends.
 pub(super) fn serve() -> Result<()> {
     for line in io::stdin().lines() {
@@ -108,6 +121,7 @@ pub(super) fn serve() -> Result<()> {
         let words: Vec<&str> = line.split(' ').collect();
         let [verb, target, turn] = words[..] else { bail!("not a question: {line:?}") };
         let verb = verb.bytes().next().and_then(Verb::of_letter).context("an unknown verb")?;
+        stay_on(client_cpu(verb)?)?;
         match rate(verb, target.parse()?, Duration::from_millis(turn.parse()?)) {
             Ok(rate) => println!("ok {rate}"),
             Err(error) => println!("failed {error}"),
@@ -172,12 +186,14 @@ fn exchange(stream: &mut TcpStream) -> io::Result<()> {
 }
 
 /// Serves one connection after the other for ever; clients take turns.
-pub(super) fn answer(listener: &TcpListener) {
+pub(super) fn answer(listener: &TcpListener) -> Result<()> {
+    stay_on(server_cpu()?)?;
     let mut bytes = vec![0; BULK];
     for stream in listener.incoming() {
         // A client that ends shows in its own figures.
         let _ = stream.and_then(|stream| answer_one(stream, &mut bytes));
     }
+    Ok(())
 }
 
 fn answer_one(mut stream: TcpStream, bytes: &mut [u8]) -> io::Result<()> {

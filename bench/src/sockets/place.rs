@@ -60,12 +60,16 @@ impl Place {
             pod.route_via(Ipv4Addr::UNSPECIFIED, 0, GATEWAY)?;
         }
         let listener = server.run(|| TcpListener::bind((server_ip, TARGET_PORT)))?;
-        thread::spawn(move || super::client::answer(&listener));
+        thread::spawn(move || {
+            if let Err(error) = super::client::answer(&listener) {
+                eprintln!("bench: the server of {contestant:?}: {error:#}");
+            }
+        });
 
         let (bpffs, manifests) = (PrivateBpffs::new()?, Manifests::new()?);
         let service_address = (world::cluster_ip(service), PORT).into();
         let (target, agent, cgroups) = match contestant {
-            Contestant::Direct => ((server_ip, TARGET_PORT).into(), None, None),
+            Contestant::Direct | Contestant::Again => ((server_ip, TARGET_PORT).into(), None, None),
             Contestant::Peer(peer) => {
                 node.run(|| peers::fill(peer, &world, LOAD_LIMIT))?;
                 (service_address, None, None)

@@ -31,6 +31,7 @@ const BODY: usize = 1 << 18;
 pub(crate) struct Cable {
     pub(crate) node: Namespace,
     pub(crate) client: Namespace,
+    pub(crate) pod: Namespace,
     bpffs: PrivateBpffs,
     manifests: Manifests,
     _servers: Vec<Server>,
@@ -51,7 +52,7 @@ impl Cable {
         pod.route_via(Ipv4Addr::UNSPECIFIED, 0, GATEWAY)?;
         let servers = vec![Server::start(&pod, "local", POD)?];
         let (bpffs, manifests) = (PrivateBpffs::new()?, Manifests::new()?);
-        Ok(Self { node, client, bpffs, manifests, _servers: servers })
+        Ok(Self { node, client, pod, bpffs, manifests, _servers: servers })
     }
 
     /// Gives the ends of the cable their addresses, and starts what serves at the far one.

@@ -29,6 +29,15 @@ fn a_bridge_falls_back_and_serves() -> Result<()> {
     cable.runs("br0", "generic", GENERIC)
 }
 
+/// veth has native XDP, and so the kernel would take a native program for the bond.
+#[test]
+fn a_bond_falls_back_and_serves() -> Result<()> {
+    let mut cable = veth_pair()?;
+    cable.node.bond("bond0", "eth0")?;
+    cable.plug("bond0", "eth0")?;
+    cable.runs("bond0", "generic", "native: not supported by the driver [a bond runs programs on the devices")
+}
+
 #[test]
 fn a_vlan_device_falls_back_and_serves() -> Result<()> {
     let mut cable = veth_pair()?;
@@ -47,9 +56,10 @@ fn a_vxlan_device_falls_back_and_serves() -> Result<()> {
     cable.node.vxlan("vx0", "eth0", far)?;
     cable.client.vxlan("vx0", "eth0", near)?;
     cable.plug("vx0", "vx0")?;
-    // Both ends know what the tunnel takes away.
-    cable.node.mtu("vx0", 1_450)?;
-    cable.client.mtu("vx0", 1_450)?;
+    // Both ends know what the tunnel takes away, and so does the pod, as by a CNI: it would lose its first long datagram else.
+    for (namespace, device) in [(&cable.node, "vx0"), (&cable.client, "vx0"), (&cable.pod, "eth0")] {
+        namespace.mtu(device, 1_450)?;
+    }
     cable.runs("vx0", "generic", GENERIC)
 }
 

@@ -6,8 +6,9 @@ use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::wait_for;
 
 use crate::{
+    dual::each,
     setup::Setup,
-    two_backends::{Place, Talk, TwoBackends, VIP, each},
+    two_backends::{Place, Talk, TwoBackends, VIP},
 };
 
 /// How long the agent may take to see a change of a file and to apply it.

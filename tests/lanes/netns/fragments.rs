@@ -133,8 +133,7 @@ impl Row {
             (&backend, "eth0", plan.backend),
             (&node, "in0", plan.node_inside),
         ] {
-            namespace.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
-            namespace.sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")?;
+            namespace.enable_v6(device)?;
             namespace.address(device, address, plan.prefix)?;
             namespace.tx_offload(device, setup.tx_offload)?;
         }

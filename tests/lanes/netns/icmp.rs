@@ -135,8 +135,7 @@ impl World {
             veth(&ends[0], "right0", &ends[1], "left0")?;
             for (end, device) in ["right0", "left0"].into_iter().enumerate() {
                 let namespace = &ends[end];
-                namespace.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
-                namespace.sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")?;
+                namespace.enable_v6(device)?;
                 namespace.address(device, v4(link, end), 24)?;
                 namespace.address(device, v6(link, end), 64)?;
                 namespace.tx_offload(device, setup.tx_offload)?;

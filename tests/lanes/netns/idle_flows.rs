@@ -6,8 +6,9 @@ use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::{agent::Mode, patient, wait_for};
 
 use crate::{
+    dual::each,
     setup::Setup,
-    two_backends::{Place, Talk, TwoBackends, VIP, each},
+    two_backends::{Place, Talk, TwoBackends, VIP},
 };
 
 /// Flows of each kind, so many that new ones would not all meet the old backend again.

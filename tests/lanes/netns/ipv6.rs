@@ -74,8 +74,7 @@ fn services_answer_over_ipv6(setup: Setup) -> Result<()> {
         (&node, "in0", NODE_INSIDE),
     ];
     for (namespace, device, address) in ends {
-        namespace.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
-        namespace.sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")?;
+        namespace.enable_v6(device)?;
         namespace.up(device)?;
         namespace.address(device, address, 64)?;
         namespace.tx_offload(device, setup.tx_offload)?;

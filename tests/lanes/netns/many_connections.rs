@@ -11,8 +11,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use xdp_agent_tests::lab::{agent::Mode, caller::Caller, netns::Namespace, wait_for};
 
 use crate::{
+    dual::{PORT, TARGET},
     setup::Setup,
-    two_backends::{PORT, Place, TARGET, TwoBackends, VIP, at},
+    two_backends::{Place, TwoBackends, VIP, at},
 };
 
 /// Processes at either end: none of them may have descriptors for all connections.

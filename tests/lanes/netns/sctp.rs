@@ -14,8 +14,9 @@ use xdp_agent_tests::lab::{netns::Namespace, patient, wait_for};
 use xdp_common::{net::SCTP, sctp::chunk};
 
 use crate::{
+    dual::{PORT, TARGET, each},
     setup::Setup,
-    two_backends::{PORT, Place, TARGET, TwoBackends, VIP, at, each},
+    two_backends::{Place, TwoBackends, VIP, at},
 };
 
 const PATIENCE: Duration = Duration::from_secs(5);

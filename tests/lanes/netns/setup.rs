@@ -59,6 +59,9 @@ macro_rules! each_mode_and_offload {
 /// Makes a module with one test per mode, with checksum offload on as devices come.
 macro_rules! each_mode {
     ($name:ident) => {
+        each_mode!($name, true);
+    };
+    ($name:ident, $tx_offload:literal) => {
         mod $name {
             use xdp_agent_tests::lab::agent::Mode;
 
@@ -66,14 +69,21 @@ macro_rules! each_mode {
 
             #[test]
             fn native() -> anyhow::Result<()> {
-                super::$name(Setup { mode: Mode::Native, tx_offload: true })
+                super::$name(Setup { mode: Mode::Native, tx_offload: $tx_offload })
             }
 
             #[test]
             fn generic() -> anyhow::Result<()> {
-                super::$name(Setup { mode: Mode::Generic, tx_offload: true })
+                super::$name(Setup { mode: Mode::Generic, tx_offload: $tx_offload })
             }
         }
+    };
+}
+
+/// The same with complete checksums, as frames have them on a wire.
+macro_rules! each_mode_of_a_wire {
+    ($name:ident) => {
+        each_mode!($name, false);
     };
 }
 

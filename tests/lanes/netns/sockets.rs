@@ -53,6 +53,12 @@ fn a_udp_socket_that_names_its_target_keeps_its_backend_and_sees_the_service_ans
             }
             own.insert(first.backend);
         }
+        // Another frontend may have led it to the same backend since.
+        for (_, target) in udp_frontends() {
+            let target = if is_v6 { mapped(target) } else { target };
+            let again = place.pod.ask_at(&socket, target)??;
+            ensure!(again.from == target, "{target} answered as {}", again.from);
+        }
         met.extend(own);
     }
     ensure!(met.len() == place.world.pods.len(), "only {met:?} were met");

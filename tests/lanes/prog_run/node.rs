@@ -38,6 +38,8 @@ pub(crate) const UNRESOLVED: Addr = [192, 168, 50, 77];
 pub(crate) const BESIDE: Addr = [192, 168, 60, 2];
 /// Another node, behind the gateway of the uplink.
 pub(crate) const OTHER_NODE: Addr = [192, 168, 70, 20];
+/// The address of frontends that are NodePorts of all other nodes.
+pub(crate) const ANY_NODE: Addr = [0; 4];
 pub(crate) const GATEWAY: Addr = [192, 168, 50, 1];
 pub(crate) const GATEWAY_MAC: Mac = [2, 0, 0, 0, 0, 1];
 pub(crate) const BESIDE_MAC: Mac = [2, 0, 0, 0, 0, 6];

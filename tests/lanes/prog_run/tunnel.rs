@@ -28,7 +28,7 @@ const TRANSPORTS: [u8; 3] = [TCP, UDP, SCTP];
 
 /// Both nodes answer clients of services of theirs directly.
 fn answers_directly(node: &mut Node) {
-    node.configure(|config| config.direct = direct::TCP | direct::OTHERS);
+    node.configure(|config| config.direct = direct::TCP | direct::OTHERS | direct::NODE_PORTS);
     node.maps.network(network::NODES, OTHER_NODE, 32, 1);
     node.maps.network(network::SELF, NODE, 32, 1);
     for vip in [VIP, VIP_TOO] {
@@ -42,6 +42,16 @@ fn one_on(node: &mut Node, other: Addr) {
     for proto in TRANSPORTS {
         let id = node.backend_on(other, REMOTE, proto);
         node.frontend(VIP, proto, &[id], 0);
+    }
+}
+
+/// A NodePort of each protocol, on this node and all others, with these backends.
+fn node_ports(node: &mut Node, backend: impl Fn(&mut Node, u8) -> u32) {
+    answers_directly(node);
+    for proto in TRANSPORTS {
+        let id = backend(node, proto);
+        node.frontend(NODE, proto, &[id], frontend::NODE_ADDRESS | frontend::NODE_PORT);
+        node.frontend(ANY_NODE, proto, &[id], frontend::NODE_PORT);
     }
 }
 
@@ -140,6 +150,23 @@ fn without_a_neighbour_tc_ingress_sends_them_and_the_kernel_finds_it() {
     });
 }
 
+/// The kernel's answer about the way depends on the frame there.
+#[test]
+fn a_frame_longer_than_its_packet_finds_its_way_at_tc_too() {
+    Node::each(|node| {
+        one_on(node, OTHER_NODE);
+        for proto in TRANSPORTS {
+            let opener = node.opener(proto, 40_000, VIP);
+            assert_eq!(node.run(node.entry, &opener.bytes()).action, Action::Transmit);
+            node.configure(|config| config.epoch += 1);
+            let padding = vec![0xa5; 2_000];
+            let sent = [opener.bytes(), padding.clone()].concat();
+            let expected = [sent_on(node, &opener, opener.mac, NODE, OTHER_NODE), padding].concat();
+            node.check("padded", Hook::TcIngress, &sent, Action::Redirect, &expected, &TUNNELLED);
+        }
+    });
+}
+
 #[test]
 fn what_is_too_long_for_the_tunnel_is_answered_with_the_length_that_gets_through() {
     Node::each(|node| {
@@ -205,6 +232,99 @@ fn what_comes_from_another_node_is_taken_out_delivered_and_answered() {
                 opening.clear();
             }
             restored(node, "the answer", &opener, &answer(node, &opener, 40_000).flags(SYN | ACK));
+        }
+    });
+}
+
+#[test]
+fn packets_to_a_node_port_go_to_the_node_of_their_backend_as_they_are() {
+    Node::each(|node| {
+        node_ports(node, |node, proto| node.backend_on(OTHER_NODE, REMOTE, proto));
+        for proto in TRANSPORTS {
+            let opener = node.opener(proto, 40_000, NODE);
+            for (flags, counts) in [(SYN, &NEW[..]), (ACK, &ESTABLISHED), (ACK, &TUNNELLED)] {
+                let sent = opener.flags(flags);
+                let expected = sent_on(node, &sent, (node.mac, GATEWAY_MAC), NODE, OTHER_NODE);
+                node.check("by tunnel", node.entry, &sent.bytes(), Action::Transmit, &expected, counts);
+            }
+        }
+    });
+}
+
+#[test]
+fn node_ports_of_addresses_that_others_do_not_know_and_those_for_nodes_are_translated() {
+    Node::each(|node| {
+        node_ports(node, |node, proto| node.backend_on(OTHER_NODE, REMOTE, proto));
+        let translated = |node: &mut Node, opener: &Frame| {
+            let counts = [Event(E::FlowNew), SnatAttempt(0), Event(E::Transmitted)];
+            let outcome = node.run(node.entry, &opener.bytes());
+            outcome.check("translated", Action::Transmit, &outcome.frame, &counts);
+        };
+        // Its packets would not be taken out of the tunnel.
+        let of_node = node.opener(TCP, 2_000, NODE).with(|frame| frame.src.0 = OTHER_NODE);
+        translated(node, &of_node);
+        node.maps.network(network::SELF, NODE, 32, 0);
+        let of_client = node.opener(TCP, 2_001, NODE);
+        translated(node, &of_client);
+    });
+}
+
+#[test]
+fn what_comes_to_a_node_port_of_another_node_is_delivered_and_answered_in_its_name() {
+    Node::each(|node| {
+        node_ports(node, |node, proto| node.backend(LOCAL, proto, true));
+        for proto in TRANSPORTS {
+            let opener = node.opener(proto, 40_000, OTHER_NODE);
+            let delivered = marked(&opener).with(|frame| frame.dst = (LOCAL, TARGET)).bytes();
+            let frame = from_node(node, &opener);
+            let counts = [Event(E::Untunnelled), Event(E::FlowNew), SnatAttempt(0), Event(E::Delivered)];
+            node.check("an opener", node.entry, &frame, Action::Pass, &delivered, &counts);
+            restored(node, "its answer", &opener, &answer(node, &opener, 40_000).flags(SYN | ACK));
+            // Not through a tunnel, it is on its way to that node; and nothing is addressed to no address.
+            for elsewhere in [OTHER_NODE, ANY_NODE] {
+                let plain = node.opener(proto, 40_001, elsewhere).bytes();
+                for hook in [node.entry, Hook::TcIngress] {
+                    let outcome = node.run(hook, &plain);
+                    assert_eq!((outcome.action, &outcome.frame), (Action::Pass, &plain), "{elsewhere:?}");
+                }
+            }
+        }
+        let closed = node.opener(TCP, 40_000, OTHER_NODE).with(|frame| frame.dst.1 = 81);
+        let frame = from_node(node, &closed);
+        node.check("no NodePort", node.entry, &frame, Action::Pass, &frame, &[]);
+    });
+}
+
+/// The kernel would send them back to the node they have come from, which would send them on again.
+#[test]
+fn what_comes_to_a_node_port_of_another_node_and_is_nobodys_is_dropped() {
+    Node::each(|node| {
+        answers_directly(node);
+        node.frontend(ANY_NODE, TCP, &[], frontend::NODE_PORT);
+        let frame = from_node(node, &node.opener(TCP, 40_000, OTHER_NODE));
+        let outcome = node.run(node.entry, &frame);
+        let counts = [Event(E::Untunnelled), Drop(Reason::NoEndpoint)];
+        outcome.check("no endpoint", Action::Drop, &outcome.frame, &counts);
+        let closed = node.opener(UDP, 40_000, OTHER_NODE).with(|frame| frame.mac.0 = MARK);
+        let outcome = node.run(node.entry, &closed.bytes());
+        outcome.check("no NodePort", Action::Drop, &outcome.frame, &[Drop(Reason::UnknownPort)]);
+    });
+}
+
+#[test]
+fn fragments_to_a_node_port_of_another_node_are_taken_out_and_delivered() {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
+        node_ports(node, |node, proto| node.backend(LOCAL, proto, true));
+        let sent = node.opener(UDP, 40_000, OTHER_NODE).payload(&[0xa5; 200]);
+        let expected = sent.with(|frame| frame.dst = (LOCAL, TARGET));
+        let parts =
+            fragments(&sent).into_iter().zip(fragments(&marked(&sent))).zip(fragments(&marked(&expected)));
+        for (number, ((part, taken_out), delivered)) in parts.enumerate() {
+            let frame = around(node, &part, part.len() - ETHERNET, 0, OTHER_NODE, NODE);
+            node.check("at XDP", node.entry, &frame, Action::Pass, &taken_out, &[Event(E::Untunnelled)]);
+            let opening = if number == 0 { &[Event(E::FlowNew), SnatAttempt(0)][..] } else { &[] };
+            let counts = [&[Event(E::Fragment), Event(E::Delivered)], opening].concat();
+            node.check("at tc", Hook::TcIngress, &taken_out, Action::Pass, &delivered, &counts);
         }
     });
 }

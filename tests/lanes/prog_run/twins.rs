@@ -206,7 +206,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
         );
     }
 
-    /// Whether a frame has to do with the services, by its addresses alone.
+    /// Whether a frame has to do with the services, by its addresses alone: out of a tunnel, one to another node has too.
     fn is_ours(&self, hook: Hook, frame: &[u8]) -> bool {
         let len = F::Addr::LEN;
         let at = ETHERNET + if F::FAMILY == Family::V4 { 12 } else { 8 };
@@ -214,10 +214,12 @@ impl<F: Hosts + Tunnel> Twins<F> {
             return false;
         };
         let is_among = |addr: &[u8], hosts: &[Addr]| hosts.iter().any(|host| F::FAMILY.octets(*host) == addr);
+        let is_tunnelled = frame[8..12] == tunnel::MARK[2..];
         frame[12..14] == F::ETHERTYPE.to_be_bytes()
             && match hook {
                 Hook::Xdp | Hook::XdpFrags | Hook::TcIngress => {
                     is_among(dst, &[VIP, VIP_TOO, NODE, NODE_TOO])
+                        || (is_tunnelled && is_among(dst, &[OTHER_NODE]))
                 }
                 Hook::TcEgress => is_among(src, &BACKENDS) || is_among(dst, &BACKENDS),
             }

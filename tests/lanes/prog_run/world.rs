@@ -32,7 +32,7 @@ const FREE: Addr = [203, 0, 113, 99];
 /// No node, or none to which packets go as they are.
 const NOWHERE: Addr = [0; 4];
 /// Where clients connect to.
-const VIPS: [Addr; 3] = [VIP, VIP_TOO, NODE];
+const VIPS: [Addr; 4] = [VIP, VIP_TOO, NODE, ANY_NODE];
 pub(crate) const BACKENDS: [Addr; 5] = [LOCAL, REMOTE, REMOTE_TOO, BESIDE, UNRESOLVED];
 /// What the services are served by.
 pub(crate) const TRANSPORTS: [u8; 3] = [TCP, UDP, SCTP];
@@ -125,7 +125,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
             self.model.device(ifindex, Device { snat: F::addr(snat), flags, mtu, mac, zero });
         }
         let masquerade_wire = self.dice.below(2) as u32;
-        let direct = self.dice.of(&[0, direct::TCP, direct::TCP | direct::OTHERS]);
+        let direct = self.dice.of(&[0, direct::TCP, direct::TCP | direct::OTHERS | direct::NODE_PORTS]);
         self.configure(|config| {
             (config.clock, config.masquerade_wire) = (config.clock + 1_000, masquerade_wire);
             config.direct = direct;
@@ -188,6 +188,9 @@ impl<F: Hosts + Tunnel> Twins<F> {
         if vip == NODE {
             flags |= frontend::NODE_ADDRESS;
         }
+        if vip == ANY_NODE || (vip == NODE && self.dice.once_in(2)) {
+            flags |= frontend::NODE_PORT;
+        }
         let affinity_seconds = self.dice.of(&[0, 0, 3]);
         let frontend =
             Frontend { service: SERVICE, ring, slots, inner_ring, inner_slots, flags, affinity_seconds };
@@ -226,7 +229,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
 
     /// A packet of a client, in some form.
     pub(crate) fn client_frame(&mut self, proto: u8) -> Frame {
-        let (port, vip) = (self.dice.of(&PORTS), self.dice.of(&[VIP, VIP, VIP_TOO, NODE]));
+        let (port, vip) = (self.dice.of(&PORTS), self.dice.of(&[VIP, VIP, VIP_TOO, NODE, OTHER_NODE]));
         let opener = self.node.opener(proto, port, vip);
         let src = HOSTS[self.dice.below(4)];
         let mut frame = self.form(opener).with(|frame| frame.src.0 = src);
@@ -236,6 +239,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
             // A backend that reaches itself.
             2 => frame.src.0 = self.dice.of(&BACKENDS),
             3 => frame.src.0 = self.dice.of(&HOSTS),
+            4 => frame.dst.0 = ANY_NODE,
             _ => {}
         }
         frame

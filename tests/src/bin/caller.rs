@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 use tokio::net::TcpSocket;
 use xdp_agent_tests::lab::patient;
 use xdp_agent_tests::lab::servers::{PatternCheck, UDP_WHOAMI};
@@ -110,9 +112,21 @@ impl Sockets {
     }
 }
 
+/// Keeps the packets of each connection on one CPU, and so in order.
+///
+/// `inet_ehash_insert` (net/ipv4/inet_hashtables.c, without the change "inet: Avoid ehash lookup race in
+/// inet_ehash_insert()") takes a handshake out of the table before its connection is in: data that another CPU
+/// delivers in between meets the listener, which resets the connection. No proxy has a part in that.
+fn stay_on_one_cpu() -> io::Result<()> {
+    // A thread that is pinned stays where it is.
+    let mut cpus = CpuSet::new();
+    cpus.set(sched_getcpu()?)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
+}
+
 fn hammer(target: SocketAddr, tally: &Tally) {
     loop {
-        let result = connect(target).and_then(|mut stream| whoami(&mut stream));
+        let result = stay_on_one_cpu().and_then(|()| whoami(&mut connect(target)?));
         let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
         match result {
             Ok(_) => tally.0 += 1,

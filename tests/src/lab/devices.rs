@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rtnetlink::{LinkUnspec, LinkVlan, LinkVxlan};
+use rtnetlink::packet_route::link::BondMode;
+use rtnetlink::{LinkBond, LinkUnspec, LinkVlan, LinkVxlan};
 
 use super::netns::Namespace;
 use super::{block_on, wait_for};
@@ -36,6 +37,17 @@ impl Namespace {
         block_on(self.netlink().link().add(message).execute())
             .with_context(|| format!("VLAN device {name} in {self:?}"))?;
         self.up(name)
+    }
+
+    /// Makes a bond of a device, which loses its addresses; another would take over from it.
+    pub fn bond(&self, name: &str, port: &str) -> Result<()> {
+        let message = LinkBond::new(name).mode(BondMode::ActiveBackup).miimon(100).build();
+        block_on(self.netlink().link().add(message).execute())
+            .with_context(|| format!("bond {name} in {self:?}"))?;
+        self.down(port)?;
+        self.enslave(port, name)?;
+        self.up(name)?;
+        self.up(port)
     }
 
     /// Adds a VXLAN device that leads to one other machine.

@@ -2,19 +2,24 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
-use super::block_on;
 use super::netns::Namespace;
+use super::{block_on, wait_for};
 
+/// How long the kernel may take to tell a device that it has a carrier.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// From `linux/ethtool.h`.
 const ETHTOOL_STXCSUM: u32 = 0x17;
+const ETHTOOL_SGRO: u32 = 0x2c;
 
 /// Makes a veth pair with one end in each namespace, both up.
 pub fn veth(left: &Namespace, left_name: &str, right: &Namespace, right_name: &str) -> Result<()> {
@@ -71,6 +76,12 @@ impl Namespace {
         self.change(device, |link| link.up())
     }
 
+    /// Lets a device have addresses of IPv6, usable at once.
+    pub fn enable_v6(&self, device: &str) -> Result<()> {
+        self.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
+        self.sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")
+    }
+
     /// Takes a device down.
     pub fn down(&self, device: &str) -> Result<()> {
         self.change(device, |link| link.down())
@@ -100,11 +111,22 @@ impl Namespace {
             .with_context(|| format!("deleting {device} in {self:?}"))
     }
 
-    /// Adds an address to a device.
+    /// Adds an address to a device; one of IPv6 can be used then, for which the device has to be up.
     pub fn address(&self, device: &str, address: impl Into<IpAddr>, prefix: u8) -> Result<()> {
         let (index, address) = (self.index(device)?, address.into());
         block_on(self.netlink().address().add(index, address, prefix).execute())
-            .with_context(|| format!("address {address}/{prefix} on {device} in {self:?}"))
+            .with_context(|| format!("address {address}/{prefix} on {device} in {self:?}"))?;
+        if address.is_ipv4() {
+            return Ok(());
+        }
+        // A device that has just come up is told of its carrier later, and its addresses are tentative until then.
+        wait_for(&format!("{address} on {device} in {self:?}"), READY_TIMEOUT, || {
+            let found = self.netlink().address().get().set_link_index_filter(index);
+            let mut found = found.set_address_filter(address).execute();
+            let found = block_on(found.try_next())?.context("it is not there")?;
+            ensure!(!found.header.flags.contains(AddressHeaderFlags::Tentative), "it is tentative");
+            Ok(())
+        })
     }
 
     /// Adds a route through a gateway; prefix 0 is the default route.
@@ -215,12 +237,22 @@ impl Namespace {
 
     /// Turns transmit checksum offload on or off; off means that frames leave with complete checksums.
     pub fn tx_offload(&self, device: &str, on: bool) -> Result<()> {
+        self.set_feature(device, ETHTOOL_STXCSUM, on)
+            .with_context(|| format!("tx offload of {device} in {self:?}"))
+    }
+
+    /// Has the kernel merge received segments, as it does for network cards, or not.
+    pub fn gro(&self, device: &str, on: bool) -> Result<()> {
+        self.set_feature(device, ETHTOOL_SGRO, on).with_context(|| format!("GRO of {device} in {self:?}"))
+    }
+
+    fn set_feature(&self, device: &str, command: u32, on: bool) -> Result<()> {
         #[repr(C)]
         struct EthtoolValue {
             command: u32,
             data: u32,
         }
-        let mut value = EthtoolValue { command: ETHTOOL_STXCSUM, data: on.into() };
+        let mut value = EthtoolValue { command, data: on.into() };
         // SAFETY: an all-zero ifreq is valid; the name is filled in below.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         for (target, byte) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(device.bytes()) {
@@ -232,8 +264,7 @@ impl Namespace {
         // SAFETY: the request names a device and points to an ethtool_value, and both live through the call.
         let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &request) };
         if result != 0 {
-            return Err(std::io::Error::last_os_error())
-                .context(format!("tx offload of {device} in {self:?}"));
+            return Err(std::io::Error::last_os_error().into());
         }
         Ok(())
     }

@@ -29,6 +29,13 @@ const IFLA_XDP_FD: u16 = 1;
 const IFLA_XDP_FLAGS: u16 = 3;
 const NLA_F_NESTED: u16 = 0x8000;
 
+/// The kind of a bond, which hands a native program to the devices that it is made of. The kernel runs it there and calls those
+/// the devices that frames come in by (`bond_xdp_set` in drivers/net/bonding/bond_main.c); addresses and routes are the bond's.
+pub(crate) const BOND: &str = "bond";
+/// Why it is not native on a bond.
+pub(crate) const OF_BONDS: &str =
+    "a bond runs programs on the devices it is made of, which have no addresses";
+
 const PLAIN: &str = "xdp_ingress";
 const FRAGS: &str = "xdp_ingress_frags";
 
@@ -46,7 +53,7 @@ pub(super) fn attach(
     if let Some(found) = found {
         let is_generic = link.xdp.attached == XDP_ATTACHED_SKB;
         let is_allowed = match choice {
-            ModeChoice::Auto => true,
+            ModeChoice::Auto => is_generic || link.kind != BOND,
             ModeChoice::Native => !is_generic,
             ModeChoice::Generic => is_generic,
             // A program of a card is bound to it when it is loaded, and is not replaced.
@@ -60,7 +67,7 @@ pub(super) fn attach(
                 reason,
             ));
         }
-        info!(interface = %link.name, "taking the program of an earlier agent off, because --mode asks for another mode");
+        info!(interface = %link.name, "taking the program of an earlier agent off, for another mode");
         std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
         found.detach().context("cannot take the program of an earlier agent off")?;
     } else {
@@ -109,6 +116,10 @@ pub(super) fn create(
     let mut refusals: Vec<Refusal> = Vec::new();
     for mode in [Mode::Offload, Mode::Native, Mode::NativeFrags, Mode::Generic] {
         if !is_worth_trying(mode, choice, refusals.last()) {
+            continue;
+        }
+        if mode != Mode::Generic && link.kind == BOND {
+            refusals.push(Refusal::new(mode, libc::EOPNOTSUPP, Some(OF_BONDS.to_owned()), link.mtu));
             continue;
         }
         let program = programs.xdp(if mode == Mode::NativeFrags { FRAGS } else { PLAIN })?;

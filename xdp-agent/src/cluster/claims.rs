@@ -156,7 +156,9 @@ impl<A: IpAddress> Claims<A> {
 
     /// A problem for each claim that is lost.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
-        let contested = self.contested.iter().filter_map(|place| Some((place, self.places.get(place)?)));
+        // Who loses a NodePort on all nodes loses it on this one too.
+        let here = self.contested.iter().filter(|place| place.addr != A::UNSPECIFIED);
+        let contested = here.filter_map(|place| Some((place, self.places.get(place)?)));
         contested.flat_map(|(place, list)| {
             let (at, winner) = (SocketAddr::new(place.addr.to_ip(), place.port), &list[0].name);
             list.iter().skip(1).map(move |loser| {

@@ -96,6 +96,9 @@ impl<A: IpAddress> Claimant<'_, A> {
             for &ip in self.site.rules.node_ports.iter().filter(|ip| !is_cluster_ip(**ip)) {
                 add(self.frontend(ip, node_port, FrontendKind::NodePort));
             }
+            if self.site.rules.is_direct && self.service.external == Policy::Cluster {
+                add(self.frontend(A::UNSPECIFIED, node_port, FrontendKind::NodePort));
+            }
         }
         frontends.sort_unstable();
         frontends.into()

@@ -28,6 +28,8 @@ pub(super) struct Rules<A> {
     pub(super) node_ips: Vec<A>,
     /// Where NodePorts are served.
     pub(super) node_ports: Vec<A>,
+    /// Whether other nodes send on what comes to their NodePorts as it is.
+    pub(super) is_direct: bool,
     /// Whether anything tells this node's pods from other clients.
     pub(super) has_detector: bool,
     /// Whether every flow to a ClusterIP is masqueraded.
@@ -46,6 +48,7 @@ impl<A> Default for Site<A> {
         let rules = Rules {
             node_ips: Vec::new(),
             node_ports: Vec::new(),
+            is_direct: false,
             has_detector: false,
             masquerade_all: false,
         };
@@ -77,8 +80,8 @@ impl<A: IpAddress> Site<A> {
             DetectLocal::ClusterCidr(_) | DetectLocal::NodeCidr => !pods::<A>(options, node).is_empty(),
             DetectLocal::BridgeInterface(_) | DetectLocal::InterfaceNamePrefix(_) => true,
         };
-        let masquerade_all = options.masquerade_all;
-        Self { own, rules: Rules { node_ips, node_ports, has_detector, masquerade_all } }
+        let (is_direct, masquerade_all) = (options.forwarding != Forwarding::Snat, options.masquerade_all);
+        Self { own, rules: Rules { node_ips, node_ports, is_direct, has_detector, masquerade_all } }
     }
 
     /// The networks that go with this node.
@@ -96,11 +99,11 @@ impl<A: IpAddress> Site<A> {
             services: services.into_iter().collect(),
             own: self.own.iter().copied().collect(),
             nodes: sorted(nodes.values().flatten().copied()),
-            this: match options.forwarding {
-                Forwarding::Snat => Vec::new(),
-                Forwarding::Dsr | Forwarding::Hybrid => {
-                    sorted(self.rules.node_ips.iter().copied().chain(addresses(node)))
-                }
+            // The others know what the Node object names.
+            this: match node {
+                _ if !self.rules.is_direct => Vec::new(),
+                Some(_) => sorted(addresses(node).into_iter()),
+                None => sorted(self.rules.node_ips.iter().copied()),
             },
         }
     }

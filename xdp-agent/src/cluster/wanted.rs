@@ -86,7 +86,8 @@ pub enum FrontendKind {
     ExternalIp,
     /// `status.loadBalancer.ingress`.
     LoadBalancer,
-    /// `spec.ports[].nodePort` on an address of the node.
+    /// `spec.ports[].nodePort` on an address of the node; on the unspecified one, of another node, which sends on to this
+    /// one what has come to it.
     NodePort,
 }
 

@@ -6,7 +6,10 @@ use serde::Serialize;
 
 use super::checks::Health;
 use crate::{
-    attach,
+    attach::{
+        self,
+        xdp::{BOND, OF_BONDS},
+    },
     config::ModeChoice,
     devices::{self, Mode},
     host::{Host, Link},
@@ -50,7 +53,9 @@ impl InterfaceReport {
         choice: ModeChoice,
         tried: Option<anyhow::Result<(Mode, String)>>,
     ) -> Self {
-        let features = devices::features(host, link.index);
+        // What a bond announces is what the devices below it can do.
+        let is_bond = link.kind == BOND;
+        let features = if is_bond { Some(0) } else { devices::features(host, link.index) };
         let owner = attach::owner(link);
         let Expectation { mode, health, reason } = match tried {
             Some(Ok((mode, reason))) => {
@@ -59,7 +64,7 @@ impl InterfaceReport {
             Some(Err(error)) => Expectation { mode: None, health: Health::Bad, reason: format!("{error:#}") },
             None => match owner {
                 Some(owner) => carried(link, owner.as_deref()),
-                None => expected(link.mtu, features, choice),
+                None => expected(link.mtu, features, if is_bond { OF_BONDS } else { NOT_NATIVE }, choice),
             },
         };
         let transmit = devices::transmit(link, mode.unwrap_or(Mode::Absent), features);
@@ -109,8 +114,11 @@ fn carried(link: &Link, owner: Option<&str>) -> Expectation {
     }
 }
 
-/// What to expect by what the driver announces.
-fn expected(mtu: u32, features: Option<u64>, choice: ModeChoice) -> Expectation {
+/// Why a device is not native of whose driver nothing else is known.
+const NOT_NATIVE: &str = "the driver has no native XDP, and a newer one may";
+
+/// What to expect by what the driver announces, with the reason for a device without native XDP.
+fn expected(mtu: u32, features: Option<u64>, not_native: &str, choice: ModeChoice) -> Expectation {
     let is = |mode, health, reason: &str| Expectation { mode, health, reason: reason.to_owned() };
     if choice == ModeChoice::Generic {
         return is(Some(Mode::Generic), Health::Good, "asked for by --mode generic");
@@ -125,11 +133,11 @@ fn expected(mtu: u32, features: Option<u64>, choice: ModeChoice) -> Expectation 
     };
     let (is_native, has_frags) = (features & netdev::BASIC != 0, features & netdev::RX_SG != 0);
     if !is_native && choice == ModeChoice::Native {
-        return is(None, Health::Bad, "the driver has no native XDP; allow generic mode with --mode auto");
+        return is(None, Health::Bad, &format!("{not_native}; allow generic mode with --mode auto"));
     }
     if !is_native {
-        let reason = "the driver has no native XDP, and needs none: generic works, slower; a newer driver may be faster";
-        return is(Some(Mode::Generic), Health::Warning, reason);
+        let reason = format!("{not_native}: generic works, slower");
+        return is(Some(Mode::Generic), Health::Warning, &reason);
     }
     if mtu <= MTU_OF_ONE_BUFFER {
         return is(Some(Mode::Native), Health::Good, "the driver announces it");
@@ -174,7 +182,7 @@ mod tests {
             (1500, Some(0), ModeChoice::Generic, Some(Mode::Generic), Health::Good),
             (1500, None, ModeChoice::Auto, None, Health::Good),
         ] {
-            let expectation = expected(mtu, features, choice);
+            let expectation = expected(mtu, features, NOT_NATIVE, choice);
             assert_eq!(
                 (expectation.mode, expectation.health),
                 (mode, health),
@@ -182,6 +190,9 @@ mod tests {
             );
             assert!(!expectation.reason.is_empty());
         }
+        let bond = expected(1500, Some(0), OF_BONDS, ModeChoice::Auto);
+        assert_eq!(bond.mode, Some(Mode::Generic));
+        assert!(bond.reason.starts_with(OF_BONDS), "{}", bond.reason);
     }
 
     #[test]

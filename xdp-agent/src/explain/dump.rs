@@ -124,11 +124,12 @@ impl<A: IpAddress> Dump<'_, A> {
         let mut lines: Vec<(String, A, [u8; 2], String)> = in_use
             .filter(|backend| has(backend.flags))
             .map(|backend| {
-                let Backend { addr, port, proto, .. } = *backend;
+                let Backend { addr, port, proto, node, .. } = *backend;
                 let service = (self.service)(backend.service);
                 let text = format!(
-                    "{} of {service}{}",
+                    "{} of {service}{}{}",
                     address(addr, port, proto),
+                    if node == A::UNSPECIFIED { String::new() } else { format!(" on {}", node.to_ip()) },
                     flags(backend.flags.into(), &BACKEND_FLAGS)
                 );
                 (service, addr, port, text)
@@ -144,6 +145,8 @@ impl<A: IpAddress> Dump<'_, A> {
             let owner = match *owner {
                 network::PODS => "pods".to_owned(),
                 network::SERVICES => "services".to_owned(),
+                network::NODES => "nodes".to_owned(),
+                network::SELF => "this node".to_owned(),
                 sources => format!("sources of {}", (self.service)(sources & !(1 << 31))),
             };
             for (network, is_in) in networks {

@@ -64,7 +64,7 @@ pub(super) struct Side<F: Family> {
 impl World {
     /// A node without objects.
     pub(crate) fn new(options: Options) -> Self {
-        let direct = options.forwarding.direct();
+        let direct = options.direct();
         let mut world = Self {
             node: options.node.clone(),
             given: options.node_ips.clone(),

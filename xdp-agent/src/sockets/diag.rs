@@ -33,10 +33,10 @@ struct Connected {
 /// that were.
 ///
 /// # Errors
-/// When the kernel does not tell of sockets.
-pub(super) fn destroy(wanted: &HashMap<u64, Vec<PeerKey>>) -> io::Result<u64> {
+/// When the kernel does not tell of sockets, or has refused to end some; it ends all others first.
+pub(super) fn destroy(wanted: &HashMap<u64, Vec<PeerKey>>, ended: &mut u64) -> io::Result<()> {
     let mut requests = Requests::open(Protocol::SockDiag)?;
-    let mut ended = 0;
+    let mut failed = Ok(());
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
         let body = request(family, CONNECTED, &[0; ID_LEN]);
         let found = requests.dump(SOCK_DIAG_BY_FAMILY, &body).map_err(|refused| refused.error)?;
@@ -46,14 +46,14 @@ pub(super) fn destroy(wanted: &HashMap<u64, Vec<PeerKey>>) -> io::Result<u64> {
                 continue;
             }
             match requests.request(SOCK_DESTROY, 0, &request(socket.family, u32::MAX, &socket.id)) {
-                Ok(_) => ended += 1,
+                Ok(_) => *ended += 1,
                 // Closed meanwhile.
                 Err(refused) if refused.error.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(refused) => return Err(refused.error),
+                Err(refused) => failed = Err(refused.error),
             }
         }
     }
-    Ok(ended)
+    failed
 }
 
 /// `struct inet_diag_req_v2`.

@@ -19,7 +19,8 @@ use crate::{
 
 /// Whether a new flow's packets may go to the node of its backend: those of clients outside the cluster, whose answers that
 /// node can send by the way they came. A packet that has come by a tunnel goes through no other, and one whose checksum a
-/// device is still to finish would have to be finished on the way. An address of this node is none of the other's.
+/// device is still to finish would have to be finished on the way. An address of this node is none of the other's, but for
+/// NodePorts, where the others know it.
 #[inline(always)] // one caller
 pub(super) fn may_apply<F: Family, T: Tables<F>>(
     tables: T,
@@ -30,13 +31,20 @@ pub(super) fn may_apply<F: Family, T: Tables<F>>(
 ) -> bool {
     matches!(hook, Hook::Xdp | Hook::Fragment)
         && origin == Origin::External
-        && frontend_flags & (frontend::NODE_PORT | frontend::NODE_ADDRESS) == 0
         && is_wanted(tables, packet)
         && !packet.is_tunnelled
+        && match frontend_flags & (frontend::NODE_PORT | frontend::NODE_ADDRESS) {
+            0 => true,
+            frontend::NODE_ADDRESS => false,
+            _ => {
+                tables.config().direct & direct::NODE_PORTS != 0
+                    && tables.network(network::SELF, packet.key.dst)
+            }
+        }
 }
 
-/// Finds the way of a new flow to the node of its backend, and enters it; where there is none, or its client is a pod, the
-/// flow takes the way of others.
+/// Finds the way of a new flow to the node of its backend, and enters it; where there is none, or its client is a pod or a
+/// node, whose packets nobody takes out of a tunnel, the flow takes the way of others.
 #[inline(never)] // a frame of its own on a stack of 512 bytes
 pub(super) fn enter<F: Family, T: Tables<F>>(
     tables: T,
@@ -45,7 +53,9 @@ pub(super) fn enter<F: Family, T: Tables<F>>(
 ) -> Next {
     let flow = &mut work.flow;
     let Some(backend) = tables.backend(flow.backend) else { return Next::Route };
-    if backend.node.differs(F::Addr::UNSPECIFIED) == 0 || tables.network(network::PODS, packet.key.src) {
+    let is_inside =
+        || [network::PODS, network::NODES].into_iter().any(|owner| tables.network(owner, packet.key.src));
+    if backend.node.differs(F::Addr::UNSPECIFIED) == 0 || is_inside() {
         return Next::Route;
     }
     flow.dst = backend.node;

@@ -1,7 +1,7 @@
 //! How a flow is opened: frontend, backend, way, source port.
 
 use super::{
-    Hook, Next, direct, reply_of,
+    Hook, Next, direct, is_for_other_node, reply_of,
     sending::{set_hop, tag_from},
 };
 use crate::{
@@ -33,13 +33,22 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     work: &mut Work<F::Addr>,
 ) -> Next {
     let key = &packet.key;
-    let at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, zero: 0 };
-    let found = tables.frontend(&at);
+    let mut at = FrontendKey { addr: key.dst, port: key.dport, proto: key.proto, zero: 0 };
+    let mut found = tables.frontend(&at);
+    if found.is_none() && is_for_other_node(tables, packet) {
+        at.addr = F::Addr::UNSPECIFIED;
+        found = tables.frontend(&at);
+        if found.is_none() {
+            return Next::Drop(Reason::UnknownPort);
+        }
+    }
+    // Nothing is addressed to the key of other nodes' NodePorts.
+    let is_unicast = key.src.is_unicast() && key.dst.differs(F::Addr::UNSPECIFIED) != 0;
     // A frame for another station that a promiscuous interface has picked up is not ours.
     let is_wire = matches!(hook, Hook::Xdp | Hook::Tc | Hook::Fragment);
     let at_device = if hook == Hook::Pod { device::OF_PODS } else { packet.ifindex };
     let Some(entry) = tables.device(at_device) else { return Next::Pass };
-    if (is_wire && entry.mac != packet.dmac) || !key.src.is_unicast() {
+    if (is_wire && entry.mac != packet.dmac) || !is_unicast {
         return Next::Pass;
     }
     let Some(frontend) = found else { return without_frontend(tables, key, can_answer(hook, &entry)) };

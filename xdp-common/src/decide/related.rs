@@ -3,7 +3,11 @@
 //! An error comes from behind the translation and quotes a packet as it looks there. The entry that recognises answers to
 //! that packet knows what it was before, and so whom the error concerns. No error makes a flow, ends one or keeps it alive.
 
-use super::sending::{Way, by_cache, refresh, tag_from};
+use super::{
+    admits,
+    sending::{Way, by_cache, refresh, tag_from},
+    stray,
+};
 use crate::{
     conntrack::{is_ingress_kind, opposite, rewrite, rewrite_between, translated},
     frame::Packet,
@@ -27,8 +31,11 @@ pub fn ingress<F: Family, T: Tables<F>>(
 ) -> Action {
     let packet = &message.packet;
     let key = &packet.key;
-    if !gate::admits_ingress(tables, &tables.config(), key) || !is_ours(tables, packet) {
+    if !is_ours(tables, packet) {
         return Action::Pass;
+    }
+    if !admits(tables, &tables.config(), packet) {
+        return stray(tables, packet).action;
     }
     let Some(mut work) = tables.work() else { return Action::Pass };
     let mut table = Table::Established;
@@ -37,7 +44,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
         table = Table::Embryonic;
         found = tables.flow(table, key);
     }
-    let Some(entry) = found else { return Action::Pass };
+    let Some(entry) = found else { return stray(tables, packet).action };
     if !is_ingress_kind(entry.kind) {
         return Action::Pass;
     }

@@ -133,7 +133,11 @@ pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcom
     let backend = if id == 0 { None } else { tables.backend(id) };
     let Some(backend) = backend else { return unserved(call, answer) };
     let back = key(call.cookie, backend.addr, backend.port, side::BACKEND);
-    if !is_known || tables.peer(UDP, &back).is_none() {
+    // Another Service may have led the socket to the same backend meanwhile: answers come by the last name.
+    let is_named = tables
+        .peer(UDP, &back)
+        .is_some_and(|told| told.port == call.port && told.addr.differs(call.addr.wide()) == 0);
+    if !is_known || !is_named {
         note(tables, call, id, &backend);
         // Refused, the next datagram is placed anew.
         tables.set_peer(UDP, &forward, &peer(backend.addr, backend.port, id, &backend));
@@ -157,10 +161,19 @@ pub fn told<F: Family, T: Sockets<F>>(
 /// Whether a process of this node may bind a port: one that is a NodePort would be out of its clients' reach.
 #[inline(always)] // one caller per hook
 pub fn may_bind<F: Family, T: Sockets<F>>(tables: T, addr: F::Addr, port: Port, proto: u8) -> bool {
-    let is_any = addr.differs(F::Addr::UNSPECIFIED) == 0;
-    let addr = if is_any { tables.settings().node } else { addr };
+    let settings = tables.settings();
+    let is_for_all = addr.differs(F::Addr::UNSPECIFIED) == 0 || stands_for_node(&settings, addr);
+    let addr = if is_for_all { settings.node_ports } else { addr };
     let at = FrontendKey { addr, port, proto, zero: 0 };
-    tables.frontend(&at).is_none_or(|found| found.flags & frontend::NODE_PORT == 0)
+    // NodePorts of other nodes are on no address of this one.
+    let own = frontend::NODE_PORT | frontend::NODE_ADDRESS;
+    tables.frontend(&at).is_none_or(|found| found.flags & own != own)
+}
+
+/// Whether what is addressed there is for NodePorts: the loopback, if that was asked for.
+#[inline(always)]
+fn stands_for_node<A: Address>(settings: &SocketSettings<A>, addr: A) -> bool {
+    settings.flags & socket::ON_LOOPBACK != 0 && addr.is_loopback()
 }
 
 enum Found<A> {
@@ -176,9 +189,9 @@ fn find<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Found<F::A
         return Found::Other(Answer::Left);
     }
     let mut addr = call.addr;
-    let is_loopback = call.is_host && addr.is_loopback();
+    let is_loopback = call.is_host && stands_for_node(&settings, addr);
     if is_loopback {
-        addr = settings.loopback;
+        addr = settings.node_ports;
     }
     let packet =
         FlowKey { src: addr, dst: addr, sport: [0; 2], dport: call.port, proto: call.proto, zero: [0; 3] };

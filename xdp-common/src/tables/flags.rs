@@ -44,6 +44,8 @@ pub mod direct {
     pub const TCP: u32 = 1;
     /// UDP and SCTP.
     pub const OTHERS: u32 = 2;
+    /// NodePorts too: every pod of the cluster is known as one, which would not know the answer that another node sends it.
+    pub const NODE_PORTS: u32 = 4;
 }
 
 /// How far a TCP flow has closed.

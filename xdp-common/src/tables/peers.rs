@@ -44,8 +44,8 @@ plain! {
         pub host_namespace: u64,
         /// The node's primary address, unspecified when it has none: where its packets come from.
         pub node: A,
-        /// The address whose NodePorts processes of the node reach on the loopback too; unspecified for none.
-        pub loopback: A,
+        /// An address that serves NodePorts; unspecified when none does.
+        pub node_ports: A,
         /// Bits of [`socket`].
         pub flags: u32,
         /// Zero.
@@ -65,6 +65,8 @@ pub mod side {
 pub mod socket {
     /// Only processes of the node itself are served; pods are left to the programs on their devices.
     pub const HOST_ONLY: u32 = 1;
+    /// Processes of the node reach NodePorts on the loopback too.
+    pub const ON_LOOPBACK: u32 = 1 << 1;
 }
 
 /// What UDP sockets have been told; the least recently used goes first, and a client then sees the backend's address.

@@ -202,7 +202,8 @@ fn the_loopback_stands_for_node_ports_of_the_node_and_for_nothing_else() {
     model.frontend(NODE, TCP, &ids, frontend::NODE_ADDRESS | frontend::HAS_ENDPOINTS | frontend::NODE_PORT);
     let on_loopback = |namespace| connects(&model, &call(namespace, 1, TCP, LOOPBACK, 0));
     assert_eq!(on_loopback(HOST).answer, Answer::Left, "not asked for");
-    model.sockets.settings.set(SocketSettings { loopback: NODE, ..model.sockets.settings.get() });
+    let flags = socket::ON_LOOPBACK;
+    model.sockets.settings.set(SocketSettings { flags, ..model.sockets.settings.get() });
     assert_eq!((on_loopback(HOST).answer, on_loopback(HOST).addr), (Answer::Translated, LOCAL));
     assert_eq!(told::<V4, _>(&model, TCP, 1, LOCAL, TARGET), Some((LOOPBACK, HTTP)));
     assert_eq!(on_loopback(POD).answer, Answer::Left, "a pod's loopback is its own");
@@ -217,10 +218,27 @@ fn the_loopback_stands_for_node_ports_of_the_node_and_for_nothing_else() {
 #[test]
 fn only_node_ports_are_kept_from_being_bound() {
     let model = node(0);
-    model.frontend(NODE, TCP, &[], frontend::NODE_ADDRESS | frontend::NODE_PORT);
+    let serving: Addr = [192, 168, 60, 10];
+    let settings = model.sockets.settings.get();
+    model.sockets.settings.set(SocketSettings { node_ports: serving, ..settings });
+    for addr in [NODE, serving] {
+        model.frontend(addr, TCP, &[], frontend::NODE_ADDRESS | frontend::NODE_PORT);
+    }
     let bind = |addr, port, proto| may_bind::<V4, _>(&model, addr, port, proto);
-    assert!(!bind(NODE, HTTP, TCP) && !bind([0; 4], HTTP, TCP));
+    assert!(!bind(serving, HTTP, TCP) && !bind([0; 4], HTTP, TCP));
+    // The primary address serves none.
+    model.frontends.borrow_mut().remove(&(NODE, HTTP, TCP));
+    assert!(bind(NODE, HTTP, TCP) && !bind([0; 4], HTTP, TCP), "without an address, of all");
+    assert!(bind(LOOPBACK, HTTP, TCP), "not asked for");
+    let flags = socket::ON_LOOPBACK;
+    model.sockets.settings.set(SocketSettings { node_ports: serving, flags, ..settings });
+    assert!(!bind(LOOPBACK, HTTP, TCP), "who connects there meets the NodePort");
+    model.sockets.settings.set(settings);
+    model.frontend(NODE, TCP, &[], frontend::NODE_ADDRESS | frontend::NODE_PORT);
     assert!(bind(NODE, TARGET, TCP) && bind(NODE, HTTP, UDP) && bind(LOOPBACK, HTTP, TCP));
+    model.frontend([0; 4], TCP, &[], frontend::NODE_PORT);
+    model.sockets.settings.set(SocketSettings { node_ports: [0; 4], ..settings });
+    assert!(bind([0; 4], HTTP, TCP), "a NodePort of other nodes");
     assert!(bind(VIP, HTTP, TCP), "a load-balancer address is no NodePort");
 }
 
@@ -252,6 +270,19 @@ fn datagrams_of_a_socket_follow_the_first_until_its_backend_is_gone() {
     let next = sends(&model, &call(POD, 1, UDP, VIP, u32::MAX));
     assert_eq!(next.answer, Answer::Translated);
     assert_ne!(next.addr, first.addr);
+}
+
+#[test]
+fn a_socket_that_returns_to_a_service_is_answered_by_its_name_again() {
+    let model = node(0);
+    let backend = sends(&model, &call(POD, 1, UDP, VIP, 0));
+    let ids = [model.backends.borrow().iter().position(|at| at.addr == backend.addr).expect("it") as u32];
+    model.frontend(VIP_TOO, UDP, &ids, frontend::HAS_ENDPOINTS);
+    for vip in [VIP_TOO, VIP, VIP_TOO, VIP] {
+        let sent = sends(&model, &call(POD, 1, UDP, vip, 0));
+        assert_eq!((sent.addr, sent.port), (backend.addr, backend.port));
+        assert_eq!(told::<V4, _>(&model, UDP, 1, sent.addr, sent.port), Some((vip, HTTP)));
+    }
 }
 
 proptest! {

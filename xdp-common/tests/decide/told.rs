@@ -22,7 +22,7 @@ impl Default for Told {
         let settings = SocketSettings {
             host_namespace: HOST_NAMESPACE,
             node: NODE,
-            loopback: [0; 4],
+            node_ports: NODE,
             flags: 0,
             zero: [0; 4],
         };

@@ -10,9 +10,10 @@ use std::process::Command;
 
 /// What the lanes make devices with, and drivers of the machine's network cards. One that is neither built in nor there
 /// ends the run.
-const MODULES: [&str; 15] = [
+const MODULES: [&str; 16] = [
     "veth",
     "bridge",
+    "bonding",
     "vxlan",
     "tun",
     "8021q",

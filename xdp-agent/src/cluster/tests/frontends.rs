@@ -94,6 +94,34 @@ fn a_load_balancer_without_node_ports_is_served_at_its_address() {
     assert_eq!(world.lines(), ["ClusterIp 10.96.0.1:80 ", "LoadBalancer 203.0.113.1:80 "]);
 }
 
+/// Other nodes send on what comes to theirs, but for policy Local, whose endpoints are all where it comes in.
+#[test]
+fn with_direct_server_return_node_ports_are_those_of_every_node() {
+    let spec = |policy: &str| {
+        json!({
+            "type": "NodePort", "externalTrafficPolicy": policy,
+            "ports": [{"name": "http", "port": 80, "nodePort": 30080}],
+        })
+    };
+    for forwarding in [Forwarding::Dsr, Forwarding::Hybrid] {
+        let of =
+            |policy| World::with(Options { forwarding, ..Options::default() }).service(spec(policy)).lines();
+        let here = ["ClusterIp 10.96.0.1:80 ", "NodePort 192.0.2.1:30080 "];
+        assert_eq!(of("Local"), here);
+        let everywhere = [&["NodePort 0.0.0.0:30080 "], &here[..]].concat();
+        assert_eq!(of("Cluster"), everywhere);
+    }
+    let claim = |name: &str, ip: &str| {
+        json!({
+            "metadata": {"name": name},
+            "spec": {"type": "NodePort", "clusterIP": ip, "ports": [{"port": 80, "nodePort": 30080}]},
+        })
+    };
+    let world = World::with(Options { forwarding: Forwarding::Dsr, ..Options::default() });
+    let world = world.service_object(claim("a", "10.96.0.1")).service_object(claim("b", "10.96.0.2"));
+    assert_eq!(world.problems().len(), 1, "{:?}", world.problems());
+}
+
 #[test]
 fn a_service_without_a_cluster_ip_of_a_family_has_nothing_in_it() {
     let world = World::new().service(json!({
