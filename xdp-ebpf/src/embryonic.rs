@@ -42,7 +42,13 @@ struct Tag {
 }
 
 /// Bit of an answered flow in a tag.
-const ANSWERED: u64 = 1 << 31;
+const ANSWERED_BIT: u32 = 31;
+const ANSWERED: u64 = 1 << ANSWERED_BIT;
+/// A bit of the hash that every tag has set.
+const USED_BIT: u32 = 32;
+/// Unanswered entries of a bucket that answered ones make room for: all that one new flow may have, which are both its halves and
+/// what is left to egress where the kernel forwards its packets.
+const UNANSWERED_KEPT: u64 = 3;
 /// Bits of the time in a tag.
 const TIME: u64 = ANSWERED - 1;
 /// How often a bucket is tried; a holder needs some fifty nanoseconds, a try about ten.
@@ -71,31 +77,54 @@ impl<F: Maps> Bucket<F> {
         found
     }
 
-    /// The free or least worthy way (from 1).
-    #[inline(always)]
-    fn victim(&self) -> u64 {
-        let (mut least, mut way) = (u64::MAX >> 2, 1);
-        while way < WORDS as u64 {
-            let worth = (self.at(way).value & (ANSWERED | TIME)) << 3 | way;
-            let less = worth.wrapping_sub(least);
-            least = least.wrapping_add(is_negative(less).wrapping_mul(less));
-            way += 1;
-        }
-        least % WORDS as u64
-    }
-
     #[inline(always)]
     fn at(&self, way: u64) -> Tag {
-        // SAFETY: the mask keeps the index within the bucket, a slot of an array.
-        let place = unsafe { self.tags.cast::<u64>().add(way as usize % WORDS) };
-        // SAFETY: as above; an aligned word that others may write at any time.
-        Tag { place, value: unsafe { place.read_volatile() } }
+        tag_at(self.tags, way)
     }
 
     #[inline(always)]
     fn slot(&self, way: u64) -> Option<*mut Embryo<F::Addr>> {
         F::embryonic().get_ptr_mut(self.index * WAYS + way as u32 - 1)
     }
+}
+
+#[inline(always)]
+fn tag_at(tags: *mut Tags, way: u64) -> Tag {
+    // SAFETY: the mask keeps the index within the bucket, a slot of an array.
+    let place = unsafe { tags.cast::<u64>().add(way as usize % WORDS) };
+    // SAFETY: as above; an aligned word that others may write at any time.
+    Tag { place, value: unsafe { place.read_volatile() } }
+}
+
+/// The free or least worthy way (from 1). Unanswered entries go before answered ones, so that a flood does not end what
+/// its peers have taken up; but a few stay, or a new flow's entries would oust each other before any answer.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+fn victim(tags: *mut Tags) -> u64 {
+    let (mut unanswered, mut way) = (0, 1);
+    while way < WORDS as u64 {
+        let value = tag_at(tags, way).value;
+        unanswered += (value >> USED_BIT) & !(value >> ANSWERED_BIT) & 1;
+        way = after(way);
+    }
+    let is_turned = is_negative(unanswered.wrapping_sub(UNANSWERED_KEPT));
+    let (mut least, mut way) = (u64::MAX >> 2, 1);
+    while way < WORDS as u64 {
+        let value = tag_at(tags, way).value;
+        let turn = ((value >> USED_BIT) & is_turned) << ANSWERED_BIT;
+        let worth = ((value & (ANSWERED | TIME)) ^ turn) << 3 | way;
+        let less = worth.wrapping_sub(least);
+        least = least.wrapping_add(is_negative(less).wrapping_mul(less));
+        way = after(way);
+    }
+    least % WORDS as u64
+}
+
+/// One more; in assembly, because the compiler would unroll the loop and keep more on the stack than there is room for.
+#[inline(always)]
+fn after(mut way: u64) -> u64 {
+    // SAFETY: arithmetic on a register.
+    unsafe { asm!("{way} += 1", way = inout(reg) way, options(pure, nomem, nostack)) }
+    way
 }
 
 /// Index of a key's bucket, over the tag that its slot would bear.
@@ -161,7 +190,7 @@ pub(crate) fn put<F: Maps>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, replace
         }
     }
     let tagged = bucket.tagged();
-    let way = if tagged == 0 { bucket.victim() } else { tagged };
+    let way = if tagged == 0 { victim(bucket.tags) } else { tagged };
     let mut insertion = Insertion::Refused;
     if let Some(embryo) = bucket.slot(way) {
         // SAFETY: a slot of an array; the bucket is locked.

@@ -2,7 +2,7 @@
 
 use xdp_common::{
     net::{SCTP, TCP, UDP},
-    tables::Device,
+    tables::{Device, WAYS},
     verdict::{
         Counter::{self, Event, SnatAttempt},
         Event as E,
@@ -75,6 +75,32 @@ fn without_a_neighbour_packets_take_the_kernels_way_and_arrive_whole() {
             up_and_out(node, "data", &next, UNRESOLVED, NODE, SLOW);
             assert_eq!(node.maps.established_entries(), before + 2, "the slow path establishes too");
         }
+    });
+}
+
+#[test]
+fn a_new_flow_has_room_for_its_entries_beside_answered_ones() {
+    Node::each_sized(Sizes { buckets: 1, ..Sizes::default() }, |node| {
+        one_remote(node);
+        for sport in 0..WAYS as u16 {
+            let answered = node.open("a flow", &node.opener(TCP, 2_000 + sport, VIP), REMOTE);
+            answered.answers(node, "its answer", SYN | ACK, &[]);
+        }
+        let id = node.backend(UNRESOLVED, TCP, false);
+        node.frontend(VIP_TOO, TCP, &[id], 0);
+        let opener = node.opener(TCP, 3_000, VIP_TOO);
+        let port = up_and_out(node, "the opener", &opener, UNRESOLVED, NODE, NEW_SLOW);
+        let reply = opener.flags(SYN | ACK).with(|frame| {
+            frame.src = (UNRESOLVED, TARGET);
+            frame.dst = (NODE, port);
+        });
+        let back = reply.with(|frame| {
+            frame.mac = (node.mac, GATEWAY_MAC);
+            frame.ttl -= 1;
+            (frame.src, frame.dst) = (opener.dst, opener.src);
+        });
+        let transmitted = [Event(E::Transmitted)];
+        node.check("the answer", node.entry, &reply.bytes(), Action::Transmit, &back.bytes(), &transmitted);
     });
 }
 

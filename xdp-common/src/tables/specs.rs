@@ -71,7 +71,8 @@ per_family! {
     /// halves; the agent, who removes, fills one half anew now and then and switches to it.
     known: KNOWN_V4, KNOWN_V6 = 2 * KNOWN_WORDS + 1;
     /// Embryonic flows, [`WAYS`] to a bucket: an array, because new flows come at the rate of a flood and a kernel LRU costs
-    /// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones, older before newer.
+    /// each of them 400 to 500 ns. Answered flows are evicted after unanswered ones,
+    /// but for three of a bucket; older before newer.
     embryonic: EMBRYONIC_V4, EMBRYONIC_V6 = 7 << 13;
     /// What the slots of each bucket hold: a lock, then a tag per way.
     tags: TAGS_V4, TAGS_V6 = 1 << 13;
