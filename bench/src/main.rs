@@ -5,10 +5,6 @@ mod sockets;
 mod sync;
 
 use clap::{Parser, Subcommand};
-use nix::{
-    sched::{CpuSet, sched_setaffinity},
-    unistd::Pid,
-};
 
 /// Measures, always beside its references in the same run.
 #[derive(Parser)]
@@ -33,11 +29,4 @@ fn main() -> anyhow::Result<()> {
         What::Sockets(args) => sockets::run(&args),
         What::Sync(args) => sync::run(&args),
     }
-}
-
-/// Keeps this thread on one CPU.
-fn stay_on(cpu: usize) -> anyhow::Result<()> {
-    let mut cpus = CpuSet::new();
-    cpus.set(cpu)?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
 }

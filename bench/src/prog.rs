@@ -17,7 +17,7 @@ use aya::{
     programs::{TestRun, TestRunOptions, Xdp},
 };
 use xdp_agent::attach::programs::load_xdp;
-use xdp_agent_tests::lab::{link, netns::Namespace};
+use xdp_agent_tests::lab::{link, netns::Namespace, stay_on};
 use xdp_common::{
     conntrack::opposite,
     gate,
@@ -185,7 +185,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (ifindex, mac) = (node.index("eth0")?, node.mac("eth0")?);
     node.run(|| {
         // One core for all cases; moves between cores would show up as noise.
-        crate::stay_on(0)?;
+        stay_on(0)?;
         let mut failed = Vec::new();
         for &flows in &args.flows {
             ensure!(flows.is_power_of_two(), "--flows takes powers of two, not {flows}");

@@ -148,11 +148,21 @@ fn measure(args: &Args, verb: Verb, places: &mut [(Contestant, Place)]) -> Resul
         .collect())
 }
 
+/// By how much two direct places may differ for a figure beside them to say anything.
+const NOISE_MAX: f64 = 0.05;
+
 /// What of a figure of ours is below the promise: the share of a direct connection, and that more Services cost nothing. The
 /// noise is how far another direct connection's share is from one.
 fn below(verb: Verb, services: u32, share: f64, noise: f64, first: &mut Option<f64>) -> Vec<String> {
     let floor = verb.floor() - noise;
     let mut failed = Vec::new();
+    if noise > NOISE_MAX {
+        failed.push(format!(
+            "{} at {services} services says nothing: two direct places differ by {:.1}%",
+            verb.name(),
+            100.0 * noise
+        ));
+    }
     if share < floor {
         failed.push(format!(
             "{} at {services} services is {:.1}% of direct, not {:.1}%",
@@ -186,6 +196,7 @@ mod tests {
         assert_eq!(below(Verb::Connect, 10_000, 0.965, 0.0, &mut first).len(), 1);
         assert_eq!(below(Verb::Bulk, 1, 0.98, 0.0, &mut None).len(), 1);
         assert_eq!(below(Verb::Bulk, 1, 0.98, 0.015, &mut None).len(), 0);
+        assert_eq!(below(Verb::Bulk, 1, 1.0, 0.06, &mut None).len(), 1, "it says nothing");
         assert_eq!(below(Verb::Request, 10_000, 0.5, 0.0, &mut Some(1.0)).len(), 2);
     }
 

@@ -23,6 +23,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use tokio::runtime::Runtime;
 
 /// Sockets of clients and servers live in one process, so a thousand connections need several thousand descriptors.
@@ -39,6 +41,16 @@ pub fn patient(limit: Duration) -> Duration {
     static FACTOR: OnceLock<u32> = OnceLock::new();
     let read = || std::env::var(PATIENCE).ok().and_then(|factor| factor.parse().ok()).unwrap_or(1);
     limit * *FACTOR.get_or_init(read)
+}
+
+/// Keeps this thread on one CPU.
+///
+/// # Errors
+/// When there is no such CPU for this process.
+pub fn stay_on(cpu: usize) -> std::io::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
 }
 
 /// Returns the runtime that drives every socket of the lab, whichever namespace the socket belongs to.

@@ -222,7 +222,8 @@ impl Sweeper {
         {
             warn!(
                 %error,
-                "cannot end connected UDP sockets whose backend is gone: they notice nothing; it needs a kernel with                  CONFIG_INET_UDP_DIAG (module udp_diag) and CONFIG_INET_DIAG_DESTROY"
+                "cannot end connected UDP sockets whose backend is gone: they notice nothing; it needs a kernel with \
+                 CONFIG_INET_UDP_DIAG (module udp_diag) and CONFIG_INET_DIAG_DESTROY"
             );
         }
         for key in &stale {

@@ -180,9 +180,15 @@ impl Request {
         self.tests.iter().cloned().chain(quick).collect()
     }
 
-    /// Whether not all tests of a lane are run.
-    pub(crate) fn is_part(&self, lane: Lane) -> bool {
-        lane.target().is_some() && !self.tests(lane).is_empty()
+    /// What is said of a lane of which not all tests are run.
+    pub(crate) fn amount(&self, lane: Lane) -> &'static str {
+        if lane.target().is_none() || self.tests(lane).is_empty() {
+            ""
+        } else if self.is_quick {
+            ", quick"
+        } else {
+            ", some"
+        }
     }
 }
 
@@ -341,5 +347,8 @@ mod tests {
         assert_eq!((request.architectures, request.lanes), (vec![Architecture::Arm16k], vec![Lane::Netns]));
         let error = parse(&words("--arch mips")).err().map(|error| error.to_string());
         assert!(error.is_some_and(|error| error.contains("x86_64, arm64")));
+        for (line, amount) in [("--kernel 6.1", ""), ("--quick", ", quick"), ("--test here::", ", some")] {
+            assert_eq!(parse(&words(line)).unwrap().amount(Lane::ProgRun), amount, "{line}");
+        }
     }
 }

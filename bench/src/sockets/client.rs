@@ -9,9 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use xdp_agent_tests::lab::{cgroup::Cgroup, netns::Namespace};
-
-use crate::stay_on;
+use xdp_agent_tests::lab::{cgroup::Cgroup, netns::Namespace, stay_on};
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;

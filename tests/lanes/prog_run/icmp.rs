@@ -3,7 +3,8 @@
 use etherparse::{IpNumber, Ipv4Header};
 use xdp_common::{
     net::{SCTP, TCP, UDP},
-    tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend},
+    tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend, network},
+    tunnel::MARK,
     verdict::{
         Counter::{Drop, Event},
         Event as E, Reason,
@@ -251,6 +252,23 @@ fn errors_about_anything_else_are_left_alone() {
         }
         let sent = error(node, NODE, &stranger, [3, 4], 20).bytes();
         node.check("at egress", Hook::TcEgress, &sent, Action::Pass, &sent, &[]);
+    });
+}
+
+/// The kernel would send it back to the node that has sent it on, which would send it on again.
+#[test]
+fn an_error_that_another_node_has_sent_on_and_is_nobodys_is_dropped() {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
+        let flow = established(node, TCP);
+        node.maps.network(network::NODES, OTHER_NODE, 32, 1);
+        node.maps.service_address(VIP, frontend::ECHO);
+        let of_other = flow.seen.with(|frame| frame.src.0 = OTHER_NODE);
+        let sent = error(node, ROUTER_INSIDE, &of_other, [3, 4], 20);
+        let plain = sent.bytes();
+        node.check("on its way there", node.entry, &plain, Action::Pass, &plain, &[]);
+        let marked = sent.with(|error| error.mac.0 = MARK).bytes();
+        let dropped = [Drop(Reason::UnknownPort)];
+        node.check("out of a tunnel", node.entry, &marked, Action::Drop, &marked, &dropped);
     });
 }
 

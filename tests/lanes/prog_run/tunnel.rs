@@ -68,6 +68,15 @@ fn sent_on(node: &Node, sent: &Frame, mac: (Mac, Mac), from: Addr, to: Addr) -> 
     around(node, &inner.bytes(), sent.total_len(), sent.tos, from, to)
 }
 
+/// Checks how packets of a new connection go to another node: from an address of ours, by a way.
+fn goes_by_tunnel(node: &Node, opener: &Frame, action: Action, mac: (Mac, Mac), from: Addr, to: Addr) {
+    for (flags, counts) in [(SYN, &NEW[..]), (ACK, &ESTABLISHED), (ACK, &TUNNELLED)] {
+        let sent = opener.flags(flags);
+        let expected = sent_on(node, &sent, mac, from, to);
+        node.check("by tunnel", node.entry, &sent.bytes(), action, &expected, counts);
+    }
+}
+
 /// The client's packet as it comes from another node.
 fn from_node(node: &Node, sent: &Frame) -> Vec<u8> {
     around(node, &sent.bytes(), sent.total_len(), sent.tos, OTHER_NODE, NODE)
@@ -121,11 +130,7 @@ fn they_leave_by_another_interface_where_the_node_is_there() {
         one_on(node, BESIDE);
         node.maps.network(network::SELF, NODE_TOO, 32, 1);
         let opener = node.opener(TCP, 40_000, VIP);
-        for (flags, counts) in [(SYN, &NEW[..]), (ACK, &ESTABLISHED), (ACK, &TUNNELLED)] {
-            let sent = opener.flags(flags);
-            let expected = sent_on(node, &sent, (node.mac_too, BESIDE_MAC), NODE_TOO, BESIDE);
-            node.check("by redirect", node.entry, &sent.bytes(), Action::Redirect, &expected, counts);
-        }
+        goes_by_tunnel(node, &opener, Action::Redirect, (node.mac_too, BESIDE_MAC), NODE_TOO, BESIDE);
     });
 }
 
@@ -242,11 +247,7 @@ fn packets_to_a_node_port_go_to_the_node_of_their_backend_as_they_are() {
         node_ports(node, |node, proto| node.backend_on(OTHER_NODE, REMOTE, proto));
         for proto in TRANSPORTS {
             let opener = node.opener(proto, 40_000, NODE);
-            for (flags, counts) in [(SYN, &NEW[..]), (ACK, &ESTABLISHED), (ACK, &TUNNELLED)] {
-                let sent = opener.flags(flags);
-                let expected = sent_on(node, &sent, (node.mac, GATEWAY_MAC), NODE, OTHER_NODE);
-                node.check("by tunnel", node.entry, &sent.bytes(), Action::Transmit, &expected, counts);
-            }
+            goes_by_tunnel(node, &opener, Action::Transmit, (node.mac, GATEWAY_MAC), NODE, OTHER_NODE);
         }
     });
 }
@@ -257,8 +258,13 @@ fn node_ports_of_addresses_that_others_do_not_know_and_those_for_nodes_are_trans
         node_ports(node, |node, proto| node.backend_on(OTHER_NODE, REMOTE, proto));
         let translated = |node: &mut Node, opener: &Frame| {
             let counts = [Event(E::FlowNew), SnatAttempt(0), Event(E::Transmitted)];
-            let outcome = node.run(node.entry, &opener.bytes());
-            outcome.check("translated", Action::Transmit, &outcome.frame, &counts);
+            let expected = opener.with(|frame| {
+                frame.mac = (node.mac, GATEWAY_MAC);
+                frame.ttl -= 1;
+                (frame.src.0, frame.dst) = (NODE, (REMOTE, TARGET));
+            });
+            let (sent, expected) = (opener.bytes(), expected.bytes());
+            node.check("translated", node.entry, &sent, Action::Transmit, &expected, &counts);
         };
         // Its packets would not be taken out of the tunnel.
         let of_node = node.opener(TCP, 2_000, NODE).with(|frame| frame.src.0 = OTHER_NODE);
@@ -305,9 +311,8 @@ fn what_comes_to_a_node_port_of_another_node_and_is_nobodys_is_dropped() {
         let outcome = node.run(node.entry, &frame);
         let counts = [Event(E::Untunnelled), Drop(Reason::NoEndpoint)];
         outcome.check("no endpoint", Action::Drop, &outcome.frame, &counts);
-        let closed = node.opener(UDP, 40_000, OTHER_NODE).with(|frame| frame.mac.0 = MARK);
-        let outcome = node.run(node.entry, &closed.bytes());
-        outcome.check("no NodePort", Action::Drop, &outcome.frame, &[Drop(Reason::UnknownPort)]);
+        let closed = marked(&node.opener(UDP, 40_000, OTHER_NODE)).bytes();
+        node.check("no NodePort", node.entry, &closed, Action::Drop, &closed, &[Drop(Reason::UnknownPort)]);
     });
 }
 

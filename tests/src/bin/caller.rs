@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
-use nix::unistd::Pid;
+use nix::sched::sched_getcpu;
 use tokio::net::TcpSocket;
-use xdp_agent_tests::lab::patient;
 use xdp_agent_tests::lab::servers::{PatternCheck, UDP_WHOAMI};
+use xdp_agent_tests::lab::{patient, stay_on};
 
 #[path = "caller/crowd.rs"]
 mod crowd;
@@ -119,9 +118,7 @@ impl Sockets {
 /// delivers in between meets the listener, which resets the connection. No proxy has a part in that.
 fn stay_on_one_cpu() -> io::Result<()> {
     // A thread that is pinned stays where it is.
-    let mut cpus = CpuSet::new();
-    cpus.set(sched_getcpu()?)?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &cpus)?)
+    stay_on(sched_getcpu()?)
 }
 
 fn hammer(target: SocketAddr, tally: &Tally) {

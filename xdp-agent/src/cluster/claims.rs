@@ -156,7 +156,8 @@ impl<A: IpAddress> Claims<A> {
 
     /// A problem for each claim that is lost.
     pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
-        // Who loses a NodePort on all nodes loses it on this one too.
+        // Who loses a NodePort on other nodes loses it there for the same reason as here, and is told of it here, where this node
+        // serves NodePorts at all.
         let here = self.contested.iter().filter(|place| place.addr != A::UNSPECIFIED);
         let contested = here.filter_map(|place| Some((place, self.places.get(place)?)));
         contested.flat_map(|(place, list)| {

@@ -130,7 +130,7 @@ pub struct ClusterArgs {
 
     /// How packets of clients outside the cluster get to endpoints on other nodes: translated to come from this node (snat),
     /// as they are in IP-in-IP, to be answered by the endpoint's node directly (dsr), or so for TCP only (hybrid). The same on
-    /// every node.
+    /// every node. Packets to NodePorts only with --cluster-cidr.
     #[arg(long, env = "XDP_AGENT_FORWARDING", value_enum, default_value_t = ForwardingChoice::Snat)]
     pub forwarding: ForwardingChoice,
 }

@@ -134,11 +134,14 @@ pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcom
     let Some(backend) = backend else { return unserved(call, answer) };
     let back = key(call.cookie, backend.addr, backend.port, side::BACKEND);
     // Another Service may have led the socket to the same backend meanwhile: answers come by the last name.
-    let is_named = tables
-        .peer(UDP, &back)
-        .is_some_and(|told| told.port == call.port && told.addr.differs(call.addr.wide()) == 0);
-    if !is_known || !is_named {
+    let is_noted = is_known
+        && tables
+            .peer(UDP, &back)
+            .is_some_and(|told| told.port == call.port && told.addr.differs(call.addr.wide()) == 0);
+    if !is_noted {
         note(tables, call, id, &backend);
+    }
+    if !is_known {
         // Refused, the next datagram is placed anew.
         tables.set_peer(UDP, &forward, &peer(backend.addr, backend.port, id, &backend));
     }

@@ -7,7 +7,7 @@ use xdp_common::{
     icmp::{Message, Translation},
     net::{TCP, UDP, V4},
     tables::{Backend, Config, Device, Frontend, Route, direct, frontend, network},
-    verdict::{Action, Event, Hop},
+    verdict::{Action, Event, Hop, Reason},
 };
 
 use crate::model::*;
@@ -183,6 +183,21 @@ fn an_error_about_an_answer_of_another_node_goes_there_as_it_is() {
     let answer = answer(&ack(40_000, VIP), tcp::ACK);
     assert_eq!(comes(&model, &about(&answer, ROUTER)).0, Action::Pass);
     assert_eq!(model.events(Event::Related), 3);
+}
+
+#[test]
+fn an_error_that_another_node_has_sent_on_and_is_nobodys_is_dropped() {
+    let Ends { model, seen, .. } = flow(REMOTE, false, gateway(), TCP, 2);
+    model.networks.borrow_mut().insert((network::NODES, OTHER_NODE));
+    let mut of_other = seen;
+    (of_other.key.src, of_other.key.sport) = (OTHER_NODE, HTTP);
+    let mut error = about(&of_other, ROUTER);
+    assert_eq!(comes(&model, &error).0, Action::Pass, "on its way there");
+    error.packet.is_tunnelled = true;
+    assert_eq!(comes(&model, &error).0, Action::Drop(Reason::UnknownPort), "no NodePort");
+    model.frontend([0; 4], TCP, &[], frontend::NODE_PORT);
+    assert_eq!(comes(&model, &error).0, Action::Drop(Reason::UnknownPort), "no flow");
+    assert_eq!((model.drops(Reason::UnknownPort), model.all_drops()), (2, 2));
 }
 
 #[test]

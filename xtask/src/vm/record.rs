@@ -46,7 +46,7 @@ pub(crate) fn write(
     // What is refused is so in every lane.
     let is_refused = outcome.refusal.is_some();
     for lane in if is_refused { &Lane::ALL[..] } else { &request.lanes } {
-        let amount = if request.is_part(*lane) && !is_refused { ", quick" } else { "" };
+        let amount = if is_refused { "" } else { request.amount(*lane) };
         cells.insert(lane.name(), format!("{}{amount} ({mark})", outcome.cell(*lane)));
     }
     std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
