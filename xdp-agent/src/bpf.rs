@@ -57,6 +57,8 @@ pub enum AttachType {
     Getpeername4 = 29,
     /// A socket of IPv6 is asked for its peer.
     Getpeername6 = 30,
+    /// A socket is closed.
+    SockRelease = 34,
 }
 
 /// What the kernel says about a link.

@@ -7,7 +7,7 @@
 //! kernel 6.5), but its iterators are as bound to one namespace, so nothing would be gained but a minimal version.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     io,
     sync::{
         Arc,
@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 use xdp_common::{
     net::{Address, Ip6},
-    tables::{PeerKey, SocketSettings, socket},
+    tables::{SocketSettings, socket},
 };
 
 use crate::{
@@ -206,14 +206,10 @@ impl Sweeper {
             return Ok(());
         }
         let began = SystemTime::now();
-        let mut wanted: HashMap<u64, Vec<PeerKey>> = HashMap::new();
-        for key in &stale {
-            wanted.entry(key.cookie).or_default().push(*key);
-        }
         let mut destroyed = 0;
         let (mut refused, mut failed) = (None, None);
         namespaces::each(|result| match result {
-            Ok(()) => failed = diag::destroy(&wanted, &mut destroyed).err().or(failed.take()),
+            Ok(()) => failed = diag::destroy(&stale, &mut destroyed).err().or(failed.take()),
             Err(error) => refused = Some(error),
         });
         self.tell_refusal(refused);
@@ -226,8 +222,8 @@ impl Sweeper {
                  CONFIG_INET_UDP_DIAG (module udp_diag) and CONFIG_INET_DIAG_DESTROY"
             );
         }
-        for key in &stale {
-            self.peers.forget(key)?;
+        for cookie in stale.into_keys() {
+            self.peers.forget(cookie)?;
         }
         self.metrics.destroyed.inc_by(destroyed);
         if destroyed > 0 {
@@ -270,9 +266,4 @@ impl Sweeper {
             );
         }
     }
-}
-
-/// Whether an address and port are those of a key.
-fn is_of(key: &PeerKey, addr: Ip6, port: [u8; 2]) -> bool {
-    key.addr == addr && key.port == port
 }

@@ -104,7 +104,7 @@ counted! {
         NoLocalEndpoint = "no_local_endpoint",
         /// The source is not in `loadBalancerSourceRanges`.
         SourceRange = "source_range",
-        /// A port of a ClusterIP that no service has; or what another node has sent on to a port of its own that has none here.
+        /// A port of a ClusterIP that no service has.
         UnknownPort = "unknown_port",
         /// An address of a ServiceCIDR that no service has.
         UnknownServiceAddress = "unknown_service_address",

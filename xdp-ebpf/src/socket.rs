@@ -5,16 +5,17 @@
 use core::{arch::asm, ffi::c_void};
 
 use aya_ebpf::{
+    EbpfContext,
     bindings::{BPF_ANY, bpf_sock_addr},
     helpers,
     macros::map,
     maps::{LruHashMap, PerCpuArray},
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockContext},
 };
 use xdp_common::{
     decide::socket::Sockets,
-    net::{Address, Ip6, Port, UDP, V4},
-    tables::{self, Peer, PeerKey, SocketSettings},
+    net::{Address, Ip6, Port, TCP, UDP, V4},
+    tables::{self, Connected, Peer, PeerKey, SocketSettings},
 };
 
 use crate::{family::Maps, maps::Kernel};
@@ -24,7 +25,11 @@ type AddrV4 = [u8; 4];
 #[map]
 static UDP_PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(tables::UDP_PEERS.entries, 0);
 #[map]
-static TCP_PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(tables::TCP_PEERS.entries, 0);
+static UDP_CONNECTED: LruHashMap<u64, Connected> =
+    LruHashMap::with_max_entries(tables::UDP_CONNECTED.entries, 0);
+#[map]
+static TCP_CONNECTED: LruHashMap<u64, Connected> =
+    LruHashMap::with_max_entries(tables::TCP_CONNECTED.entries, 0);
 #[map]
 static SOCKET_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::SOCKET_COUNTERS.entries, 0);
 
@@ -193,16 +198,25 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
     }
 
     #[inline(always)]
-    fn peer(self, proto: u8, key: &PeerKey) -> Option<Peer> {
-        let peers = if proto == UDP { &UDP_PEERS } else { &TCP_PEERS };
+    fn peer(self, key: &PeerKey) -> Option<Peer> {
         // SAFETY: copied at once; the kernel replaces elements as a whole.
-        unsafe { peers.get(key) }.copied()
+        unsafe { UDP_PEERS.get(key) }.copied()
     }
 
     #[inline(always)]
-    fn set_peer(self, proto: u8, key: &PeerKey, peer: &Peer) -> bool {
-        let peers = if proto == UDP { &UDP_PEERS } else { &TCP_PEERS };
-        peers.insert(key, peer, BPF_ANY as u64).is_ok()
+    fn set_peer(self, key: &PeerKey, peer: &Peer) -> bool {
+        UDP_PEERS.insert(key, peer, BPF_ANY as u64).is_ok()
+    }
+
+    #[inline(always)]
+    fn connected(self, proto: u8, cookie: u64) -> Option<Connected> {
+        // SAFETY: as above.
+        unsafe { connected_by(proto).get(cookie) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_connected(self, proto: u8, cookie: u64, connected: &Connected) -> bool {
+        connected_by(proto).insert(cookie, connected, BPF_ANY as u64).is_ok()
     }
 
     #[inline(always)]
@@ -210,6 +224,25 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
         // SAFETY: copied at once.
         unsafe { F::pods().get(namespace) }.copied().unwrap_or(F::Addr::UNSPECIFIED)
     }
+}
+
+#[inline(always)]
+fn connected_by(proto: u8) -> &'static LruHashMap<u64, Connected> {
+    if proto == UDP { &UDP_CONNECTED } else { &TCP_CONNECTED }
+}
+
+/// Forgets what a socket has been told that is being closed.
+#[inline(always)] // one caller
+pub(crate) fn forget(ctx: &SockContext) {
+    // SAFETY: the context is valid for as long as the program runs.
+    let proto = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() } as u8;
+    if proto != UDP && proto != TCP {
+        return;
+    }
+    // SAFETY: the helper takes the context of this type of programs.
+    let cookie = unsafe { helpers::bpf_get_socket_cookie(ctx.as_ptr()) };
+    // Most have never asked for a Service.
+    let _ = connected_by(proto).remove(cookie);
 }
 
 /// Counts; a process may be interrupted here by another on the same CPU.

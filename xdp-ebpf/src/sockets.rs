@@ -3,7 +3,10 @@
 //! They run in the context of the calling process, once a connection, or once a datagram where a UDP socket names an
 //! address with each. Those of IPv6 meet IPv4 addresses too, mapped.
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
+};
 use xdp_common::{
     decide::socket::{self, Answer, Call, EADDRINUSE, Outcome, errno},
     net::{Address, Ip6, TCP, UDP, V4, V6},
@@ -14,7 +17,7 @@ use xdp_common::{
 use crate::{
     family::Maps,
     maps::Kernel,
-    socket::{Socket, count},
+    socket::{Socket, count, forget},
 };
 
 /// What a hook returns to let a call go on, or to end it.
@@ -111,6 +114,13 @@ pub(crate) fn socket_bind6(ctx: SockAddrContext) -> i32 {
         return END;
     }
     bind::<V6>(socket, addr)
+}
+
+/// A socket is closed, also by the end of its process.
+#[cgroup_sock(sock_release)]
+pub(crate) fn socket_release(ctx: SockContext) -> i32 {
+    forget(&ctx);
+    GO_ON
 }
 
 #[inline(always)] // the context must stay the context

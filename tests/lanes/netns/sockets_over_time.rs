@@ -8,6 +8,7 @@ use xdp_agent_tests::lab::caller::Caller;
 use xdp_agent_tests::lab::cgroup::Cgroup;
 use xdp_agent_tests::lab::wait_for;
 use xdp_agent_tests::lab::world::{Pod, WorldOptions, http_frontends, udp_frontends};
+use xdp_common::tables::UDP_CONNECTED;
 
 use crate::callers::{Place, binary};
 
@@ -30,7 +31,7 @@ fn a_killed_agent_that_starts_again_fails_no_connection() -> Result<()> {
     more(&mut pod)?;
     more(&mut node)?;
     let links = world.bpffs.list(&links())?;
-    ensure!(links.iter().filter(|link| link.starts_with("socket-")).count() == 10, "{links:?}");
+    ensure!(links.iter().filter(|link| link.starts_with("socket-")).count() == 11, "{links:?}");
     for caller in [&mut pod, &mut node] {
         let tally = caller.tally()?;
         ensure!(tally.failed == 0, "{tally:?}");
@@ -153,7 +154,32 @@ fn a_connected_udp_socket_learns_that_its_backend_is_gone() -> Result<()> {
         ensure!(!met.contains(&now.backend), "{now:?} is gone");
     }
     place.pod.ask("direct")??;
-    ensure!(place.agent.metric("sockets_destroyed", "")? >= 2.0);
+    place.wait_until("both to be counted", |place| {
+        let destroyed = place.agent.metric("sockets_destroyed", "")?;
+        ensure!(destroyed >= 2.0, "{destroyed}");
+        Ok(())
+    })?;
+    place.stop()
+}
+
+#[test]
+fn a_connected_udp_socket_is_told_however_many_sockets_have_followed_it() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = udp_frontends()[0].1;
+    place.pod.open("socket", false)?;
+    place.pod.connect("socket", target)?;
+    // Until then nobody asks what the socket has been told.
+    place.node.churn(2 * UDP_CONNECTED.entries + 2_000, target)?;
+    let met = place.pod.ask("socket")??;
+    ensure!(met.from == target, "{met:?} instead of {target}");
+    let is_other = |pod: &&Pod| met.backend != pod.server.name();
+    let others: Vec<_> = place.world.pods.iter().filter(is_other).map(Pod::endpoint).collect();
+    place.world.change_endpoints(&place.agent, &others)?;
+    place.wait_until("the socket to be told", |place| {
+        let failed = place.pod.ask("socket")?.err().context("the old backend still answers")?;
+        ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
+        Ok(())
+    })?;
     place.stop()
 }
 

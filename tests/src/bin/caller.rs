@@ -81,6 +81,18 @@ impl Sockets {
                 socket.send_to(UDP_WHOAMI, target)?;
                 Ok(format!("{}\t{}", answer(socket)?, answer(socket)?))
             }
+            ["churn", count, target] => {
+                let (count, target): (u32, _) = (count.parse().map_err(Error::other)?, parse(target)?);
+                for number in 0..count {
+                    let socket = UdpSocket::bind(any(&target))?;
+                    if number % 2 == 0 {
+                        socket.connect(target)?;
+                    } else {
+                        socket.send_to(&[], target)?;
+                    }
+                }
+                Ok(String::new())
+            }
             ["fixed", port, target] => {
                 let port = port.parse().map_err(Error::other)?;
                 whoami(&mut connect_from(port, parse(target)?)?)

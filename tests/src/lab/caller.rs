@@ -116,6 +116,11 @@ impl Caller {
         Ok(self.exchange(&format!("echo {socket} {bytes}"))??.parse()?)
     }
 
+    /// Opens so many UDP sockets, one after the other: each is connected and closed, or sends a datagram and is closed.
+    pub fn churn(&mut self, sockets: u32, target: SocketAddr) -> Result<()> {
+        self.plain(&format!("churn {sockets} {target}"))
+    }
+
     /// Opens a TCP connection under a name; it stays open.
     pub fn hold(&mut self, connection: &str, target: SocketAddr) -> Result<()> {
         self.plain(&format!("hold {connection} {target}"))

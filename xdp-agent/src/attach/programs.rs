@@ -10,7 +10,7 @@ use aya::{
     Ebpf,
     maps::ProgramArray,
     programs::{
-        CgroupSockAddr, ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs,
+        CgroupSockAddr, Program, ProgramError, SchedClassifier, TcAttachType, Xdp, loaded_programs,
         tc::SchedClassifierLink,
     },
 };
@@ -105,10 +105,15 @@ impl Programs {
     /// # Errors
     /// When the kernel refuses it.
     pub fn socket_hook(&mut self, name: &str) -> anyhow::Result<BorrowedFd<'_>> {
-        let program: &mut CgroupSockAddr =
-            self.ebpf.program_mut(name).with_context(|| missing(name))?.try_into()?;
+        let program = self.ebpf.program_mut(name).with_context(|| missing(name))?;
         if program.fd().is_err() {
-            program.load().map_err(|error| refused(name, error))?;
+            let loaded = if let Program::CgroupSock(program) = program {
+                program.load()
+            } else {
+                let program: &mut CgroupSockAddr = program.try_into()?;
+                program.load()
+            };
+            loaded.map_err(|error| refused(name, error))?;
         }
         Ok(program.fd()?.as_fd())
     }
@@ -258,7 +263,8 @@ pub(super) fn legacy_type(at: AttachType) -> anyhow::Result<TcAttachType> {
         | AttachType::UdpRecvmsg4
         | AttachType::UdpRecvmsg6
         | AttachType::Getpeername4
-        | AttachType::Getpeername6 => bail!("{at:?} is no tc filter"),
+        | AttachType::Getpeername6
+        | AttachType::SockRelease => bail!("{at:?} is no tc filter"),
     }
 }
 

@@ -16,7 +16,8 @@ use crate::{
 
 /// Programs and where each is attached, in the order in which they are: what undoes a translation comes before what does
 /// one.
-const HOOKS: [(&str, AttachType); 10] = [
+const HOOKS: [(&str, AttachType); 11] = [
+    ("socket_release", AttachType::SockRelease),
     ("socket_getpeername4", AttachType::Getpeername4),
     ("socket_getpeername6", AttachType::Getpeername6),
     ("socket_recvmsg4", AttachType::UdpRecvmsg4),

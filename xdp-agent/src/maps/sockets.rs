@@ -13,7 +13,7 @@ use aya::{
 };
 use xdp_common::{
     net::{Address, Ip6, UDP},
-    tables::{self, Backend, MapSpec, Peer, PeerKey, SocketCall, SocketSettings},
+    tables::{self, Backend, Connected, MapSpec, Peer, PeerKey, SocketCall, SocketSettings},
     verdict::Reason,
 };
 
@@ -22,9 +22,10 @@ use super::{
 };
 
 /// Maps that outlive the agent: what sockets have been told has to be undone as long as they live.
-pub(super) const PINNED: [(&MapSpec, Layout); 3] = [
+pub(super) const PINNED: [(&MapSpec, Layout); 4] = [
     (&tables::UDP_PEERS, of::<PeerKey, Peer>()),
-    (&tables::TCP_PEERS, of::<PeerKey, Peer>()),
+    (&tables::UDP_CONNECTED, of::<u64, Connected>()),
+    (&tables::TCP_CONNECTED, of::<u64, Connected>()),
     (&tables::SOCKET_COUNTERS, of::<u32, u64>()),
 ];
 
@@ -34,10 +35,10 @@ pub struct SocketMaps {
     v6: Slots<Raw<SocketSettings<Ip6>>>,
 }
 
-/// What UDP sockets have been told, beside the backends of now.
+/// What connected UDP sockets have been told, beside the backends of now.
 pub struct PeerMaps {
     fd: OwnedFd,
-    peers: HashMap<MapData, Raw<PeerKey>, Raw<Peer>>,
+    connected: HashMap<MapData, u64, Raw<Connected>>,
     v4: Slots<Raw<Backend<[u8; 4]>>>,
     v6: Slots<Raw<Backend<Ip6>>>,
 }
@@ -139,43 +140,44 @@ impl SocketMaps {
 impl PeerMaps {
     /// Handles; those of the backends are second ones, by their pins.
     pub(super) fn open(ebpf: &mut Ebpf, dir: &Path) -> anyhow::Result<Self> {
-        let peers = take(ebpf, &tables::UDP_PEERS)?;
-        let fd = descriptor(&peers)?;
+        let connected = take(ebpf, &tables::UDP_CONNECTED)?;
+        let fd = descriptor(&connected)?;
         let v4 = Slots::of(open_pinned(dir, &tables::BACKENDS_V4)?)?;
         let v6 = Slots::of(open_pinned(dir, &tables::BACKENDS_V6)?)?;
-        Ok(Self { fd, peers: HashMap::try_from(peers)?, v4, v6 })
+        Ok(Self { fd, connected: HashMap::try_from(connected)?, v4, v6 })
     }
 
-    /// Backends, by the sockets that have been led to them, that do not serve any more.
+    /// Sockets, by their cookies, and the backends that they are connected to and that do not serve any more.
     ///
     /// # Errors
     /// When the kernel refuses a read.
-    pub fn stale(&self) -> io::Result<Vec<PeerKey>> {
-        let mut told = Vec::new();
-        let zero = (zero::<PeerKey>(), zero::<Peer>());
-        match batch::walk(&self.fd, zero, |Raw(key), Raw(peer)| told.push((key, peer))) {
+    pub fn stale(&self) -> io::Result<std::collections::HashMap<u64, Connected>> {
+        let mut all = Vec::new();
+        let zero = (0u64, zero::<Connected>());
+        match batch::walk(&self.fd, zero, |cookie, Raw(connected)| all.push((cookie, connected))) {
             Err(error) if batch::is_missing(&error) => {
-                for entry in self.peers.iter().take(2 * tables::UDP_PEERS.entries as usize) {
-                    let (Raw(key), Raw(peer)) = entry.map_err(io_error)?;
-                    told.push((key, peer));
+                for entry in self.connected.iter().take(2 * tables::UDP_CONNECTED.entries as usize) {
+                    let (cookie, Raw(connected)) = entry.map_err(io_error)?;
+                    all.push((cookie, connected));
                 }
             }
             result => result?,
         }
         let mut generations = std::collections::HashMap::new();
-        let mut stale = Vec::new();
-        for (key, peer) in told.iter().filter(|(key, _)| key.side == tables::side::BACKEND) {
-            let is_v4 = <[u8; 4]>::from_wide(key.addr).wide() == key.addr;
-            let now = match generations.get(&(is_v4, peer.backend)) {
+        let mut stale = std::collections::HashMap::new();
+        for (cookie, connected) in all {
+            let Connected { addr, told, .. } = connected;
+            let is_v4 = <[u8; 4]>::from_wide(addr).wide() == addr;
+            let now = match generations.get(&(is_v4, told.backend)) {
                 Some(now) => *now,
                 None => {
-                    let now = self.generation(is_v4, peer.backend)?;
-                    generations.insert((is_v4, peer.backend), now);
+                    let now = self.generation(is_v4, told.backend)?;
+                    generations.insert((is_v4, told.backend), now);
                     now
                 }
             };
-            if now != Some(peer.generation) {
-                stale.push(*key);
+            if now != Some(told.generation) {
+                stale.insert(cookie, connected);
             }
         }
         Ok(stale)
@@ -197,8 +199,8 @@ impl PeerMaps {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn forget(&mut self, key: &PeerKey) -> io::Result<()> {
-        match self.peers.remove(&raw(*key)).map_err(io_error) {
+    pub fn forget(&mut self, cookie: u64) -> io::Result<()> {
+        match self.connected.remove(&cookie).map_err(io_error) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
             Ok(()) | Err(_) => Ok(()),
         }

@@ -4,7 +4,7 @@ use std::{collections::HashMap, io};
 
 use xdp_common::{
     net::{Address, Ip6},
-    tables::PeerKey,
+    tables::Connected,
 };
 
 use crate::netlink::{Message, Protocol, Requests};
@@ -18,9 +18,9 @@ const ID_IN_MESSAGE: usize = 4;
 const ID_IN_REQUEST: usize = 8;
 const ID_LEN: usize = 48;
 
-/// A connected UDP socket.
+/// A connected UDP socket, as the kernel tells of it.
 #[derive(Debug, PartialEq)]
-struct Connected {
+struct Found {
     family: u8,
     /// Its identity, as the kernel wants it back.
     id: [u8; ID_LEN],
@@ -29,20 +29,20 @@ struct Connected {
     port: [u8; 2],
 }
 
-/// Ends the sockets of this thread's namespace that are connected to one of these backends under their cookie; how many
-/// that were.
+/// Ends the sockets of this thread's namespace, by their cookies, that are still connected to these backends; counts them.
 ///
 /// # Errors
 /// When the kernel does not tell of sockets, or has refused to end some; it ends all others first.
-pub(super) fn destroy(wanted: &HashMap<u64, Vec<PeerKey>>, ended: &mut u64) -> io::Result<()> {
+pub(super) fn destroy(wanted: &HashMap<u64, Connected>, ended: &mut u64) -> io::Result<()> {
     let mut requests = Requests::open(Protocol::SockDiag)?;
     let mut failed = Ok(());
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
         let body = request(family, CONNECTED, &[0; ID_LEN]);
         let found = requests.dump(SOCK_DIAG_BY_FAMILY, &body).map_err(|refused| refused.error)?;
         for socket in found.iter().filter_map(read) {
-            let keys = wanted.get(&socket.cookie);
-            if !keys.is_some_and(|keys| keys.iter().any(|key| super::is_of(key, socket.addr, socket.port))) {
+            // One that has been connected again, to what is no Service, is left alone.
+            let is_wanted = |to: &Connected| (to.addr, to.port) == (socket.addr, socket.port);
+            if !wanted.get(&socket.cookie).is_some_and(is_wanted) {
                 continue;
             }
             match requests.request(SOCK_DESTROY, 0, &request(socket.family, u32::MAX, &socket.id)) {
@@ -67,7 +67,7 @@ fn request(family: u8, states: u32, id: &[u8; ID_LEN]) -> [u8; ID_IN_REQUEST + I
 }
 
 /// `struct inet_diag_msg`; nothing for what is too short.
-fn read(message: &Message) -> Option<Connected> {
+fn read(message: &Message) -> Option<Found> {
     let family = *message.body.first()?;
     let id: [u8; ID_LEN] = message.body.get(ID_IN_MESSAGE..ID_IN_MESSAGE + ID_LEN)?.try_into().ok()?;
     let addr: [u8; 16] = id[20..36].try_into().ok()?;
@@ -78,7 +78,7 @@ fn read(message: &Message) -> Option<Connected> {
     };
     let cookie = u64::from(u32::from_ne_bytes(id[40..44].try_into().ok()?))
         | u64::from(u32::from_ne_bytes(id[44..48].try_into().ok()?)) << 32;
-    Some(Connected { family, id, cookie, addr, port: [id[2], id[3]] })
+    Some(Found { family, id, cookie, addr, port: [id[2], id[3]] })
 }
 
 #[cfg(test)]

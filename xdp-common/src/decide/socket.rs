@@ -9,8 +9,8 @@ use crate::{
     gate,
     net::{Address, Family, FlowKey, Port, UDP},
     tables::{
-        AffinityKey, Backend, Frontend, FrontendKey, Peer, PeerKey, SocketSettings, Tables, frontend,
-        network, side, socket,
+        AffinityKey, Backend, Connected, Frontend, FrontendKey, Peer, PeerKey, SocketSettings, Tables,
+        frontend, network, side, socket,
     },
     verdict::Reason,
 };
@@ -19,10 +19,14 @@ use crate::{
 pub trait Sockets<F: Family>: Tables<F> {
     /// The agent's settings.
     fn settings(self) -> SocketSettings<F::Addr>;
-    /// What a socket has been told, by protocol; entries of one protocol do not evict the other's.
-    fn peer(self, proto: u8, key: &PeerKey) -> Option<Peer>;
-    /// Notes what a socket is told; false when the table refused.
-    fn set_peer(self, proto: u8, key: &PeerKey, peer: &Peer) -> bool;
+    /// What a UDP socket has been told that names an address with each datagram.
+    fn peer(self, key: &PeerKey) -> Option<Peer>;
+    /// Notes what such a socket is told; false when the table refused.
+    fn set_peer(self, key: &PeerKey, peer: &Peer) -> bool;
+    /// What a socket has been told when it was connected, by protocol; entries of one protocol do not evict the other's.
+    fn connected(self, proto: u8, cookie: u64) -> Option<Connected>;
+    /// Notes what such a socket is told; false when the table refused.
+    fn set_connected(self, proto: u8, cookie: u64, connected: &Connected) -> bool;
     /// The address of the pod whose network namespace has this cookie; unspecified while it is not known.
     fn pod_address(self, namespace: u64) -> F::Addr;
 }
@@ -105,7 +109,10 @@ pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Out
     let (answer, id) = choose_for(tables, call, &found, &settings);
     let backend = if id == 0 { None } else { tables.backend(id) };
     let Some(backend) = backend else { return unserved(call, answer) };
-    note(tables, call, id, &backend);
+    let told = peer(call.addr, call.port, id, &backend);
+    let connected = Connected { addr: backend.addr.wide(), port: backend.port, zero: [0; 2], told };
+    // Refused, the backend shows itself, and a UDP socket does not hear when it goes.
+    tables.set_connected(call.proto, call.cookie, &connected);
     Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
 }
 
@@ -119,7 +126,7 @@ pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcom
     };
     let forward = key(call.cookie, call.addr, call.port, side::SERVICE);
     let (mut answer, mut id) = (Answer::Left, 0);
-    if let Some(known) = tables.peer(UDP, &forward)
+    if let Some(known) = tables.peer(&forward)
         && let Some(backend) = tables.backend(known.backend)
         && backend.generation == known.generation
         && backend.service == found.service
@@ -136,14 +143,15 @@ pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcom
     // Another Service may have led the socket to the same backend meanwhile: answers come by the last name.
     let is_noted = is_known
         && tables
-            .peer(UDP, &back)
+            .peer(&back)
             .is_some_and(|told| told.port == call.port && told.addr.differs(call.addr.wide()) == 0);
     if !is_noted {
-        note(tables, call, id, &backend);
+        // Refused, the backend shows itself: only names are lost.
+        tables.set_peer(&back, &peer(call.addr, call.port, id, &backend));
     }
     if !is_known {
         // Refused, the next datagram is placed anew.
-        tables.set_peer(UDP, &forward, &peer(backend.addr, backend.port, id, &backend));
+        tables.set_peer(&forward, &peer(backend.addr, backend.port, id, &backend));
     }
     Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
 }
@@ -157,8 +165,19 @@ pub fn told<F: Family, T: Sockets<F>>(
     addr: F::Addr,
     port: Port,
 ) -> Option<(F::Addr, Port)> {
-    let peer = tables.peer(proto, &key(cookie, addr, port, side::BACKEND))?;
-    Some((F::Addr::from_wide(peer.addr), peer.port))
+    let by_datagram = if proto == UDP { tables.peer(&key(cookie, addr, port, side::BACKEND)) } else { None };
+    let told = match by_datagram {
+        Some(told) => told,
+        None => {
+            let connected = tables.connected(proto, cookie)?;
+            // Connected again, to what is no Service, a socket has another peer than it was told.
+            if connected.port != port || connected.addr.differs(addr.wide()) != 0 {
+                return None;
+            }
+            connected.told
+        }
+    };
+    Some((F::Addr::from_wide(told.addr), told.port))
 }
 
 /// Whether a process of this node may bind a port: one that is a NodePort would be out of its clients' reach.
@@ -278,13 +297,6 @@ fn source<F: Family, T: Sockets<F>>(
 #[inline(always)]
 fn unserved<A: Address>(call: &Call<A>, answer: Answer) -> Outcome<A> {
     Outcome { answer, addr: call.addr, port: call.port }
-}
-
-/// Notes by which address a socket has come to a backend. Refused, the backend shows itself: only names are lost.
-#[inline(always)]
-fn note<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>, id: u32, backend: &Backend<F::Addr>) {
-    let at = key(call.cookie, backend.addr, backend.port, side::BACKEND);
-    tables.set_peer(call.proto, &at, &peer(call.addr, call.port, id, backend));
 }
 
 #[inline(always)]

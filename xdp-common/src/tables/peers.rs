@@ -8,7 +8,7 @@ use crate::{
 };
 
 plain! {
-    /// Key of what a socket has been told: the socket, and an address on one side of a translation.
+    /// Key of what a UDP socket has been told: the socket, and an address on one side of a translation.
     pub struct PeerKey {
         /// Cookie of the socket.
         pub cookie: u64,
@@ -36,6 +36,18 @@ plain! {
         pub generation: u32,
         /// Service id.
         pub service: u32,
+    }
+
+    /// What a socket has been told when it was connected: by its cookie, so that connecting again replaces it.
+    pub struct Connected {
+        /// Address of the backend, as in a [`PeerKey`].
+        pub addr: Ip6,
+        /// Its port.
+        pub port: Port,
+        /// Zero.
+        pub zero: [u8; 2],
+        /// The address that the process has named, and the backend.
+        pub told: Peer,
     }
 
     /// What the agent tells the socket hooks about one family.
@@ -69,10 +81,13 @@ pub mod socket {
     pub const ON_LOOPBACK: u32 = 1 << 1;
 }
 
-/// What UDP sockets have been told; the least recently used goes first, and a client then sees the backend's address.
+/// What UDP sockets have been told that name an address with each datagram; the least recently used goes first, and a client
+/// then sees the backend's address.
 pub const UDP_PEERS: MapSpec = MapSpec { name: "UDP_PEERS", entries: 1 << 16 };
-/// The same of TCP sockets, which only `getpeername` asks for.
-pub const TCP_PEERS: MapSpec = MapSpec { name: "TCP_PEERS", entries: 1 << 16 };
+/// What UDP sockets have been told that are connected: an entry until its socket is closed.
+pub const UDP_CONNECTED: MapSpec = MapSpec { name: "UDP_CONNECTED", entries: 1 << 16 };
+/// The same of TCP sockets, for `getpeername`.
+pub const TCP_CONNECTED: MapSpec = MapSpec { name: "TCP_CONNECTED", entries: 1 << 16 };
 /// Counters of the socket hooks, per CPU.
 pub const SOCKET_COUNTERS: MapSpec = MapSpec { name: "SOCKET_COUNTERS", entries: SocketCall::COUNTERS };
 

@@ -1,6 +1,6 @@
 //! Every map: its name, its default size, and what happens when it is full.
 
-use super::{SOCKET_COUNTERS, TCP_PEERS, UDP_PEERS};
+use super::{SOCKET_COUNTERS, TCP_CONNECTED, UDP_CONNECTED, UDP_PEERS};
 use crate::{net::Ip6, verdict};
 
 /// A map of the datapath: its name in the object and in bpffs, and its size when no flag says otherwise.
@@ -153,14 +153,15 @@ pub mod next {
 }
 
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 11] = [
+pub const SHARED: [&MapSpec; 12] = [
     &ANSWERS,
     &CONFIG,
     &COUNTERS,
     &HELD,
     &HOLDS,
     &UDP_PEERS,
-    &TCP_PEERS,
+    &UDP_CONNECTED,
+    &TCP_CONNECTED,
     &SOCKET_COUNTERS,
     &RESERVED_PORTS,
     &XDP_NEXT,

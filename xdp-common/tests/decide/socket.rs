@@ -8,7 +8,7 @@ use xdp_common::{
         Answer, Call, ECONNREFUSED, EPERM, Outcome, Sockets, connect, errno, may_bind, send, told,
     },
     net::{Address, Ip6, TCP, UDP, V4},
-    tables::{Backend, Peer, PeerKey, SocketSettings, backend, frontend, network, socket},
+    tables::{Backend, Connected, Peer, PeerKey, SocketSettings, backend, frontend, network, socket},
     verdict::Reason,
 };
 
@@ -22,14 +22,24 @@ impl Sockets<V4> for &Model {
     fn settings(self) -> SocketSettings<Addr> {
         self.sockets.settings.get()
     }
-    fn peer(self, proto: u8, key: &PeerKey) -> Option<Peer> {
-        self.sockets.peers.borrow().get(&(proto, *key)).copied()
+    fn peer(self, key: &PeerKey) -> Option<Peer> {
+        self.sockets.peers.borrow().get(key).copied()
     }
-    fn set_peer(self, proto: u8, key: &PeerKey, peer: &Peer) -> bool {
+    fn set_peer(self, key: &PeerKey, peer: &Peer) -> bool {
         if self.sockets.is_full.get() {
             return false;
         }
-        self.sockets.peers.borrow_mut().insert((proto, *key), *peer);
+        self.sockets.peers.borrow_mut().insert(*key, *peer);
+        true
+    }
+    fn connected(self, proto: u8, cookie: u64) -> Option<Connected> {
+        self.sockets.connected.borrow().get(&(proto, cookie)).copied()
+    }
+    fn set_connected(self, proto: u8, cookie: u64, connected: &Connected) -> bool {
+        if self.sockets.is_full.get() {
+            return false;
+        }
+        self.sockets.connected.borrow_mut().insert((proto, cookie), *connected);
         true
     }
     fn pod_address(self, namespace: u64) -> Addr {
@@ -91,7 +101,7 @@ fn what_is_no_service_is_left_alone() {
         let outcome = connects(&model, &call(HOST, 1, TCP, addr, 0));
         assert_eq!(outcome, Outcome { answer: Answer::Left, addr, port: HTTP }, "{addr:?}");
     }
-    assert!(model.sockets.peers.borrow().is_empty());
+    assert!(model.sockets.connected.borrow().is_empty());
 }
 
 #[test]
@@ -258,7 +268,7 @@ fn datagrams_of_a_socket_follow_the_first_until_its_backend_is_gone() {
         assert_eq!(sends(&model, &call(POD, 1, UDP, VIP, random)), first);
     }
     // What replies are named by may have been evicted alone.
-    model.sockets.peers.borrow_mut().retain(|(_, key), _| key.addr == VIP.wide());
+    model.sockets.peers.borrow_mut().retain(|key, _| key.addr == VIP.wide());
     assert_eq!(sends(&model, &call(POD, 1, UDP, VIP, u32::MAX)), first);
     assert_eq!(told::<V4, _>(&model, UDP, 1, first.addr, first.port), Some((VIP, HTTP)));
     // It is no longer in any list, but serves: flows stay.
@@ -283,6 +293,19 @@ fn a_socket_that_returns_to_a_service_is_answered_by_its_name_again() {
         assert_eq!((sent.addr, sent.port), (backend.addr, backend.port));
         assert_eq!(told::<V4, _>(&model, UDP, 1, sent.addr, sent.port), Some((vip, HTTP)));
     }
+}
+
+#[test]
+fn a_socket_that_is_connected_again_has_the_name_of_its_last_peer_only() {
+    let model = node(0);
+    let first = connects(&model, &call(POD, 1, UDP, VIP, 0));
+    let ids = [model.backend(REMOTE_TOO, UDP, false)];
+    model.frontend(VIP_TOO, UDP, &ids, frontend::HAS_ENDPOINTS);
+    let second = connects(&model, &call(POD, 1, UDP, VIP_TOO, 0));
+    assert_ne!(first.addr, second.addr);
+    assert_eq!(told::<V4, _>(&model, UDP, 1, second.addr, second.port), Some((VIP_TOO, HTTP)));
+    assert_eq!(told::<V4, _>(&model, UDP, 1, first.addr, first.port), None);
+    assert_eq!(model.sockets.connected.borrow().len(), 1, "an entry a socket");
 }
 
 proptest! {

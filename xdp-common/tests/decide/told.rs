@@ -5,14 +5,16 @@ use std::{
     collections::HashMap,
 };
 
-use xdp_common::tables::{Peer, PeerKey, SocketSettings};
+use xdp_common::tables::{Connected, Peer, PeerKey, SocketSettings};
 
 use super::{Addr, HOST_NAMESPACE, NODE};
 
 /// What the socket hooks have beside the other tables.
 pub(crate) struct Told {
     pub(crate) settings: Cell<SocketSettings<Addr>>,
-    pub(crate) peers: RefCell<HashMap<(u8, PeerKey), Peer>>,
+    pub(crate) peers: RefCell<HashMap<PeerKey, Peer>>,
+    /// By protocol and cookie.
+    pub(crate) connected: RefCell<HashMap<(u8, u64), Connected>>,
     pub(crate) pods: RefCell<HashMap<u64, Addr>>,
     pub(crate) is_full: Cell<bool>,
 }
@@ -29,6 +31,7 @@ impl Default for Told {
         Self {
             settings: Cell::new(settings),
             peers: RefCell::default(),
+            connected: RefCell::default(),
             pods: RefCell::default(),
             is_full: Cell::default(),
         }
