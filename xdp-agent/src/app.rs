@@ -154,10 +154,8 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),
         sources: config.files().to_vec(),
-        sockets: SocketStatus {
-            scope: config.sockets.scope.label(),
-            cgroup: cgroup.as_ref().map(|cgroup| cgroup.path.clone()),
-        },
+        sockets: SocketStatus { scope: config.sockets.scope.label(), ..SocketStatus::default() }
+            .on(cgroup.as_ref()),
         adopted: loaded.is_adopted,
         ..Status::default()
     });

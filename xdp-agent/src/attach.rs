@@ -13,7 +13,7 @@ pub use refusal::{Refusal, RefusalKind};
 
 use crate::{
     bpf::{self, AttachType},
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Fate},
     config::{ModeChoice, Pattern},
     devices::Mode,
     host::Link,
@@ -63,6 +63,8 @@ pub struct Attacher {
     attached: BTreeMap<String, Attached>,
     /// The cgroup whose sockets are served, if any.
     cgroup: Option<Cgroup>,
+    /// Whether that was gone at the last look.
+    is_cgroup_gone: bool,
     sockets: sockets::SocketHooks,
     pods: pods::PodDevices,
 }
@@ -87,7 +89,17 @@ impl Attacher {
     ) -> Self {
         let sockets = sockets::SocketHooks::default();
         let pods = pods::PodDevices::new(pods);
-        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets, pods }
+        Self {
+            programs,
+            pins,
+            mode,
+            kernel,
+            attached: BTreeMap::new(),
+            cgroup,
+            is_cgroup_gone: false,
+            sockets,
+            pods,
+        }
     }
 
     /// Gives the programs that every interface needs to the kernel, before anything is attached.
@@ -153,6 +165,51 @@ impl Attacher {
         self.tell_pods();
         self.remove_orphans();
         Ok(())
+    }
+
+    /// Follows the cgroup: where it has been removed and made again, the socket hooks are attached anew. Says whether anything
+    /// has changed.
+    pub fn follow_cgroup(&mut self) -> bool {
+        let Some(cgroup) = &self.cgroup else { return false };
+        let fate = match cgroup.fate() {
+            Ok(fate) => fate,
+            Err(error) => {
+                debug!(error = format!("{error:#}"), "cannot follow the cgroup");
+                return false;
+            }
+        };
+        match fate {
+            Fate::Kept => false,
+            Fate::Gone if self.is_cgroup_gone => false,
+            Fate::Gone => {
+                warn!(cgroup = %cgroup.path.display(), "the cgroup is gone, and the socket hooks with it, until it returns");
+                self.is_cgroup_gone = true;
+                true
+            }
+            Fate::Another(cgroup) => {
+                match sockets::SocketHooks::attach(&mut self.programs, &self.pins, &cgroup) {
+                    Ok(hooks) => self.sockets = hooks,
+                    Err(error) => {
+                        let was_gone = std::mem::replace(&mut self.is_cgroup_gone, true);
+                        if !was_gone {
+                            warn!(
+                                error = format!("{error:#}"),
+                                "cannot attach to a cgroup that was made again"
+                            );
+                        }
+                        return !was_gone;
+                    }
+                }
+                self.is_cgroup_gone = false;
+                self.cgroup = Some(cgroup);
+                true
+            }
+        }
+    }
+
+    /// The cgroup that carries the socket hooks.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref().filter(|_| !self.is_cgroup_gone)
     }
 
     /// Names of the pods' devices that carry programs.

@@ -5,6 +5,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
@@ -27,7 +28,24 @@ pub struct Cgroup {
     pub dir: File,
     /// Its id in the kernel.
     pub id: u64,
+    /// Whether no other cgroup was in it when it was found.
+    pub is_leaf: bool,
 }
+
+/// What has become of a cgroup.
+#[derive(Debug)]
+pub enum Fate {
+    /// It is there.
+    Kept,
+    /// It has been removed.
+    Gone,
+    /// There is another at its path.
+    Another(Cgroup),
+}
+
+/// What is said of a cgroup with no other in it.
+pub const LEAF: &str = "there is no other cgroup in it: inside a container, mount the host's /sys/fs/cgroup and name it by \
+                        --cgroup, or pods do not reach Services";
 
 impl Cgroup {
     /// The cgroup that a flag names, or the root of the hierarchy as it is mounted here; none, with a warning that says what
@@ -61,31 +79,38 @@ impl Cgroup {
             "{} is no directory of cgroup v2; give --cgroup one, or leave it out",
             path.display()
         );
-        let dir = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-        let id = dir.metadata().with_context(|| format!("cannot look at {}", path.display()))?.ino();
-        let cgroup = Self { path, dir, id };
-        if cgroup.is_leaf()? {
-            warn!(
-                cgroup = %cgroup.path.display(),
-                "there is no other cgroup in it: inside a container, mount the host's /sys/fs/cgroup and name it by \
-                 --cgroup, or pods do not reach Services"
-            );
+        let cgroup = Self::open(path)?;
+        if cgroup.is_leaf {
+            warn!(cgroup = %cgroup.path.display(), "{LEAF}");
         }
         Ok(Some(cgroup))
     }
 
-    /// Whether no cgroup is in it.
-    fn is_leaf(&self) -> anyhow::Result<bool> {
-        let entries =
-            fs::read_dir(&self.path).with_context(|| format!("cannot read {}", self.path.display()))?;
+    /// What has become of it since it was found.
+    ///
+    /// # Errors
+    /// When there is another that cannot be opened, or what is there cannot be looked at.
+    pub fn fate(&self) -> anyhow::Result<Fate> {
+        match fs::metadata(&self.path) {
+            Ok(found) if found.ino() == self.id => Ok(Fate::Kept),
+            Ok(_) => Self::open(self.path.clone()).map(Fate::Another),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Fate::Gone),
+            Err(error) => Err(error).with_context(|| format!("cannot look at {}", self.path.display())),
+        }
+    }
+
+    fn open(path: PathBuf) -> anyhow::Result<Self> {
+        let dir = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        let id = dir.metadata().with_context(|| format!("cannot look at {}", path.display()))?.ino();
+        let entries = fs::read_dir(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut is_leaf = true;
         for entry in entries {
             match entry.and_then(|entry| entry.file_type()) {
                 Ok(kind) => is_leaf &= !kind.is_dir(),
-                Err(error) => bail!("cannot read {}: {error}", self.path.display()),
+                Err(error) => bail!("cannot read {}: {error}", path.display()),
             }
         }
-        Ok(is_leaf)
+        Ok(Self { path, dir, id, is_leaf })
     }
 }
 

@@ -10,6 +10,7 @@ use xdp_common::tables::{Device, device};
 
 use crate::{
     attach::Attacher,
+    cgroup::Cgroup,
     cluster::wanted::{Ip6, IpAddress},
     devices::{self, Mode, Transmit},
     host::{Host, Link},
@@ -122,6 +123,11 @@ impl Interfaces {
             }
         }
         failures
+    }
+
+    /// Follows the cgroup of the socket hooks; what is to be said of them, if it has changed.
+    pub fn follow_cgroup(&mut self) -> Option<Option<&Cgroup>> {
+        self.attacher.follow_cgroup().then(|| self.attacher.cgroup())
     }
 
     /// The picture as it is now.

@@ -270,7 +270,12 @@ impl Reconciler {
                     let host = Arc::clone(&inlets.feed.host.borrow_and_update());
                     self.host_changed(&host, &mut interfaces);
                 }
-                _ = seconds.tick() => self.tick(),
+                _ = seconds.tick() => {
+                    if let Some(cgroup) = interfaces.follow_cgroup() {
+                        self.told.shared.update(|status| status.sockets = status.sockets.clone().on(cgroup));
+                    }
+                    self.tick();
+                }
                 Some(in_use) = inlets.in_use.recv() => self.collect(&in_use),
                 () = at(earlier(self.v4.retry_at, self.v6.retry_at)) => self.retry(),
                 () = at(earlier(self.v4.update_at, self.v6.update_at)) => self.sync(),

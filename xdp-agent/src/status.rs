@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::{
+    cgroup::{self, Cgroup},
     cluster::{HealthCheck, NoLocalEndpoints},
     devices::{Mode, Transmit},
     watch::KindStatus,
@@ -89,6 +90,16 @@ pub struct SocketStatus {
     pub scope: &'static str,
     /// The cgroup that the hooks are attached to, if they are.
     pub cgroup: Option<PathBuf>,
+    /// What may be wrong with it.
+    pub warning: Option<&'static str>,
+}
+
+impl SocketStatus {
+    /// Takes the cgroup that the hooks are attached to.
+    pub fn on(self, cgroup: Option<&Cgroup>) -> Self {
+        let warning = cgroup.filter(|cgroup| cgroup.is_leaf).map(|_| cgroup::LEAF);
+        Self { cgroup: cgroup.map(|cgroup| cgroup.path.clone()), warning, ..self }
+    }
 }
 
 /// How many flows there are; a flow has two entries.

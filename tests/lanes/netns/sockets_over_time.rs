@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use xdp_agent_tests::lab::agent::{Agent, PIN_DIR};
+use xdp_agent_tests::lab::agent::{Agent, Mode, PIN_DIR};
 use xdp_agent_tests::lab::caller::Caller;
 use xdp_agent_tests::lab::cgroup::Cgroup;
 use xdp_agent_tests::lab::wait_for;
-use xdp_agent_tests::lab::world::{Pod, WorldOptions, http_frontends, udp_frontends};
+use xdp_agent_tests::lab::world::{Pod, World, WorldOptions, http_frontends, udp_frontends};
 use xdp_common::tables::UDP_CONNECTED;
 
 use crate::callers::{Place, binary};
@@ -115,6 +115,40 @@ fn agents_of_two_nodes_on_one_kernel_serve_their_own_cgroups() -> Result<()> {
     other.pod.http(target)??;
     other.node.http(target)??;
     other.stop()
+}
+
+#[test]
+fn hooks_follow_a_cgroup_that_is_removed_and_made_again() -> Result<()> {
+    let world = World::build(WorldOptions::default())?;
+    world.publish()?;
+    let parent = Cgroup::new("parent")?;
+    let first = parent.child("pods")?;
+    let path = first.path().to_path_buf();
+    let mut options = world.agent_options(Mode::Generic);
+    options.cgroup = Some(path.clone());
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    let shown = || -> Result<serde_json::Value> {
+        Ok(serde_json::from_str::<serde_json::Value>(&agent.get("/status")?)?["sockets"].take())
+    };
+    let of_leaf = shown()?;
+    ensure!(of_leaf["warning"].as_str().is_some_and(|text| text.contains("--cgroup")), "{of_leaf}");
+    drop(first);
+    wait_for("the loss to be shown", ANSWERS_TIMEOUT, || {
+        let now = shown()?;
+        ensure!(now["cgroup"].is_null() && now["warning"].is_null(), "{now}");
+        Ok(())
+    })?;
+    let again = parent.child("pods")?;
+    let of_pod = again.child("pod")?;
+    wait_for("the hooks to return", ANSWERS_TIMEOUT, || {
+        ensure!(shown()?["cgroup"].as_str().map(Into::into) == Some(path.clone()));
+        Ok(())
+    })?;
+    let mut pod = Caller::start(binary(), &world.pod("local-1")?.namespace, &of_pod)?;
+    pod.http(http_frontends()[0].1)??;
+    agent.stop()?;
+    drop((pod, of_pod, again));
+    Ok(())
 }
 
 #[test]
