@@ -8,9 +8,11 @@ use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::agent::{Agent, PIN_DIR};
 use xdp_agent_tests::lab::caller::Caller;
 use xdp_agent_tests::lab::netns::Namespace;
-use xdp_agent_tests::lab::servers::HTTP_PORT;
+use xdp_agent_tests::lab::servers::{HTTP_PORT, UDP_PORT};
 use xdp_agent_tests::lab::wait_for;
-use xdp_agent_tests::lab::world::{CLUSTER_IP, SERVICE_HTTP, WorldOptions, http_frontends};
+use xdp_agent_tests::lab::world::{
+    CLUSTER_IP, SERVICE_HTTP, SERVICE_UDP, WorldOptions, http_frontends, udp_frontends,
+};
 
 use crate::callers::Place;
 
@@ -21,10 +23,13 @@ const ANSWERS: u64 = 200;
 #[test]
 fn starting_stopping_killing_and_cleaning_up_under_load_fails_no_connection() -> Result<()> {
     let mut place = Place::start(WorldOptions::default(), &[])?;
-    let target = http_frontends()[0].1;
+    let (target, udp_target) = (http_frontends()[0].1, udp_frontends()[0].1);
     // What kube-proxy would do, for whom no hook has translated.
     let pod = place.world.pods[1].server.address();
-    let to = format!("ip daddr {CLUSTER_IP} tcp dport {SERVICE_HTTP} dnat to {pod}:{HTTP_PORT}");
+    let to = format!(
+        "ip daddr {CLUSTER_IP} tcp dport {SERVICE_HTTP} dnat to {pod}:{HTTP_PORT}\n \
+         ip daddr {CLUSTER_IP} udp dport {SERVICE_UDP} dnat to {pod}:{UDP_PORT}"
+    );
     let chain = |hook: &str| format!("chain {hook} {{\n type nat hook {hook} priority -100;\n {to}\n }}\n");
     load(&place.world.node, &format!("table ip other {{\n{}{}}}\n", chain("prerouting"), chain("output")))?;
     let mut met = Vec::new();
@@ -32,6 +37,7 @@ fn starting_stopping_killing_and_cleaning_up_under_load_fails_no_connection() ->
         caller.hold("long", target)?;
         met.push(caller.ask_held("long")??);
         caller.hammer(target)?;
+        caller.hammer_udp(udp_target)?;
     }
     let Place { agent, mut pod, mut node, mut options, cgroup, world, _cgroups } = place;
     let mut callers = [&mut pod, &mut node];

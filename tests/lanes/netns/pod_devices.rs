@@ -1,16 +1,20 @@
 //! Pods that no socket hook serves, as virtual machines are, reach Services by the programs on their devices.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::agent::{Agent, PIN_DIR};
 use xdp_agent_tests::lab::link::veth;
+use xdp_agent_tests::lab::manifests::Service;
 use xdp_agent_tests::lab::netns::Namespace;
 use xdp_agent_tests::lab::snapshot::Snapshot;
 use xdp_agent_tests::lab::wait_for;
-use xdp_agent_tests::lab::world::{CLUSTER_IP, NODE, World, WorldOptions, http_frontends, udp_frontends};
+use xdp_agent_tests::lab::world::{
+    CLUSTER_IP, NODE, World, WorldOptions, http_frontends, standard_service, udp_frontends,
+};
 
-use crate::callers::{Place, all_places, refused, repeated};
+use crate::callers::{Place, all_places, places, refused, repeated};
 
 const PATTERN: [&str; 2] = ["--pod-iface", "pod*"];
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -62,6 +66,42 @@ fn a_pod_is_refused_at_once_by_its_device_what_has_no_endpoint_or_no_service() -
         place.stop()?;
     }
     Ok(())
+}
+
+#[test]
+fn policies_affinity_and_source_ranges_hold_at_devices() -> Result<()> {
+    let mut place = Place::without_hooks(World::build(WorldOptions::default())?, &PATTERN)?;
+    let [(_, cluster_ip), (_, node_port), _, (_, balancer)] = http_frontends();
+    let local =
+        Service { internal_traffic_policy: "Local", external_traffic_policy: "Local", ..standard_service() };
+    place.world.manifests.write("web.yaml", &[local.yaml()])?;
+    place.wait_until("the policies to hold", |place| {
+        let answers = repeated(|| place.pod.http(cluster_ip))?;
+        ensure!(places(&answers) == ["local"], "{answers:?}");
+        Ok(())
+    })?;
+    // A pod is inside the cluster, whichever frontend it uses.
+    ensure!(places(&repeated(|| place.pod.http(node_port))?) == ["local", "remote"]);
+    let keeping = standard_service().yaml().replace("sessionAffinity: None", "sessionAffinity: ClientIP");
+    place.world.manifests.write("web.yaml", &[keeping])?;
+    place.wait_until("the pod to keep its backend", |place| {
+        let mut met = BTreeSet::new();
+        for (_, target) in http_frontends() {
+            met.extend(repeated(|| place.pod.http(target))?.into_iter().map(|answer| answer.backend));
+        }
+        ensure!(met.len() == 1, "{met:?}");
+        Ok(())
+    })?;
+    let ranges = format!("spec:\n  loadBalancerSourceRanges:\n  - {NODE}/32\n");
+    let restricted = standard_service().yaml().replacen("spec:\n", &ranges, 1);
+    place.world.manifests.write("web.yaml", &[restricted])?;
+    place.wait_until("the range to hold", |place| {
+        ensure!(place.pod.http(balancer)?.is_err());
+        Ok(())
+    })?;
+    place.pod.http(cluster_ip)??;
+    ensure!(place.agent.metric("drops", "source_range")? > 0.0);
+    place.stop()
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::agent::{Agent, AgentOptions, Mode};
@@ -11,6 +12,7 @@ use xdp_agent_tests::lab::link::veth;
 use xdp_agent_tests::lab::manifests::Manifests;
 use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
 use xdp_agent_tests::lab::pass::PassProgram;
+use xdp_agent_tests::lab::wait_for;
 
 use crate::callers::{binary, refused};
 use crate::sockets_v6::Server;
@@ -22,8 +24,11 @@ const PODS: [Ipv6Addr; 2] =
 const GATEWAYS: [Ipv6Addr; 2] =
     [Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1), Ipv6Addr::new(0x2001, 0xdb8, 3, 0, 0, 0, 0, 1)];
 const CLUSTER_IP: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x10);
+const EXTERNAL_IP: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, 0x10);
+const BALANCER_IP: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xbb, 0, 0, 0, 0, 0x10);
 const EMPTY: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20);
 const CONNECTIONS: usize = 40;
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How clients are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +73,7 @@ fn reached(way: Way, tx_offload: bool) -> Result<()> {
         Server::start(&far, FAR, "remote")?,
     ];
     let manifests = Manifests::new()?;
-    manifests.write("six.yaml", &objects())?;
+    manifests.write("six.yaml", &objects(""))?;
     let cgroup = Cgroup::new("node6")?;
     let cgroups = [cgroup.child("pod")?, cgroup.child("host")?];
     let mut pod = Caller::start(binary(), &pods[0], &cgroups[0])?;
@@ -83,14 +88,34 @@ fn reached(way: Way, tx_offload: bool) -> Result<()> {
     for (who, caller) in [("pod", &mut pod), ("node", &mut host)] {
         every_frontend(way, who, caller).with_context(|| format!("{who}, {way:?}"))?;
     }
+    let to_cluster_ip = (CLUSTER_IP, 80).into();
+    manifests.write("six.yaml", &objects("  internalTrafficPolicy: Local\n"))?;
+    wait_for("the policy to hold", CHANGE_TIMEOUT, || {
+        let met = met(&mut pod, to_cluster_ip)?;
+        ensure!(met == BTreeSet::from(["itself", "local"].map(str::to_owned)), "{met:?}");
+        Ok(())
+    })?;
+    manifests.write("six.yaml", &objects("  sessionAffinity: ClientIP\n"))?;
+    wait_for("clients to keep their backends", CHANGE_TIMEOUT, || {
+        for target in [CLUSTER_IP, EXTERNAL_IP, BALANCER_IP].map(|address| (address, 80).into()) {
+            let met = met(&mut pod, target)?;
+            ensure!(met.len() == 1 && met == self::met(&mut pod, to_cluster_ip)?, "{target}: {met:?}");
+        }
+        Ok(())
+    })?;
     agent.stop()?;
     drop((pod, host));
     Ok(())
 }
 
+/// Who answers a caller, of enough connections to meet everybody.
+fn met(caller: &mut Caller, target: SocketAddr) -> Result<BTreeSet<String>> {
+    (0..CONNECTIONS).map(|_| Ok(caller.http(target)??.backend)).collect()
+}
+
 fn every_frontend(way: Way, who: &str, caller: &mut Caller) -> Result<()> {
     let all = BTreeSet::from(["itself", "local", "remote"].map(str::to_owned));
-    let mut targets = vec![(CLUSTER_IP, 80, 5000)];
+    let mut targets = [CLUSTER_IP, EXTERNAL_IP, BALANCER_IP].map(|address| (address, 80, 5000)).to_vec();
     // The node's own address does not leave it.
     if who == "pod" || way == Way::Hooks {
         targets.push((NODE, 30_080, 30_500));
@@ -134,14 +159,14 @@ fn link(
     Ok(())
 }
 
-/// A Service with three endpoints, and one with none.
-fn objects() -> [String; 3] {
-    let service = |name: &str, ip: Ipv6Addr, node_ports: [&str; 2]| {
+/// A Service with three endpoints and these further lines in its specification, and one with none.
+fn objects(spec: &str) -> [String; 3] {
+    let service = |name: &str, ip: Ipv6Addr, node_ports: [&str; 2], spec: &str, status: &str| {
         let [http, echo] = node_ports;
         format!(
             "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: default\nspec:\n  clusterIP: \"{ip}\"\n  \
-             clusterIPs: [\"{ip}\"]\n  ipFamilies: [IPv6]\n  type: NodePort\n  ports:\n  - {{name: http, port: 80, protocol: \
-             TCP, nodePort: {http}}}\n  - {{name: echo, port: 5000, protocol: UDP, nodePort: {echo}}}\n"
+             clusterIPs: [\"{ip}\"]\n  ipFamilies: [IPv6]\n{spec}  ports:\n  - {{name: http, port: 80, protocol: \
+             TCP, nodePort: {http}}}\n  - {{name: echo, port: 5000, protocol: UDP, nodePort: {echo}}}\n{status}"
         )
     };
     let endpoint = |address: Ipv6Addr, node: &str| {
@@ -153,5 +178,12 @@ fn objects() -> [String; 3] {
          labels: {{kubernetes.io/service-name: six}}\naddressType: IPv6\nports:\n- {{name: http, port: 8080, protocol: \
          TCP}}\n- {{name: echo, port: 9000, protocol: UDP}}\nendpoints:\n{endpoints}"
     );
-    [service("six", CLUSTER_IP, ["30080", "30500"]), service("empty", EMPTY, ["30081", "30501"]), slice]
+    let six = service(
+        "six",
+        CLUSTER_IP,
+        ["30080", "30500"],
+        &format!("  type: LoadBalancer\n  externalIPs: [\"{EXTERNAL_IP}\"]\n{spec}"),
+        &format!("status: {{loadBalancer: {{ingress: [{{ip: \"{BALANCER_IP}\"}}]}}}}\n"),
+    );
+    [six, service("empty", EMPTY, ["30081", "30501"], "  type: NodePort\n", ""), slice]
 }

@@ -47,12 +47,7 @@ impl Sockets {
     fn obey(&mut self, words: &[&str]) -> io::Result<String> {
         match *words {
             ["http", target] => whoami(&mut connect(parse(target)?)?),
-            ["udp", target] => {
-                let target = parse(target)?;
-                let socket = open(any(&target))?;
-                socket.connect(target)?;
-                ask(&socket)
-            }
+            ["udp", target] => ask_once(parse(target)?),
             ["open", name, address] => {
                 self.udp.insert(name.to_owned(), open(parse(address)?)?);
                 Ok(String::new())
@@ -102,7 +97,12 @@ impl Sockets {
             ["bind", "udp", address] => UdpSocket::bind(parse(address)?).map(|_| String::new()),
             ["hammer", target] => {
                 let (target, tally) = (parse(target)?, Arc::clone(&self.tally));
-                thread::spawn(move || hammer(target, &tally));
+                thread::spawn(move || hammer(&tally, || whoami(&mut connect(target)?)));
+                Ok(String::new())
+            }
+            ["hammer-udp", target] => {
+                let (target, tally) = (parse(target)?, Arc::clone(&self.tally));
+                thread::spawn(move || hammer(&tally, || ask_once(target)));
                 Ok(String::new())
             }
             ["tally"] => {
@@ -133,9 +133,16 @@ fn stay_on_one_cpu() -> io::Result<()> {
     stay_on(sched_getcpu()?)
 }
 
-fn hammer(target: SocketAddr, tally: &Tally) {
+/// Asks by a UDP socket of its own.
+fn ask_once(target: SocketAddr) -> io::Result<String> {
+    let socket = open(any(&target))?;
+    socket.connect(target)?;
+    ask(&socket)
+}
+
+fn hammer(tally: &Tally, ask: impl Fn() -> io::Result<String>) {
     loop {
-        let result = stay_on_one_cpu().and_then(|()| whoami(&mut connect(target)?));
+        let result = stay_on_one_cpu().and_then(|()| ask());
         let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
         match result {
             Ok(_) => tally.0 += 1,

@@ -160,9 +160,14 @@ impl Caller {
         Ok(self.exchange(&format!("bind {protocol} {address}"))?.map(drop))
     }
 
-    /// Begins to connect, ask and close again and again; `calm` ends it.
+    /// Begins to connect, ask and close again and again, until the process ends.
     pub fn hammer(&mut self, target: SocketAddr) -> Result<()> {
         self.plain(&format!("hammer {target}"))
+    }
+
+    /// The same over UDP, with a socket for each question.
+    pub fn hammer_udp(&mut self, target: SocketAddr) -> Result<()> {
+        self.plain(&format!("hammer-udp {target}"))
     }
 
     /// Tells how the connections have gone so far.
