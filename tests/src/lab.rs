@@ -87,6 +87,16 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result
     }
 }
 
+/// Looks again and again for so long, and fails with the first look that does.
+pub fn holds_for(span: Duration, mut look: impl FnMut() -> Result<()>) -> Result<()> {
+    let end = Instant::now() + patient(span);
+    while Instant::now() < end {
+        look()?;
+        std::thread::park_timeout(Duration::from_millis(POLL_INTERVAL_MS));
+    }
+    Ok(())
+}
+
 /// Fails with one sentence that says what to do when this process cannot build namespaces.
 pub fn require_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {

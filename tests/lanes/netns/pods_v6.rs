@@ -88,6 +88,10 @@ fn reached(way: Way, tx_offload: bool) -> Result<()> {
     for (who, caller) in [("pod", &mut pod), ("node", &mut host)] {
         every_frontend(way, who, caller).with_context(|| format!("{who}, {way:?}"))?;
     }
+    if way == Way::Hooks {
+        node_ports_are_kept(&mut pod, &mut host)?;
+        a_connected_socket_is_ended(&manifests, &mut pod)?;
+    }
     let to_cluster_ip = (CLUSTER_IP, 80).into();
     manifests.write("six.yaml", &objects("  internalTrafficPolicy: Local\n"))?;
     wait_for("the policy to hold", CHANGE_TIMEOUT, || {
@@ -106,6 +110,43 @@ fn reached(way: Way, tx_offload: bool) -> Result<()> {
     agent.stop()?;
     drop((pod, host));
     Ok(())
+}
+
+/// A NodePort is for no process of the node, by whichever address; a pod has ports of its own.
+fn node_ports_are_kept(pod: &mut Caller, host: &mut Caller) -> Result<()> {
+    for address in [NODE, Ipv6Addr::UNSPECIFIED] {
+        let node_port = (address, 30_080).into();
+        refused("a NodePort", libc::EADDRINUSE, || host.bind("tcp", node_port))?;
+        refused("a NodePort", libc::EADDRINUSE, || host.bind("udp", (address, 30_500).into()))?;
+        host.bind("tcp", (address, 30_079).into())??;
+    }
+    pod.bind("tcp", (Ipv6Addr::UNSPECIFIED, 30_080).into())??;
+    Ok(())
+}
+
+/// A connected UDP socket hears that its backend is gone, and meets another.
+fn a_connected_socket_is_ended(manifests: &Manifests, pod: &mut Caller) -> Result<()> {
+    let target = (CLUSTER_IP, 5000).into();
+    pod.open("socket", true)?;
+    pod.connect("socket", target)?;
+    let met = pod.ask("socket")??.backend;
+    let endpoints = [("itself", PODS[0]), ("local", PODS[1]), ("remote", FAR)];
+    let gone = endpoints.into_iter().find(|(name, _)| *name == met);
+    let (_, gone) = gone.with_context(|| format!("nobody has this name: {met}"))?;
+    let without = |object: &String| {
+        let lines = object.lines().filter(|line| !line.contains(&format!("addresses: [\"{gone}\"]")));
+        lines.flat_map(|line| [line, "\n"]).collect::<String>()
+    };
+    manifests.write("six.yaml", &objects("").each_ref().map(without))?;
+    wait_for("the socket to be told", CHANGE_TIMEOUT, || {
+        let failed = pod.ask("socket")?.err().context("the old backend still answers")?;
+        ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
+        Ok(())
+    })?;
+    pod.open("next", true)?;
+    pod.connect("next", target)?;
+    ensure!(pod.ask("next")??.backend != met);
+    manifests.write("six.yaml", &objects(""))
 }
 
 /// Who answers a caller, of enough connections to meet everybody.
