@@ -73,9 +73,10 @@ impl Cgroup {
         let unified = path.join("unified");
         let is_v2 = |path: &Path| file_system(path).is_ok_and(|magic| magic == CGROUP2_MAGIC);
         let path = if !is_v2(&path) && is_v2(&unified) { unified } else { path };
-        let magic = file_system(&path).with_context(|| format!("cannot look at {}", path.display()))?;
+        let magic = file_system(&path)
+            .with_context(|| format!("cannot look at the cgroup {} (--cgroup)", path.display()))?;
         ensure!(
-            magic == CGROUP2_MAGIC,
+            magic == CGROUP2_MAGIC && path.is_dir(),
             "{} is no directory of cgroup v2; give --cgroup one, or leave it out",
             path.display()
         );
@@ -148,9 +149,13 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_of_another_file_system_is_refused() {
+    fn what_is_no_directory_of_a_cgroup_is_refused_by_the_name_of_the_flag() {
         let dir = tempfile::tempdir().expect("a directory");
-        let error = Cgroup::find(Some(dir.path())).expect_err("no cgroup").to_string();
-        assert!(error.contains("--cgroup"), "{error}");
+        let mounts = fs::read_to_string(MOUNTS).expect("a process has mounts");
+        let procs = root(&mounts).map(|root| root.join("cgroup.procs"));
+        for path in [dir.path().to_path_buf(), dir.path().join("missing")].into_iter().chain(procs) {
+            let error = Cgroup::find(Some(&path)).expect_err("no cgroup").to_string();
+            assert!(error.contains("--cgroup"), "{error}");
+        }
     }
 }

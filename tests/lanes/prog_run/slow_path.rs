@@ -38,6 +38,21 @@ fn finished(node: &Node, name: &str, half: &Frame, edit: impl FnOnce(&mut Frame)
     node.check(name, Hook::TcEgress, &routed.bytes(), Action::Pass, &whole.bytes(), &[Event(E::Finished)]);
 }
 
+/// Checks that the answer to an opener, which the backend has seen from this port, finds its way back.
+fn answered(node: &Node, opener: &Frame, port: u16) {
+    let reply = opener.flags(SYN | ACK).with(|frame| {
+        frame.src = (UNRESOLVED, TARGET);
+        frame.dst = (NODE, port);
+    });
+    let back = reply.with(|frame| {
+        frame.mac = (node.mac, GATEWAY_MAC);
+        frame.ttl -= 1;
+        (frame.src, frame.dst) = (opener.dst, opener.src);
+    });
+    let transmitted = [Event(E::Transmitted)];
+    node.check("the answer", node.entry, &reply.bytes(), Action::Transmit, &back.bytes(), &transmitted);
+}
+
 #[test]
 fn a_new_flow_on_the_slow_path_counts_itself_once() {
     Node::each(|node| {
@@ -59,17 +74,7 @@ fn without_a_neighbour_packets_take_the_kernels_way_and_arrive_whole() {
             node.frontend(VIP, proto, &[id], 0);
             let opener = node.opener(proto, 40_000, VIP);
             let port = up_and_out(node, "the opener", &opener, UNRESOLVED, NODE, NEW_SLOW);
-            let reply = opener.with(|frame| {
-                frame.src = (UNRESOLVED, TARGET);
-                frame.dst = (NODE, port);
-            });
-            let back = reply.with(|frame| {
-                frame.mac = (node.mac, GATEWAY_MAC);
-                frame.ttl -= 1;
-                (frame.src, frame.dst) = (opener.dst, opener.src);
-            });
-            let (reply, back) = (reply.flags(SYN | ACK).bytes(), back.flags(SYN | ACK).bytes());
-            node.check("the answer", node.entry, &reply, Action::Transmit, &back, &[Event(E::Transmitted)]);
+            answered(node, &opener, port);
             let next = opener.flags(ACK).payload(b"data");
             let before = node.maps.established_entries();
             up_and_out(node, "data", &next, UNRESOLVED, NODE, SLOW);
@@ -90,17 +95,7 @@ fn a_new_flow_has_room_for_its_entries_beside_answered_ones() {
         node.frontend(VIP_TOO, TCP, &[id], 0);
         let opener = node.opener(TCP, 3_000, VIP_TOO);
         let port = up_and_out(node, "the opener", &opener, UNRESOLVED, NODE, NEW_SLOW);
-        let reply = opener.flags(SYN | ACK).with(|frame| {
-            frame.src = (UNRESOLVED, TARGET);
-            frame.dst = (NODE, port);
-        });
-        let back = reply.with(|frame| {
-            frame.mac = (node.mac, GATEWAY_MAC);
-            frame.ttl -= 1;
-            (frame.src, frame.dst) = (opener.dst, opener.src);
-        });
-        let transmitted = [Event(E::Transmitted)];
-        node.check("the answer", node.entry, &reply.bytes(), Action::Transmit, &back.bytes(), &transmitted);
+        answered(node, &opener, port);
     });
 }
 
