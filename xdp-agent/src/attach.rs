@@ -3,7 +3,7 @@
 //! Links are pinned: the datapath outlives the agent, and the next one adopts the links and replaces their programs in
 //! one step. What an agent cannot finish attaching it takes off again, but never what it found running.
 
-use std::{collections::BTreeMap, fs, os::fd::OwnedFd, path::PathBuf};
+use std::{collections::BTreeMap, fs, io, os::fd::OwnedFd, path::PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use tracing::{debug, info, warn};
@@ -13,7 +13,7 @@ pub use refusal::{Refusal, RefusalKind};
 
 use crate::{
     bpf::{self, AttachType},
-    cgroup::{Cgroup, Fate},
+    cgroup::Cgroup,
     config::{ModeChoice, Pattern},
     devices::Mode,
     host::Link,
@@ -63,8 +63,6 @@ pub struct Attacher {
     attached: BTreeMap<String, Attached>,
     /// The cgroup whose sockets are served, if any.
     cgroup: Option<Cgroup>,
-    /// Whether that was gone at the last look.
-    is_cgroup_gone: bool,
     sockets: sockets::SocketHooks,
     pods: pods::PodDevices,
 }
@@ -89,17 +87,7 @@ impl Attacher {
     ) -> Self {
         let sockets = sockets::SocketHooks::default();
         let pods = pods::PodDevices::new(pods);
-        Self {
-            programs,
-            pins,
-            mode,
-            kernel,
-            attached: BTreeMap::new(),
-            cgroup,
-            is_cgroup_gone: false,
-            sockets,
-            pods,
-        }
+        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets, pods }
     }
 
     /// Gives the programs that every interface needs to the kernel, before anything is attached.
@@ -165,51 +153,6 @@ impl Attacher {
         self.tell_pods();
         self.remove_orphans();
         Ok(())
-    }
-
-    /// Follows the cgroup: where it has been removed and made again, the socket hooks are attached anew. Says whether anything
-    /// has changed.
-    pub fn follow_cgroup(&mut self) -> bool {
-        let Some(cgroup) = &self.cgroup else { return false };
-        let fate = match cgroup.fate() {
-            Ok(fate) => fate,
-            Err(error) => {
-                debug!(error = format!("{error:#}"), "cannot follow the cgroup");
-                return false;
-            }
-        };
-        match fate {
-            Fate::Kept => false,
-            Fate::Gone if self.is_cgroup_gone => false,
-            Fate::Gone => {
-                warn!(cgroup = %cgroup.path.display(), "the cgroup is gone, and the socket hooks with it, until it returns");
-                self.is_cgroup_gone = true;
-                true
-            }
-            Fate::Another(cgroup) => {
-                match sockets::SocketHooks::attach(&mut self.programs, &self.pins, &cgroup) {
-                    Ok(hooks) => self.sockets = hooks,
-                    Err(error) => {
-                        let was_gone = std::mem::replace(&mut self.is_cgroup_gone, true);
-                        if !was_gone {
-                            warn!(
-                                error = format!("{error:#}"),
-                                "cannot attach to a cgroup that was made again"
-                            );
-                        }
-                        return !was_gone;
-                    }
-                }
-                self.is_cgroup_gone = false;
-                self.cgroup = Some(cgroup);
-                true
-            }
-        }
-    }
-
-    /// The cgroup that carries the socket hooks.
-    pub fn cgroup(&self) -> Option<&Cgroup> {
-        self.cgroup.as_ref().filter(|_| !self.is_cgroup_gone)
     }
 
     /// Names of the pods' devices that carry programs.
@@ -325,7 +268,7 @@ impl Attacher {
         let path = self.pins.links().join(name);
         let found = match bpf::Link::open(&path) {
             Ok(found) => found,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).with_context(|| format!("cannot open {}", path.display())),
         };
         let info = found.info().with_context(|| format!("cannot look at {}", path.display()))?;
@@ -429,7 +372,9 @@ fn take_off(links: impl Iterator<Item = PinnedLink>) {
 }
 
 fn remove_pin(path: &PathBuf) {
-    if let Err(error) = fs::remove_file(path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
         warn!(pin = %path.display(), %error, "cannot remove a pin");
     }
 }

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use tracing::warn;
 
 use crate::preflight::file_system;
@@ -28,7 +28,7 @@ pub struct Cgroup {
     pub dir: File,
     /// Its id in the kernel.
     pub id: u64,
-    /// Whether no other cgroup was in it when it was found.
+    /// Whether no other cgroup was in it at the last look.
     pub is_leaf: bool,
 }
 
@@ -92,27 +92,40 @@ impl Cgroup {
     /// # Errors
     /// When there is another that cannot be opened, or what is there cannot be looked at.
     pub fn fate(&self) -> anyhow::Result<Fate> {
-        match fs::metadata(&self.path) {
-            Ok(found) if found.ino() == self.id => Ok(Fate::Kept),
+        // A directory that is held by a mount outlives its cgroup, but not the files in it.
+        let procs = self.path.join("cgroup.procs");
+        let found = fs::metadata(&self.path).and_then(|found| Ok((found.ino(), file_system(&procs)?)));
+        match found {
+            Ok((_, magic)) if magic != CGROUP2_MAGIC => Ok(Fate::Gone),
+            Ok((id, _)) if id == self.id => Ok(Fate::Kept),
             Ok(_) => Self::open(self.path.clone()).map(Fate::Another),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Fate::Gone),
             Err(error) => Err(error).with_context(|| format!("cannot look at {}", self.path.display())),
         }
     }
 
+    /// Looks again whether no other cgroup is in it; a directory that cannot be read stays what it was.
+    pub fn look_for_others(&mut self) -> bool {
+        self.is_leaf = is_leaf(&self.path).unwrap_or(self.is_leaf);
+        self.is_leaf
+    }
+
     fn open(path: PathBuf) -> anyhow::Result<Self> {
         let dir = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
         let id = dir.metadata().with_context(|| format!("cannot look at {}", path.display()))?.ino();
-        let entries = fs::read_dir(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut is_leaf = true;
-        for entry in entries {
-            match entry.and_then(|entry| entry.file_type()) {
-                Ok(kind) => is_leaf &= !kind.is_dir(),
-                Err(error) => bail!("cannot read {}: {error}", path.display()),
-            }
-        }
+        let is_leaf = is_leaf(&path).with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Self { path, dir, id, is_leaf })
     }
+}
+
+/// Whether there is no directory in a directory.
+fn is_leaf(path: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(path)? {
+        if entry?.file_type()?.is_dir() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Where the hierarchy v2 is mounted from its root, of all mounts that the kernel lists (proc_pid_mountinfo(5)); the

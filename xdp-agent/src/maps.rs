@@ -1,6 +1,7 @@
 //! The maps: created or adopted at their pins, and written through typed handles.
 
 use std::{
+    ffi::OsStr,
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -261,6 +262,7 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         loader.map_max_entries(spec.name, pinned.unwrap_or(wanted));
         loader.map_pin_path(spec.name, path);
     }
+    remove_others(dir);
     let names_errors = u32::from(KernelVersion::current()? >= NAMES_ERRORS_SINCE);
     loader.override_global("NAMES_ERRORS", &names_errors, true);
     let mut ebpf = loader.load(object).map_err(refused)?;
@@ -293,6 +295,20 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         is_adopted,
         pins,
     })
+}
+
+/// Removes pinned maps of earlier agents that this one does not have.
+fn remove_others(dir: &Path) {
+    let is_known = |name: &OsStr| pinned().iter().any(|(spec, _)| *spec.name == *name);
+    for path in std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if path.file_name().is_some_and(is_known) {
+            continue;
+        }
+        match std::fs::remove_file(&path) {
+            Ok(()) => info!(pin = %path.display(), "removed a map of an earlier agent"),
+            Err(error) => warn!(pin = %path.display(), %error, "cannot remove a map of an earlier agent"),
+        }
+    }
 }
 
 /// Entries of the pinned map, if there is one that can be adopted.
@@ -407,4 +423,22 @@ fn data(map: &Map) -> anyhow::Result<&MapData> {
         bail!("the BPF object is of another version, build it with `cargo xtask build`");
     };
     Ok(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_that_nobody_has_any_more_are_removed_and_the_others_stay() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for name in ["TCP_PEERS", tables::CONFIG.name, tables::UDP_PEERS.name] {
+            std::fs::write(dir.path().join(name), []).expect("written");
+        }
+        remove_others(dir.path());
+        let left = std::fs::read_dir(dir.path()).expect("a directory").flatten();
+        let mut left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+        left.sort();
+        assert_eq!(left, [tables::CONFIG.name, tables::UDP_PEERS.name]);
+    }
 }

@@ -206,6 +206,10 @@ impl Sweeper {
             return Ok(());
         }
         let began = SystemTime::now();
+        // Before they are ended: a process may connect the same socket again at once.
+        for (cookie, connected) in &stale {
+            self.peers.forget(*cookie, connected)?;
+        }
         let mut destroyed = 0;
         let (mut refused, mut failed) = (None, None);
         namespaces::each(|result| match result {
@@ -221,9 +225,6 @@ impl Sweeper {
                 "cannot end connected UDP sockets whose backend is gone: they notice nothing; it needs a kernel with \
                  CONFIG_INET_UDP_DIAG (module udp_diag) and CONFIG_INET_DIAG_DESTROY"
             );
-        }
-        for cookie in stale.into_keys() {
-            self.peers.forget(cookie)?;
         }
         self.metrics.destroyed.inc_by(destroyed);
         if destroyed > 0 {

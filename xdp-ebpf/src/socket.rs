@@ -235,10 +235,11 @@ fn connected_by(proto: u8) -> &'static LruHashMap<u64, Connected> {
 #[inline(always)] // one caller
 pub(crate) fn forget(ctx: &SockContext) {
     // SAFETY: the context is valid for as long as the program runs.
-    let proto = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() } as u8;
-    if proto != UDP && proto != TCP {
-        return;
-    }
+    let proto = match unsafe { (&raw const (*ctx.sock).protocol).read_volatile() } {
+        proto if proto == UDP as u32 => UDP,
+        proto if proto == TCP as u32 => TCP,
+        _ => return,
+    };
     // SAFETY: the helper takes the context of this type of programs.
     let cookie = unsafe { helpers::bpf_get_socket_cookie(ctx.as_ptr()) };
     // Most have never asked for a Service.

@@ -144,6 +144,11 @@ fn hooks_follow_a_cgroup_that_is_removed_and_made_again() -> Result<()> {
         ensure!(shown()?["cgroup"].as_str().map(Into::into) == Some(path.clone()));
         Ok(())
     })?;
+    wait_for("the warning to end", ANSWERS_TIMEOUT, || {
+        let now = shown()?;
+        ensure!(now["warning"].is_null(), "{now}");
+        Ok(())
+    })?;
     let mut pod = Caller::start(binary(), &world.pod("local-1")?.namespace, &of_pod)?;
     pod.http(http_frontends()[0].1)??;
     agent.stop()?;
@@ -186,6 +191,10 @@ fn a_connected_udp_socket_learns_that_its_backend_is_gone() -> Result<()> {
             Err(failed) => return Err(failed.into()),
         };
         ensure!(!met.contains(&now.backend), "{now:?} is gone");
+        ensure!(
+            now.from == target,
+            "{now:?} instead of {target}: what the socket was told last is forgotten"
+        );
     }
     place.pod.ask("direct")??;
     place.wait_until("both to be counted", |place| {

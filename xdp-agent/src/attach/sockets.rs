@@ -2,15 +2,20 @@
 //!
 //! Links are pinned as those of interfaces are. A starting agent adopts them, and moves those of another cgroup.
 
-use std::{fs, io, os::fd::AsFd, path::PathBuf};
+use std::{
+    fs, io,
+    os::fd::AsFd,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use super::{PinnedLink, Programs, remove_pin, take_off};
+use super::{Attacher, PinnedLink, Programs, remove_pin, take_off};
 use crate::{
     bpf::{self, AttachType},
-    cgroup::Cgroup,
+    cgroup::{Cgroup, Fate},
     preflight::PinDir,
 };
 
@@ -30,6 +35,9 @@ const HOOKS: [(&str, AttachType); 11] = [
     ("socket_bind6", AttachType::Bind6),
 ];
 
+/// Time before a cgroup that has refused is tried again: what comes before the hook that it refuses is attached for a moment.
+const RETRY_PAUSE: Duration = Duration::from_secs(10);
+
 /// Beginning of the names of pins, by which they are told from those of interfaces.
 const PREFIX: &str = "socket-";
 
@@ -37,6 +45,10 @@ const PREFIX: &str = "socket-";
 #[derive(Debug, Default)]
 pub(super) struct SocketHooks {
     links: Vec<PinnedLink>,
+    /// Whether the cgroup was gone at the last look, or has refused since.
+    is_lost: bool,
+    /// When a cgroup that had returned has refused.
+    refused: Option<Instant>,
 }
 
 impl SocketHooks {
@@ -64,6 +76,65 @@ impl SocketHooks {
     /// Takes every hook off; what does a translation goes before what undoes one.
     pub(super) fn detach(&mut self) {
         take_off(std::mem::take(&mut self.links).into_iter().rev());
+    }
+}
+
+impl Attacher {
+    /// Follows the cgroup: where it has been removed and made again, the hooks are attached anew. Says whether there is anything
+    /// new to tell of it.
+    pub fn follow_cgroup(&mut self) -> bool {
+        let Some(cgroup) = &mut self.cgroup else { return false };
+        let fate = match cgroup.fate() {
+            Ok(fate) => fate,
+            Err(error) => {
+                debug!(error = format!("{error:#}"), "cannot follow the cgroup");
+                return false;
+            }
+        };
+        match fate {
+            Fate::Kept if self.sockets.is_lost => self.attach_again(),
+            Fate::Kept => cgroup.is_leaf && !cgroup.look_for_others(),
+            Fate::Gone => {
+                let is_new = !std::mem::replace(&mut self.sockets.is_lost, true);
+                if is_new {
+                    warn!(cgroup = %cgroup.path.display(), "the cgroup is gone, and its hooks with it, until it returns");
+                }
+                is_new
+            }
+            Fate::Another(found) => {
+                *cgroup = found;
+                let is_new = !std::mem::replace(&mut self.sockets.is_lost, true);
+                self.sockets.refused = None;
+                self.attach_again() || is_new
+            }
+        }
+    }
+
+    /// The cgroup that carries the socket hooks.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref().filter(|_| !self.sockets.is_lost)
+    }
+
+    fn attach_again(&mut self) -> bool {
+        let Some(cgroup) = &self.cgroup else { return false };
+        if self.sockets.refused.is_some_and(|at| at.elapsed() < RETRY_PAUSE) {
+            return false;
+        }
+        match SocketHooks::attach(&mut self.programs, &self.pins, cgroup) {
+            Ok(hooks) => {
+                self.sockets = hooks;
+                true
+            }
+            Err(error) => {
+                if self.sockets.refused.replace(Instant::now()).is_none() {
+                    warn!(
+                        error = format!("{error:#}"),
+                        "cannot attach to a cgroup that has returned; trying again"
+                    );
+                }
+                false
+            }
+        }
     }
 }
 

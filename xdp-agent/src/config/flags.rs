@@ -254,7 +254,7 @@ pub struct SizeArgs {
     pub max_established: u32,
 
     /// Entries for new flows, one a flow until it is answered, then two; when full, unanswered ones go before answered
-    /// ones and older before newer.
+    /// ones (but for three of seven neighbours) and older before newer.
     #[arg(long, env = "XDP_AGENT_MAX_EMBRYONIC", value_name = "ENTRIES",
         default_value_t = tables::EMBRYONIC_V4.entries, value_parser = entries())]
     pub max_embryonic: u32,

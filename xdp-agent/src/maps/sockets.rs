@@ -195,11 +195,14 @@ impl PeerMaps {
         Ok((proto == UDP).then_some(generation))
     }
 
-    /// Forgets what a socket has been told.
+    /// Forgets what a socket has been told, unless it has been told something else since.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn forget(&mut self, cookie: u64) -> io::Result<()> {
+    pub fn forget(&mut self, cookie: u64, seen: &Connected) -> io::Result<()> {
+        if self.connected.get(&cookie, 0).is_ok_and(|Raw(now)| now != *seen) {
+            return Ok(());
+        }
         match self.connected.remove(&cookie).map_err(io_error) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
             Ok(()) | Err(_) => Ok(()),

@@ -113,6 +113,13 @@ pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Out
     let connected = Connected { addr: backend.addr.wide(), port: backend.port, zero: [0; 2], told };
     // Refused, the backend shows itself, and a UDP socket does not hear when it goes.
     tables.set_connected(call.proto, call.cookie, &connected);
+    if call.proto == UDP {
+        // It may have come to this backend with a datagram before, by another name: answers come by the last one.
+        let back = key(call.cookie, backend.addr, backend.port, side::BACKEND);
+        if tables.peer(&back).is_some() {
+            tables.set_peer(&back, &told);
+        }
+    }
     Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
 }
 

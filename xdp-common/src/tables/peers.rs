@@ -84,7 +84,8 @@ pub mod socket {
 /// What UDP sockets have been told that name an address with each datagram; the least recently used goes first, and a client
 /// then sees the backend's address.
 pub const UDP_PEERS: MapSpec = MapSpec { name: "UDP_PEERS", entries: 1 << 16 };
-/// What UDP sockets have been told that are connected: an entry until its socket is closed.
+/// What UDP sockets have been told that are connected: an entry until its process closes it. (The kernel's own sockets stay until
+/// they are the least recently used.)
 pub const UDP_CONNECTED: MapSpec = MapSpec { name: "UDP_CONNECTED", entries: 1 << 16 };
 /// The same of TCP sockets, for `getpeername`.
 pub const TCP_CONNECTED: MapSpec = MapSpec { name: "TCP_CONNECTED", entries: 1 << 16 };

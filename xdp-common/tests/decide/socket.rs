@@ -293,6 +293,10 @@ fn a_socket_that_returns_to_a_service_is_answered_by_its_name_again() {
         assert_eq!((sent.addr, sent.port), (backend.addr, backend.port));
         assert_eq!(told::<V4, _>(&model, UDP, 1, sent.addr, sent.port), Some((vip, HTTP)));
     }
+    // The last name of it is one that it is connected by.
+    let sent = connects(&model, &call(POD, 1, UDP, VIP_TOO, 0));
+    assert_eq!((sent.addr, sent.port), (backend.addr, backend.port));
+    assert_eq!(told::<V4, _>(&model, UDP, 1, sent.addr, sent.port), Some((VIP_TOO, HTTP)));
 }
 
 #[test]
