@@ -134,6 +134,13 @@ pub(crate) fn all_places(answers: &[Answer], target: SocketAddr) -> Result<()> {
     Ok(())
 }
 
+/// Fails unless a connected UDP socket has been told that its backend is gone.
+pub(crate) fn told_of_its_end(asked: Result<Answer, Failed>) -> Result<()> {
+    let failed = asked.err().context("the old backend still answers")?;
+    ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
+    Ok(())
+}
+
 pub(crate) fn refused<T: std::fmt::Debug>(
     what: &str,
     errno: i32,

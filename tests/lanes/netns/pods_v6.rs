@@ -14,7 +14,7 @@ use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
 use xdp_agent_tests::lab::pass::PassProgram;
 use xdp_agent_tests::lab::wait_for;
 
-use crate::callers::{binary, refused};
+use crate::callers::{binary, refused, told_of_its_end};
 use crate::sockets_v6::Server;
 
 const NODE: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
@@ -138,11 +138,7 @@ fn a_connected_socket_is_ended(manifests: &Manifests, pod: &mut Caller) -> Resul
         lines.flat_map(|line| [line, "\n"]).collect::<String>()
     };
     manifests.write("six.yaml", &objects("").each_ref().map(without))?;
-    wait_for("the socket to be told", CHANGE_TIMEOUT, || {
-        let failed = pod.ask("socket")?.err().context("the old backend still answers")?;
-        ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
-        Ok(())
-    })?;
+    wait_for("the socket to be told", CHANGE_TIMEOUT, || told_of_its_end(pod.ask("socket")?))?;
     pod.open("next", true)?;
     pod.connect("next", target)?;
     ensure!(pod.ask("next")??.backend != met);

@@ -10,7 +10,7 @@ use xdp_agent_tests::lab::wait_for;
 use xdp_agent_tests::lab::world::{Pod, World, WorldOptions, http_frontends, udp_frontends};
 use xdp_common::tables::UDP_CONNECTED;
 
-use crate::callers::{Place, binary};
+use crate::callers::{Place, binary, told_of_its_end};
 
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers in each phase: enough that a gap of milliseconds would show.
@@ -178,9 +178,7 @@ fn a_connected_udp_socket_learns_that_its_backend_is_gone() -> Result<()> {
     for is_pod in [true, false] {
         place.wait_until("the socket to be told", |place| {
             let caller = if is_pod { &mut place.pod } else { &mut place.node };
-            let failed = caller.ask("socket")?.err().context("the old backend still answers")?;
-            ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
-            Ok(())
+            told_of_its_end(caller.ask("socket")?)
         })?;
         let caller = if is_pod { &mut place.pod } else { &mut place.node };
         caller.connect("socket", target)?;
@@ -219,11 +217,7 @@ fn a_connected_udp_socket_is_told_however_many_sockets_have_followed_it() -> Res
     let is_other = |pod: &&Pod| met.backend != pod.server.name();
     let others: Vec<_> = place.world.pods.iter().filter(is_other).map(Pod::endpoint).collect();
     place.world.change_endpoints(&place.agent, &others)?;
-    place.wait_until("the socket to be told", |place| {
-        let failed = place.pod.ask("socket")?.err().context("the old backend still answers")?;
-        ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
-        Ok(())
-    })?;
+    place.wait_until("the socket to be told", |place| told_of_its_end(place.pod.ask("socket")?))?;
     place.stop()
 }
 
@@ -239,11 +233,7 @@ fn a_udp_socket_whose_backend_went_while_no_agent_ran_learns_it_from_the_next() 
         world.pods.iter().filter(|pod| pod.server.name() != met).map(Pod::endpoint).collect();
     world.publish_endpoints(&others)?;
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
-    wait_for("the socket to be told", ANSWERS_TIMEOUT, || {
-        let failed = pod.ask("socket")?.err().context("the old backend still answers")?;
-        ensure!(failed.errno != 0 && failed.errno != libc::EAGAIN, "silence: {failed}");
-        Ok(())
-    })?;
+    wait_for("the socket to be told", ANSWERS_TIMEOUT, || told_of_its_end(pod.ask("socket")?))?;
     agent.stop()?;
     drop((pod, node, _cgroups, cgroup));
     Ok(())
