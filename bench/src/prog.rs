@@ -2,7 +2,7 @@
 //!
 //! A run does not restore the packet, so a wrapper does: it writes the template with the next source address and
 //! tail-calls the program under test. The wrapper's own cost, measured with a program that only drops, is subtracted.
-//! Cases take turns for several rounds and the median counts, because other work on the machine comes and goes.
+//! Cases take turns, because other work on the machine comes and goes; what counts of the rounds is in [`figures`].
 
 use std::{
     env,
@@ -26,9 +26,11 @@ use xdp_common::{
     verdict::{Counter, Event, Reason},
 };
 
+mod case;
+mod figures;
 mod traffic;
 
-use self::traffic::*;
+use self::{case::Case, figures::Figures, traffic::*};
 
 /// Enough of them that their source ports outlast the embryonic table.
 const BACKENDS: u32 = 64;
@@ -37,11 +39,15 @@ const NEW_FLOWS: u32 = 1 << 24;
 /// Measures established flows (forward and reply), frames of nobody's service, new flows, and flows through tunnels.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Rounds; the median of each case is printed.
+    /// Times that the programs and their maps are loaded: where memory falls makes a difference of some nanoseconds. The
+    /// median of the loads is printed.
     #[arg(long, default_value_t = 7)]
+    loads: usize,
+    /// Rounds of each load, of which the fastest counts.
+    #[arg(long, default_value_t = 15)]
     rounds: usize,
     /// Packets of a case in each round.
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 100_000)]
     packets: u32,
     /// Numbers of live flows, powers of two.
     #[arg(long, value_delimiter = ',', default_value = "1,1024,65536")]
@@ -77,95 +83,6 @@ struct Replay {
 // SAFETY: integers and bytes, without padding (16 + 76 bytes, aligned to 4).
 unsafe impl Pod for Replay {}
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Case {
-    Drop,
-    Limit,
-    Forward,
-    Reply,
-    Stranger,
-    NewFlow,
-    ForwardV6,
-    ReplyV6,
-    StrangerV6,
-    NewFlowV6,
-    MoveHead,
-    TunnelLimit,
-    Tunnel,
-}
-
-impl Case {
-    /// Those of direct server return, in a run of their own: their frames grow, and their flows have one entry each.
-    const DIRECT: [Self; 4] = [Self::Drop, Self::MoveHead, Self::TunnelLimit, Self::Tunnel];
-
-    const TRANSLATED: [Self; 10] = [
-        Self::Drop,
-        Self::Limit,
-        Self::Forward,
-        Self::Reply,
-        Self::Stranger,
-        Self::NewFlow,
-        Self::ForwardV6,
-        Self::ReplyV6,
-        Self::StrangerV6,
-        Self::NewFlowV6,
-    ];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Drop => "drop",
-            Self::Limit => "limit",
-            Self::Forward => "established, forward",
-            Self::Reply => "established, reply",
-            Self::Stranger => "not ours",
-            Self::NewFlow => "new flow",
-            Self::ForwardV6 => "IPv6: established, forward",
-            Self::ReplyV6 => "IPv6: established, reply",
-            Self::StrangerV6 => "IPv6: not ours",
-            Self::NewFlowV6 => "IPv6: new flow",
-            Self::MoveHead => "room in front, and back",
-            Self::TunnelLimit => "limit of a tunnel",
-            Self::Tunnel => "established, tunnelled",
-        }
-    }
-
-    /// The budget in nanoseconds over `drop`, given the figures of this run.
-    fn budget(self, over: impl Fn(Self) -> f64) -> Option<f64> {
-        match self {
-            Self::Drop | Self::Limit | Self::NewFlowV6 | Self::MoveHead | Self::TunnelLimit => None,
-            Self::Tunnel => Some(1.3 * over(Self::TunnelLimit)),
-            Self::Forward | Self::Reply => Some(1.5 * over(Self::Limit)),
-            Self::ForwardV6 => Some(V6_MAX * over(Self::Forward)),
-            Self::ReplyV6 => Some(V6_MAX * over(Self::Reply)),
-            Self::Stranger | Self::StrangerV6 => Some(25.0),
-            Self::NewFlow => Some(600.0),
-        }
-    }
-
-    /// What the program must answer, so that a case cannot measure a path it does not mean.
-    fn answer(self) -> u32 {
-        const XDP_DROP: u32 = 1;
-        const XDP_PASS: u32 = 2;
-        const XDP_TX: u32 = 3;
-        match self {
-            Self::Drop | Self::MoveHead => XDP_DROP,
-            Self::Stranger | Self::StrangerV6 => XDP_PASS,
-            Self::Limit
-            | Self::Forward
-            | Self::Reply
-            | Self::NewFlow
-            | Self::ForwardV6
-            | Self::ReplyV6
-            | Self::NewFlowV6
-            | Self::TunnelLimit
-            | Self::Tunnel => XDP_TX,
-        }
-    }
-}
-
-/// What an established packet of IPv6 may cost, in terms of IPv4: its keys and addresses are four times as long.
-const V6_MAX: f64 = 1.25;
-
 /// Runs the cases and prints the table.
 pub(crate) fn run(args: &Args) -> Result<()> {
     xdp_agent_tests::lab::require_root()?;
@@ -190,8 +107,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         for &flows in &args.flows {
             ensure!(flows.is_power_of_two(), "--flows takes powers of two, not {flows}");
             for sort in [Sort::Translated, Sort::Tunnelled] {
-                let mut bench = Bench::new(ifindex, mac, flows, sort)?;
-                failed.extend(bench.measure(args, flows)?);
+                let mut figures = Figures::new(match sort {
+                    Sort::Translated => &Case::TRANSLATED,
+                    Sort::Tunnelled => &Case::DIRECT,
+                });
+                for _ in 0..args.loads.max(1) {
+                    let mut bench = Bench::new(ifindex, mac, flows, sort)?;
+                    figures.add(&bench.rounds(figures.cases(), flows, args)?);
+                }
+                let Args { loads, rounds, packets, .. } = args;
+                println!("\n{flows} flows (median of {loads} loads, fastest of {rounds} rounds of {packets} packets)");
+                println!("{figures}");
+                failed.extend(figures.over_budget().map(|what| format!("{what} at {flows} flows")));
             }
         }
         ensure!(!args.check || failed.is_empty(), "over budget: {}", failed.join("; "));
@@ -200,7 +127,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 struct Bench {
-    sort: Sort,
     ifindex: u32,
     mac: [u8; 6],
     product: Ebpf,
@@ -224,54 +150,18 @@ impl Bench {
         }
         configure::<V4>(&mut product, flows, ifindex, mac, sort)?;
         configure::<V6>(&mut product, flows, ifindex, mac, sort)?;
-        Ok(Self { sort, ifindex, mac, product, lab, sent: 0 })
+        Ok(Self { ifindex, mac, product, lab, sent: 0 })
     }
 
-    fn measure(&mut self, args: &Args, flows: u32) -> Result<Vec<String>> {
-        let cases = match self.sort {
-            Sort::Translated => &Case::TRANSLATED[..],
-            Sort::Tunnelled => &Case::DIRECT,
-        };
-        let mut samples = vec![Vec::new(); cases.len()];
-        for round in 0..=args.rounds {
-            for (case, samples) in cases.iter().zip(&mut samples) {
-                let nanoseconds = self.case(*case, flows, args.packets)?;
-                // The first round warms caches, frequency and next hops.
-                if round > 0 {
-                    samples.push(nanoseconds);
-                }
-            }
+    /// Nanoseconds per packet of every case, the wrapper included, by rounds.
+    fn rounds(&mut self, cases: &[Case], flows: u32, args: &Args) -> Result<Vec<Vec<f64>>> {
+        // The first round warms caches, frequency and next hops.
+        for case in cases {
+            self.case(*case, flows, args.packets)?;
         }
-        let medians: Vec<f64> = samples.iter_mut().map(|samples| median(samples)).collect();
-        let wrapper = medians[0];
-        let median_of =
-            |case: Case| cases.iter().position(|of| *of == case).map_or(wrapper, |at| medians[at]);
-        // Where a frame has grown, the wrapper shrinks it again, which costs as much as making room.
-        let shrinking = (median_of(Case::MoveHead) - wrapper) / 2.0;
-        let over = |case: Case| {
-            let grows = matches!(case, Case::MoveHead | Case::TunnelLimit | Case::Tunnel);
-            median_of(case) - wrapper - if grows { shrinking } else { 0.0 }
-        };
-        let limit = over(match self.sort {
-            Sort::Translated => Case::Limit,
-            Sort::Tunnelled => Case::TunnelLimit,
-        });
-        println!("\n{flows} flows (median of {} rounds of {} packets)", args.rounds, args.packets);
-        println!("{:<28}{:>10}{:>12}{:>12}{:>12}", "path", "ns", "over drop", "x limit", "budget");
-        let mut failed = Vec::new();
-        for (case, total) in cases.iter().zip(&medians) {
-            let budget = case.budget(over);
-            let over = over(*case);
-            let note = match budget {
-                None => String::from("-"),
-                Some(budget) => format!("{budget:.0} {}", if over <= budget { "ok" } else { "OVER" }),
-            };
-            println!("{:<28}{total:>10.1}{over:>12.1}{:>12.2}{note:>12}", case.label(), over / limit);
-            if budget.is_some_and(|budget| over > budget) {
-                failed.push(format!("{} at {flows} flows: {over:.0} ns", case.label()));
-            }
-        }
-        Ok(failed)
+        (0..args.rounds.max(1))
+            .map(|_| cases.iter().map(|case| self.case(*case, flows, args.packets)).collect())
+            .collect()
     }
 
     /// Nanoseconds per packet of a case, the wrapper included.
@@ -474,9 +364,4 @@ fn map<'a, K: Pod, V: Pod>(object: &'a mut Ebpf, name: &str) -> Result<HashMap<&
 
 fn array<'a, V: Pod>(object: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, V>> {
     Ok(object.map_mut(name).with_context(|| format!("the object has no map {name}"))?.try_into()?)
-}
-
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
 }

@@ -12,7 +12,7 @@ use self::{
     client::{Client, Verb},
     place::Place,
 };
-use crate::sync::peers::Peer;
+use crate::{median, sync::peers::Peer};
 
 mod client;
 mod place;
@@ -178,12 +178,6 @@ fn below(verb: Verb, services: u32, share: f64, noise: f64, first: &mut Option<f
     failed
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,11 +192,5 @@ mod tests {
         assert_eq!(below(Verb::Bulk, 1, 0.98, 0.015, &mut None).len(), 0);
         assert_eq!(below(Verb::Bulk, 1, 1.0, 0.06, &mut None).len(), 1, "it says nothing");
         assert_eq!(below(Verb::Request, 10_000, 0.5, 0.0, &mut Some(1.0)).len(), 2);
-    }
-
-    #[test]
-    fn the_median_is_a_value_that_was_measured() {
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert!(median(&[]).is_nan());
     }
 }
