@@ -9,11 +9,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::{SetSockOpt as _, sockopt};
 use xdp_agent_tests::lab::{cgroup::Cgroup, netns::Namespace, stay_on};
 
 /// Bytes of a request, and of its answer.
 const MESSAGE: usize = 64;
-const BULK: usize = 128 << 10;
+const BULK: usize = 32 << 10;
+/// What may wait in a connection, in bytes: so little that it stays in the cache of a core, because memory is shared with
+/// neighbours.
+const WINDOW: usize = 256 << 10;
 /// Requests whose time is looked at together: a look costs as much as a tenth of a request.
 const BATCH: u32 = 16;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -70,12 +74,10 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn start(namespace: &Namespace, cgroup: Option<&Cgroup>) -> Result<Self> {
+    pub(super) fn start(namespace: &Namespace, cgroup: &Cgroup) -> Result<Self> {
         let mut command = namespace.command(std::env::current_exe()?);
         command.args(["sockets", "--client"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        if let Some(cgroup) = cgroup {
-            cgroup.start_in(&mut command)?;
-        }
+        cgroup.start_in(&mut command)?;
         let mut child = command.spawn().context("cannot start a client")?;
         let stdin = child.stdin.take().context("the client has an input")?;
         let stdout = BufReader::new(child.stdout.take().context("the client has an output")?);
@@ -157,6 +159,11 @@ fn rate(verb: Verb, target: SocketAddr, turn: Duration) -> io::Result<f64> {
         Verb::Bulk => {
             let mut stream = open(verb, target)?;
             let bytes = vec![0; BULK];
+            // Until window and buffers have grown.
+            let opened = Instant::now();
+            while opened.elapsed() < turn {
+                stream.write_all(&bytes)?;
+            }
             began = Instant::now();
             while began.elapsed() < turn {
                 stream.write_all(&bytes)?;
@@ -171,6 +178,9 @@ fn open(verb: Verb, target: SocketAddr) -> io::Result<TcpStream> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
+    if matches!(verb, Verb::Bulk) {
+        sockopt::SndBuf.set(&stream, &WINDOW)?;
+    }
     if !matches!(verb, Verb::Connect) {
         stream.write_all(&[verb.letter()])?;
     }
@@ -210,6 +220,7 @@ fn answer_one(mut stream: TcpStream, bytes: &mut [u8]) -> io::Result<()> {
             stream.write_all(message)?;
         },
         Some(Verb::Bulk) => {
+            sockopt::RcvBuf.set(&stream, &WINDOW)?;
             while stream.read(bytes)? > 0 {}
             Ok(())
         }

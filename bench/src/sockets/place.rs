@@ -33,7 +33,7 @@ pub(super) struct Place {
     client: Client,
     target: SocketAddr,
     _agent: Option<Agent>,
-    _cgroups: Option<[Cgroup; 2]>,
+    _cgroups: [Cgroup; 2],
     _bpffs: PrivateBpffs,
     _manifests: Manifests,
     _namespaces: [Namespace; 4],
@@ -68,31 +68,32 @@ impl Place {
 
         let (bpffs, manifests) = (PrivateBpffs::new()?, Manifests::new()?);
         let service_address = (world::cluster_ip(service), PORT).into();
-        let (target, agent, cgroups) = match contestant {
-            Contestant::Direct | Contestant::Again => ((server_ip, TARGET_PORT).into(), None, None),
+        // Each has one, because sockets in a cgroup may cost more than others: their memory is charged.
+        let cgroup = Cgroup::new("bench")?;
+        let of_client = cgroup.child("client")?;
+        let (target, agent) = match contestant {
+            Contestant::Direct | Contestant::Again => ((server_ip, TARGET_PORT).into(), None),
             Contestant::Peer(peer) => {
                 node.run(|| peers::fill(peer, &world, LOAD_LIMIT))?;
-                (service_address, None, None)
+                (service_address, None)
             }
             Contestant::Ours => {
                 write(&manifests, &world)?;
-                let cgroup = Cgroup::new("bench")?;
-                let of_client = cgroup.child("client")?;
                 let mut options = AgentOptions::new(manifests.directory(), Mode::Generic);
                 options.node = NODE.into();
                 options.cgroup = Some(cgroup.path().to_path_buf());
                 let mut agent = Agent::spawn(&node, &bpffs, &options)?;
                 wait_ready(&mut agent)?;
                 agent.quiet();
-                (service_address, Some(agent), Some([of_client, cgroup]))
+                (service_address, Some(agent))
             }
         };
-        let client_process = Client::start(&client, cgroups.as_ref().map(|[of_client, _]| of_client))?;
+        let client_process = Client::start(&client, &of_client)?;
         Ok(Self {
             client: client_process,
             target,
             _agent: agent,
-            _cgroups: cgroups,
+            _cgroups: [of_client, cgroup],
             _bpffs: bpffs,
             _manifests: manifests,
             _namespaces: [node, outside, client, server],
