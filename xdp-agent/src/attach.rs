@@ -160,6 +160,16 @@ impl Attacher {
         self.pods.names()
     }
 
+    /// The pods' devices that have refused, and why.
+    pub fn refused_pod_devices(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.pods.refused()
+    }
+
+    /// Whether it is time for [`Attacher::follow_pods`] to try a device again.
+    pub fn pods_are_due(&self) -> bool {
+        self.pods.are_due()
+    }
+
     /// Whether pods are served at their devices.
     pub fn serves_pods(&self) -> bool {
         self.pods.are_wanted()

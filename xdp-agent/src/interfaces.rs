@@ -14,7 +14,7 @@ use crate::{
     cluster::wanted::{Ip6, IpAddress},
     devices::{self, Mode, Transmit},
     host::{Host, Link},
-    status::InterfaceStatus,
+    status::{InterfaceStatus, RefusedStatus},
 };
 
 /// The interfaces that the flags name.
@@ -41,6 +41,8 @@ pub struct Picture {
     pub status: Vec<InterfaceStatus>,
     /// The devices of pods that carry programs.
     pub pods: Vec<String>,
+    /// Those that have refused.
+    pub refused_pods: Vec<RefusedStatus>,
 }
 
 /// What the maps of an address family have to know.
@@ -125,6 +127,11 @@ impl Interfaces {
         failures
     }
 
+    /// Whether it is time to look again, though nothing has changed.
+    pub fn are_due(&self) -> bool {
+        self.attacher.pods_are_due()
+    }
+
     /// Follows the cgroup of the socket hooks; what is to be said of them, if it has changed.
     pub fn follow_cgroup(&mut self) -> Option<Option<&Cgroup>> {
         self.attacher.follow_cgroup().then(|| self.attacher.cgroup())
@@ -148,6 +155,8 @@ impl Interfaces {
             picture.status.push(InterfaceStatus { name, ifindex: link.index, mode, reason, xmit, addresses });
         }
         picture.pods = self.attacher.pod_devices().map(str::to_owned).collect();
+        let refused = self.attacher.refused_pod_devices();
+        picture.refused_pods = refused.map(|(name, reason)| RefusedStatus::new(name, reason)).collect();
         if self.attacher.serves_pods() {
             picture.v4.add_pods();
             picture.v6.add_pods();

@@ -236,12 +236,14 @@ impl Reconciler {
             warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
         }
         self.told.metrics.interfaces(&picture.status);
-        let (status, pods) = (picture.status.clone(), picture.pods.clone());
+        let status = picture.status.clone();
+        let (pods, refused) = (picture.pods.clone(), picture.refused_pods.clone());
         let range = self.snat_ports.to_string();
         let addresses = picture.status.iter().flat_map(|interface| interface.addresses.clone()).collect();
         self.told.shared.update(|all| {
             all.interfaces = status;
             all.pod_interfaces = pods;
+            all.refused_pod_interfaces = refused;
             all.snat = SnatStatus { addresses, range };
         });
         self.picture = picture;
@@ -273,6 +275,10 @@ impl Reconciler {
                 _ = seconds.tick() => {
                     if let Some(cgroup) = interfaces.follow_cgroup() {
                         self.told.shared.update(|status| status.sockets = status.sockets.clone().on(cgroup));
+                    }
+                    if interfaces.are_due() {
+                        let host = Arc::clone(&inlets.feed.host.borrow());
+                        self.host_changed(&host, &mut interfaces);
                     }
                     self.tick();
                 }

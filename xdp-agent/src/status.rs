@@ -40,6 +40,8 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     /// Devices of pods that are served packet by packet.
     pub pod_interfaces: Vec<String>,
+    /// Devices of pods that are not, because they have refused.
+    pub refused_pod_interfaces: Vec<RefusedStatus>,
     /// Service ports that are served.
     pub services: usize,
     /// Addresses and ports that clients connect to.
@@ -81,6 +83,22 @@ pub struct InterfaceStatus {
     pub xmit: Transmit,
     /// Source addresses of translated flows that leave here, one a family.
     pub addresses: Vec<String>,
+}
+
+/// A device that has refused programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RefusedStatus {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl RefusedStatus {
+    /// A device that has refused for a reason.
+    pub fn new(name: &str, reason: &str) -> Self {
+        Self { name: name.to_owned(), reason: reason.to_owned() }
+    }
 }
 
 /// The socket hooks.

@@ -124,11 +124,6 @@ fn devices_of_pods_are_followed_as_they_come_and_go() -> Result<()> {
     const PODS: usize = 60;
     let world = World::build(WorldOptions::default())?;
     let place = Place::without_hooks(world, &PATTERN)?;
-    let served = |place: &Place| -> Result<Vec<String>> {
-        let status = place.agent.status()?;
-        let names = status["pod_interfaces"].as_array().context("no pod_interfaces")?;
-        Ok(names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect())
-    };
     ensure!(served(&place)? == ["pod1", "pod2"], "{:?}", served(&place)?);
     let far = Namespace::new("far")?;
     let began = Instant::now();
@@ -157,6 +152,34 @@ fn devices_of_pods_are_followed_as_they_come_and_go() -> Result<()> {
     place.stop()
 }
 
+/// A directory where the program is to be pinned stands for all that keeps one off a device for a while.
+#[test]
+fn a_device_that_has_refused_is_tried_again() -> Result<()> {
+    let place = Place::without_hooks(World::build(WorldOptions::default())?, &PATTERN)?;
+    let (far, node) = (Namespace::new("far")?, &place.world.node);
+    veth(node, "other", &far, "eth0")?;
+    let obstacle = format!("{}/pod-egress-{}", links(), node.index("other")?);
+    place.world.bpffs.run(|| std::fs::create_dir(&obstacle))??;
+    node.rename("other", "pod-late")?;
+    wait_for("the device to refuse", CHANGE_TIMEOUT, || {
+        let status = place.agent.status()?;
+        let refused = &status["refused_pod_interfaces"];
+        ensure!(refused[0]["name"] == "pod-late", "{refused}");
+        ensure!(refused[0]["reason"].as_str().is_some_and(|reason| reason.contains(&obstacle)), "{refused}");
+        Ok(())
+    })?;
+    ensure!(served(&place)? == ["pod1", "pod2"], "{:?}", served(&place)?);
+    ensure!(place.agent.metric("attach_failures", "")? > 0.0);
+    place.world.bpffs.run(|| std::fs::remove_dir(&obstacle))??;
+    wait_for("the device to be served", CHANGE_TIMEOUT, || {
+        let served = served(&place)?;
+        ensure!(served == ["pod1", "pod2", "pod-late"], "{served:?}");
+        Ok(())
+    })?;
+    ensure!(place.agent.status()?["refused_pod_interfaces"].as_array().is_some_and(Vec::is_empty));
+    place.stop()
+}
+
 #[test]
 fn a_killed_agent_that_starts_again_fails_no_connection_of_a_pod_and_leaves_nothing() -> Result<()> {
     let world = World::build(WorldOptions::default())?;
@@ -180,6 +203,13 @@ fn a_killed_agent_that_starts_again_fails_no_connection_of_a_pod_and_leaves_noth
     ensure!(difference.is_empty(), "{difference:#?}");
     drop((_cgroups, cgroup));
     Ok(())
+}
+
+/// The devices that carry programs, by index.
+fn served(place: &Place) -> Result<Vec<String>> {
+    let status = place.agent.status()?;
+    let names = status["pod_interfaces"].as_array().context("no pod_interfaces")?;
+    Ok(names.iter().filter_map(|name| name.as_str().map(str::to_owned)).collect())
 }
 
 fn links() -> String {

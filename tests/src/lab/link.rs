@@ -87,6 +87,13 @@ impl Namespace {
         self.change(device, |link| link.down())
     }
 
+    /// Gives a device another name, while it is down.
+    pub fn rename(&self, device: &str, name: &str) -> Result<()> {
+        self.down(device)?;
+        self.change(device, |link| link.name(name.to_owned()))?;
+        self.up(name)
+    }
+
     /// Sets the MTU of a device.
     pub fn mtu(&self, device: &str, mtu: u32) -> Result<()> {
         self.change(device, |link| link.mtu(mtu))

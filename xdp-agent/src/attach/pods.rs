@@ -1,8 +1,12 @@
 //! tc programs on the host-side devices of pods, which come and go: tens a second on a busy node.
 //!
-//! A device that refuses is not tried again; the pod behind it does without, as all do that match no pattern.
+//! The pod behind a device that refuses does without, as all do that match no pattern, until the device lets programs in: it is
+//! tried again when it changes, and every few seconds.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use tracing::{debug, info, warn};
 
@@ -19,14 +23,17 @@ const PROGRAMS: [TcProgram; 2] = [
     TcProgram { name: "tc_pod", pin: "pod-ingress", at: AttachType::TcxIngress },
 ];
 
+/// How often a device is tried again that has refused.
+const RETRY_PERIOD: Duration = Duration::from_secs(5);
+
 /// The devices of pods.
 #[derive(Debug)]
 pub(super) struct PodDevices {
     patterns: Vec<Pattern>,
     /// Those with programs, by index.
     attached: BTreeMap<u32, PodDevice>,
-    /// Those that have refused.
-    refused: BTreeSet<u32>,
+    /// Those that have refused, by index.
+    refused: BTreeMap<u32, Refused>,
 }
 
 #[derive(Debug)]
@@ -35,9 +42,25 @@ struct PodDevice {
     links: Vec<PinnedLink>,
 }
 
+/// A device that has refused.
+#[derive(Debug)]
+struct Refused {
+    /// What it was like then.
+    link: Link,
+    reason: String,
+    /// When it is tried again unless it changes; never if time makes no difference.
+    retry_at: Option<Instant>,
+}
+
+impl Refused {
+    fn is_to_be_tried(&self, link: &Link, now: Instant) -> bool {
+        self.link != *link || self.retry_at.is_some_and(|at| at <= now)
+    }
+}
+
 impl PodDevices {
     pub(super) fn new(patterns: Vec<Pattern>) -> Self {
-        Self { patterns, attached: BTreeMap::new(), refused: BTreeSet::new() }
+        Self { patterns, attached: BTreeMap::new(), refused: BTreeMap::new() }
     }
 
     /// Whether there can be any.
@@ -48,6 +71,17 @@ impl PodDevices {
     /// Names of those with programs.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.attached.values().map(|device| device.link.name.as_str())
+    }
+
+    /// Those that have refused, and why.
+    pub(super) fn refused(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.refused.values().map(|refused| (refused.link.name.as_str(), refused.reason.as_str()))
+    }
+
+    /// Whether it is time to try one again.
+    pub(super) fn are_due(&self) -> bool {
+        let now = Instant::now();
+        self.refused.values().any(|refused| refused.retry_at.is_some_and(|at| at <= now))
     }
 
     pub(super) fn links(&self) -> impl Iterator<Item = &PinnedLink> {
@@ -88,29 +122,50 @@ impl Attacher {
             // One that was only renamed, or has moved to another network namespace, still carries them.
             take_off(device.links.into_iter().rev());
         }
-        self.pods.refused.retain(|index| host.links.contains_key(index));
+        let refused = &mut self.pods.refused;
+        refused.retain(|index, refused| {
+            is_there(*index, &refused.link.name) && !self.attached.contains_key(&refused.link.name)
+        });
         let mut failures = 0;
+        let now = Instant::now();
         for link in host.links.values() {
-            let is_settled =
-                self.pods.attached.contains_key(&link.index) || self.pods.refused.contains(&link.index);
+            let before = self.pods.refused.get(&link.index);
+            let is_settled = self.pods.attached.contains_key(&link.index)
+                || before.is_some_and(|refused| !refused.is_to_be_tried(link, now));
             if is_settled || !self.pods.wants(link) || self.attached.contains_key(&link.name) {
+                continue;
+            }
+            if !link.is_ethernet {
+                let reason = "it has no Ethernet header; leave it out of --pod-iface";
+                self.refuse_pod(link, reason.to_owned(), None);
                 continue;
             }
             match self.attach_pod(link) {
                 Ok(links) => {
-                    debug!(interface = %link.name, "attached to a pod's device");
+                    if self.pods.refused.remove(&link.index).is_some() {
+                        info!(interface = %link.name, "attached to a pod's device that had refused");
+                    } else {
+                        debug!(interface = %link.name, "attached to a pod's device");
+                    }
                     self.pods.attached.insert(link.index, PodDevice { link: link.clone(), links });
                 }
                 Err(error) => {
                     failures += 1;
-                    self.pods.refused.insert(link.index);
-                    // Gone already, the next look says so; there is nobody to be told.
-                    warn!(interface = %link.name, error = %format!("{error:#}"), "cannot attach to a pod's device; \
-                        what socket hooks do not translate for this pod reaches no Service");
+                    self.refuse_pod(link, format!("{error:#}"), Some(now + RETRY_PERIOD));
                 }
             }
         }
         failures
+    }
+
+    /// Notes that a device has refused, and says so if that is new.
+    fn refuse_pod(&mut self, link: &Link, reason: String, retry_at: Option<Instant>) {
+        if self.pods.refused.get(&link.index).is_none_or(|before| before.reason != reason) {
+            // Gone already, the next look says so; there is nobody to be told.
+            warn!(interface = %link.name, error = %reason, "cannot attach to a pod's device; \
+                what socket hooks do not translate for this pod reaches no Service");
+        }
+        self.pods.refused.insert(link.index, Refused { link: link.clone(), reason, retry_at });
     }
 
     /// What `follow_pods` says of the first look.
@@ -124,7 +179,6 @@ impl Attacher {
     }
 
     fn attach_pod(&mut self, link: &Link) -> anyhow::Result<Vec<PinnedLink>> {
-        anyhow::ensure!(link.is_ethernet, "it has no Ethernet header; leave it out of --pod-iface");
         let mut links = Vec::new();
         let filters = self.programs.legacy.len();
         let result = self.attach_tc(link, &PROGRAMS, &mut links);
