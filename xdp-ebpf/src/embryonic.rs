@@ -15,7 +15,12 @@ use xdp_common::{
     verdict::{Counter, Event},
 };
 
-use crate::{CONFIG, family::Maps, maps::count};
+use crate::{
+    CONFIG,
+    atomic::{exchange, exchange_if, fence},
+    family::Maps,
+    maps::count,
+};
 
 /// The tags of a bucket, a cache line; the first word is the lock. A tag is a part of the key's hash (high half, never 0)
 /// over the entry's worth: the bit of an answered flow, and the time it was last touched. A free slot's is 0.
@@ -240,58 +245,4 @@ fn is_negative(mut value: u64) -> u64 {
     // SAFETY: arithmetic on a register.
     unsafe { asm!("{value} >>= 63", value = inout(reg) value, options(pure, nomem, nostack)) }
     value
-}
-
-/// Atomically writes `new` where `expected` is; returns what was there. Fully ordered, as every fetching operation of
-/// BPF is (Documentation/bpf/standardization/instruction-set.rst; kernel 5.12).
-#[cfg(target_arch = "bpf")]
-#[inline(always)]
-fn exchange_if(place: *mut u64, expected: u64, new: u64) -> u64 {
-    let found: u64;
-    // SAFETY: callers give an aligned word of a map value.
-    unsafe {
-        asm!("r0 = cmpxchg_64({place} + 0, r0, {new})", place = in(reg) place, new = in(reg) new,
-            inlateout("r0") expected => found)
-    }
-    found
-}
-
-/// Stands in where the crate is only checked: the host has no register of that name.
-#[cfg(not(target_arch = "bpf"))]
-fn exchange_if(_place: *mut u64, expected: u64, _new: u64) -> u64 {
-    expected
-}
-
-/// Atomically writes; fully ordered.
-#[inline(always)]
-fn exchange(place: *mut u64, new: u64) {
-    // SAFETY: callers give an aligned word of a map value.
-    unsafe { asm!("{new} = xchg_64({place} + 0, {new})", place = in(reg) place, new = inout(reg) new => _) }
-}
-
-/// Atomically sets bits; fully ordered, so that what is inserted afterwards is not seen before them.
-///
-/// # Safety
-/// `place` is an aligned word of a map value.
-#[inline(always)]
-pub(crate) unsafe fn set_bits(place: *mut u64, bits: u64) {
-    // SAFETY: as the caller says.
-    if unsafe { place.read_volatile() } & bits == bits {
-        return;
-    }
-    // SAFETY: as the caller says.
-    unsafe {
-        asm!("{bits} = atomic_fetch_or((u64 *)({place} + 0), {bits})", place = in(reg) place,
-            bits = inout(reg) bits => _)
-    }
-}
-
-/// Orders what is read after a tag behind the tag.
-#[inline(always)]
-fn fence(place: *mut u64) {
-    // SAFETY: callers give an aligned word of a map value; adding nothing changes nothing.
-    unsafe {
-        asm!("{zero} = atomic_fetch_add((u64 *)({place} + 0), {zero})", place = in(reg) place,
-            zero = inout(reg) 0u64 => _)
-    }
 }

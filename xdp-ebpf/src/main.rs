@@ -3,6 +3,7 @@
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
+mod atomic;
 mod embryonic;
 mod family;
 mod fragments;
@@ -14,6 +15,7 @@ mod sctp;
 mod skb;
 mod socket;
 mod sockets;
+mod tcp_sockets;
 #[cfg(feature = "trace")]
 mod trace;
 mod tunnel;

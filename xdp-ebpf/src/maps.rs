@@ -31,7 +31,7 @@ use xdp_common::{
 };
 
 use crate::{
-    ANSWERS, CONFIG, COUNTERS, HELD, HOLDS, embryonic,
+    ANSWERS, CONFIG, COUNTERS, HELD, HOLDS, atomic, embryonic,
     family::{Found, Maps},
 };
 
@@ -184,7 +184,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
         for half in [0, tables::KNOWN_WORDS] {
             if let Some(word) = F::known().get_ptr_mut(half + bit / 64) {
                 // SAFETY: a word of the map, in which programs and the agent set bits as atomics do.
-                unsafe { embryonic::set_bits(word, 1 << (bit % 64)) }
+                unsafe { atomic::set_bits(word, 1 << (bit % 64)) }
             }
         }
     }

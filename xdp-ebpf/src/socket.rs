@@ -18,7 +18,7 @@ use xdp_common::{
     tables::{self, Connected, Peer, PeerKey, SocketSettings},
 };
 
-use crate::{family::Maps, maps::Kernel};
+use crate::{family::Maps, maps::Kernel, tcp_sockets};
 
 type AddrV4 = [u8; 4];
 
@@ -27,9 +27,6 @@ static UDP_PEERS: LruHashMap<PeerKey, Peer> = LruHashMap::with_max_entries(table
 #[map]
 static UDP_CONNECTED: LruHashMap<u64, Connected> =
     LruHashMap::with_max_entries(tables::UDP_CONNECTED.entries, 0);
-#[map]
-static TCP_CONNECTED: LruHashMap<u64, Connected> =
-    LruHashMap::with_max_entries(tables::TCP_CONNECTED.entries, 0);
 #[map]
 static SOCKET_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::SOCKET_COUNTERS.entries, 0);
 
@@ -210,13 +207,19 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
 
     #[inline(always)]
     fn connected(self, proto: u8, cookie: u64) -> Option<Connected> {
+        if proto == TCP {
+            return tcp_sockets::get(cookie);
+        }
         // SAFETY: as above.
-        unsafe { connected_by(proto).get(cookie) }.copied()
+        unsafe { UDP_CONNECTED.get(cookie) }.copied()
     }
 
     #[inline(always)]
     fn set_connected(self, proto: u8, cookie: u64, connected: &Connected) -> bool {
-        connected_by(proto).insert(cookie, connected, BPF_ANY as u64).is_ok()
+        if proto == TCP {
+            return tcp_sockets::set(cookie, connected);
+        }
+        UDP_CONNECTED.insert(cookie, connected, BPF_ANY as u64).is_ok()
     }
 
     #[inline(always)]
@@ -226,24 +229,17 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
     }
 }
 
-#[inline(always)]
-fn connected_by(proto: u8) -> &'static LruHashMap<u64, Connected> {
-    if proto == UDP { &UDP_CONNECTED } else { &TCP_CONNECTED }
-}
-
-/// Forgets what a socket has been told that is being closed.
+/// Forgets what a socket has been told that is being closed. Most have never asked for a Service.
 #[inline(always)] // one caller
 pub(crate) fn forget(ctx: &SockContext) {
-    // SAFETY: the context is valid for as long as the program runs.
-    let proto = match unsafe { (&raw const (*ctx.sock).protocol).read_volatile() } {
-        proto if proto == UDP as u32 => UDP,
-        proto if proto == TCP as u32 => TCP,
-        _ => return,
-    };
     // SAFETY: the helper takes the context of this type of programs.
-    let cookie = unsafe { helpers::bpf_get_socket_cookie(ctx.as_ptr()) };
-    // Most have never asked for a Service.
-    let _ = connected_by(proto).remove(cookie);
+    let cookie = || unsafe { helpers::bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the context is valid for as long as the program runs.
+    match unsafe { (&raw const (*ctx.sock).protocol).read_volatile() } {
+        proto if proto == TCP as u32 => tcp_sockets::remove(cookie()),
+        proto if proto == UDP as u32 => drop(UDP_CONNECTED.remove(cookie())),
+        _ => {}
+    }
 }
 
 /// Counts; a process may be interrupted here by another on the same CPU.

@@ -3,15 +3,17 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, Map, MapData};
 use xdp_agent_tests::lab::agent::{Agent, Mode, PIN_DIR};
 use xdp_agent_tests::lab::caller::Caller;
 use xdp_agent_tests::lab::cgroup::Cgroup;
 use xdp_agent_tests::lab::wait_for;
 use xdp_agent_tests::lab::world::{Pod, World, WorldOptions, http_frontends, udp_frontends};
-use xdp_common::tables::UDP_CONNECTED;
+use xdp_common::tables::{LAYOUT_VERSION, SOCKET_WAYS, TCP_COOKIES, UDP_CONNECTED};
 
 use crate::callers::{Place, binary, told_of_its_end};
 
+const WAYS: usize = SOCKET_WAYS as usize;
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers in each phase: enough that a gap of milliseconds would show.
 const ANSWERS: u64 = 300;
@@ -276,9 +278,69 @@ fn a_tcp_connection_outlives_its_endpoint() -> Result<()> {
     place.stop()
 }
 
+#[test]
+fn what_a_tcp_socket_was_told_is_kept_until_it_is_closed() -> Result<()> {
+    const CONNECTIONS: usize = 20;
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = http_frontends()[0].1;
+    for number in 0..CONNECTIONS {
+        place.pod.hold(&format!("{number}"), target)?;
+    }
+    for _ in 0..2 * CONNECTIONS {
+        place.pod.http(target)??;
+    }
+    ensure!(cookies(&place.world, |_| {})? == CONNECTIONS, "those that are closed are forgotten");
+    // Full buckets: a new socket takes the place of another in its own, and nowhere else.
+    let taken = cookies(&place.world, |ways| {
+        ways.iter_mut().filter(|cookie| **cookie == 0).for_each(|cookie| *cookie = u64::MAX);
+    })?;
+    place.pod.hold("late", target)?;
+    ensure!(place.pod.ask_held("late")??.from == target, "the late one is told");
+    ensure!(cookies(&place.world, |_| {})? == taken);
+    let mut forgotten = 0;
+    for number in 0..CONNECTIONS {
+        forgotten += usize::from(place.pod.ask_held(&format!("{number}"))??.from != target);
+    }
+    ensure!(forgotten <= 1, "{forgotten} sockets have forgotten whom they called");
+    cookies(&place.world, |ways| {
+        ways.iter_mut().filter(|cookie| **cookie == u64::MAX).for_each(|cookie| *cookie = 0);
+    })?;
+    let Place { agent, pod, node, options: _, cgroup, world, _cgroups } = place;
+    drop(pod);
+    wait_for("the end of the process to be noticed", ANSWERS_TIMEOUT, || {
+        let left = cookies(&world, |_| {})?;
+        ensure!(left == 0, "{left} are left");
+        Ok(())
+    })?;
+    agent.stop()?;
+    drop((node, _cgroups, cgroup));
+    Ok(())
+}
+
+/// Lets a bucket of the cookies of TCP sockets be changed after the other, where that is wanted; how many cookies are there then
+/// is the answer.
+fn cookies(world: &World, change: impl Fn(&mut [u64; WAYS]) + Send + Sync) -> Result<usize> {
+    let path = format!("{PIN_DIR}/v{LAYOUT_VERSION}/maps/{}", TCP_COOKIES.name);
+    world.bpffs.run(|| {
+        let map = Map::Array(MapData::from_pin(&path).context(path)?);
+        let mut buckets: Array<_, [u64; WAYS]> = map.try_into()?;
+        let mut count = 0;
+        for index in 0..buckets.len() {
+            let before = buckets.get(&index, 0)?;
+            let mut ways = before;
+            change(&mut ways);
+            if ways != before {
+                buckets.set(index, ways, 0)?;
+            }
+            count += ways.iter().filter(|cookie| **cookie != 0).count();
+        }
+        Ok(count)
+    })?
+}
+
 /// Where links are pinned.
 fn links() -> String {
-    format!("{PIN_DIR}/v{}/links", xdp_common::tables::LAYOUT_VERSION)
+    format!("{PIN_DIR}/v{LAYOUT_VERSION}/links")
 }
 
 fn wait_answered(place: &mut Place) -> Result<()> {

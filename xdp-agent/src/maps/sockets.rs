@@ -22,10 +22,11 @@ use super::{
 };
 
 /// Maps that outlive the agent: what sockets have been told has to be undone as long as they live.
-pub(super) const PINNED: [(&MapSpec, Layout); 4] = [
+pub(super) const PINNED: [(&MapSpec, Layout); 5] = [
     (&tables::UDP_PEERS, of::<PeerKey, Peer>()),
     (&tables::UDP_CONNECTED, of::<u64, Connected>()),
-    (&tables::TCP_CONNECTED, of::<u64, Connected>()),
+    (&tables::TCP_COOKIES, of::<u32, [u64; tables::SOCKET_WAYS as usize]>()),
+    (&tables::TCP_TOLD, of::<u32, Connected>()),
     (&tables::SOCKET_COUNTERS, of::<u32, u64>()),
 ];
 

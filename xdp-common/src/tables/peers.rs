@@ -87,8 +87,13 @@ pub const UDP_PEERS: MapSpec = MapSpec { name: "UDP_PEERS", entries: 1 << 16 };
 /// What UDP sockets have been told that are connected: an entry until its process closes it. (The kernel's own sockets stay until
 /// they are the least recently used.)
 pub const UDP_CONNECTED: MapSpec = MapSpec { name: "UDP_CONNECTED", entries: 1 << 16 };
-/// The same of TCP sockets, for `getpeername`.
-pub const TCP_CONNECTED: MapSpec = MapSpec { name: "TCP_CONNECTED", entries: 1 << 16 };
+/// Cookies of TCP sockets that have been told something, for `getpeername`: buckets of [`SOCKET_WAYS`], by the cookie's remainder.
+/// An entry until its process closes the socket, or until another takes its place in a bucket that is full.
+pub const TCP_COOKIES: MapSpec = MapSpec { name: "TCP_COOKIES", entries: 1 << 13 };
+/// What they have been told, by bucket and way.
+pub const TCP_TOLD: MapSpec = MapSpec { name: "TCP_TOLD", entries: TCP_COOKIES.entries * SOCKET_WAYS };
+/// Sockets of a bucket, whose cookies are a cache line.
+pub const SOCKET_WAYS: u32 = 8;
 /// Counters of the socket hooks, per CPU.
 pub const SOCKET_COUNTERS: MapSpec = MapSpec { name: "SOCKET_COUNTERS", entries: SocketCall::COUNTERS };
 

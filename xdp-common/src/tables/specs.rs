@@ -1,6 +1,6 @@
 //! Every map: its name, its default size, and what happens when it is full.
 
-use super::{SOCKET_COUNTERS, TCP_CONNECTED, UDP_CONNECTED, UDP_PEERS};
+use super::{SOCKET_COUNTERS, TCP_COOKIES, TCP_TOLD, UDP_CONNECTED, UDP_PEERS};
 use crate::{net::Ip6, verdict};
 
 /// A map of the datapath: its name in the object and in bpffs, and its size when no flag says otherwise.
@@ -153,7 +153,7 @@ pub mod next {
 }
 
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 12] = [
+pub const SHARED: [&MapSpec; 13] = [
     &ANSWERS,
     &CONFIG,
     &COUNTERS,
@@ -161,7 +161,8 @@ pub const SHARED: [&MapSpec; 12] = [
     &HOLDS,
     &UDP_PEERS,
     &UDP_CONNECTED,
-    &TCP_CONNECTED,
+    &TCP_COOKIES,
+    &TCP_TOLD,
     &SOCKET_COUNTERS,
     &RESERVED_PORTS,
     &XDP_NEXT,
