@@ -281,6 +281,15 @@ pub fn warn_of_settings(names: &[String]) {
     }
 }
 
+/// Whether an interface has an address of IPv6 that is routed, by the lines of `/proc/net/if_inet6`: address, index, length of the
+/// prefix, scope and flags in hexadecimal, and the name (net/ipv6/addrconf.c, `if6_seq_show`).
+fn has_global_v6(addresses: &str, name: &str) -> bool {
+    addresses.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        matches!(fields[..], [_, _, _, "00", _, of] if of == name)
+    })
+}
+
 /// What in the kernel's settings will keep traffic from passing, with what to change.
 pub fn settings(names: &[String]) -> Vec<String> {
     let read = |path: String| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u32>().ok());
@@ -293,6 +302,17 @@ pub fn settings(names: &[String]) -> Vec<String> {
         );
     }
     let all = read("/proc/sys/net/ipv4/conf/all/rp_filter".to_owned()).unwrap_or(0);
+    let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    // The settings of interfaces do not matter (net/ipv6/ip6_output.c, `ip6_forward`).
+    if read("/proc/sys/net/ipv6/conf/all/forwarding".to_owned()) == Some(0)
+        && names.iter().any(|name| has_global_v6(&addresses, name))
+    {
+        problems.push(
+            "net.ipv6.conf.all.forwarding is 0: the kernel will not route to IPv6 backends on other nodes or in pods; run \
+             `sysctl net.ipv6.conf.all.forwarding=1`, and accept_ra=2 where routes come by advertisements"
+                .to_owned(),
+        );
+    }
     for name in names {
         let own = read(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or(0);
         // The kernel takes the greater of the two; 1 is strict.
@@ -328,6 +348,15 @@ mod tests {
             assert_eq!(KernelVersion::parse(release), Some(KernelVersion(version.0, version.1)), "{release}");
         }
         assert_eq!(KernelVersion::parse("unknown"), None);
+    }
+
+    #[test]
+    fn addresses_of_ipv6_that_are_routed_are_found_by_their_scope() {
+        let lines = "00000000000000000000000000000001 01 80 10 80       lo\n\
+                     fe80000000000000be2411fffe0f6a3e 02 40 20 80     eth0\n\
+                     fd000050000000000000000000000010 03 40 00 80     eth1\n";
+        assert!(has_global_v6(lines, "eth1"));
+        assert!(!has_global_v6(lines, "eth0") && !has_global_v6(lines, "lo") && !has_global_v6("", "eth1"));
     }
 
     #[test]

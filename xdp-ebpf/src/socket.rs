@@ -223,6 +223,12 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
     }
 
     #[inline(always)]
+    fn forget_connected(self, cookie: u64) {
+        // Most have not been told anything.
+        let _ = UDP_CONNECTED.remove(cookie);
+    }
+
+    #[inline(always)]
     fn pod_address(self, namespace: u64) -> F::Addr {
         // SAFETY: copied at once.
         unsafe { F::pods().get(namespace) }.copied().unwrap_or(F::Addr::UNSPECIFIED)

@@ -16,7 +16,7 @@ use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
 use xdp_agent_tests::lab::pass::PassProgram;
 use xdp_agent_tests::lab::patient;
 
-use crate::setup::Setup;
+use crate::setup::{Setup, says};
 
 const CLIENT: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2);
 const NODE_OUTSIDE: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
@@ -111,6 +111,13 @@ fn services_answer_over_ipv6(setup: Setup) -> Result<()> {
     ask_all(&client)?;
     let agent = Agent::start(&node, &bpffs, &options)?;
     ask_all(&client)?;
+    let unsaid = "net.ipv6.conf.all.forwarding is 0";
+    ensure!(!agent.log().contains(unsaid), "{}", agent.log());
+    agent.stop()?;
+    // Nothing else would say so: what the kernel does not route is nobody's drop.
+    node.sysctl("net/ipv6/conf/all/forwarding", "0")?;
+    let agent = Agent::start(&node, &bpffs, &options)?;
+    says(&agent.log(), &[unsaid, "sysctl net.ipv6.conf.all.forwarding=1"])?;
     agent.stop()
 }
 

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::manifests::Service;
+use xdp_agent_tests::lab::servers::UDP_PORT;
 use xdp_agent_tests::lab::world::{
     CLUSTER_IP, NODE, NODE_PORT_HTTP, NODE_PORT_UDP, Pod, SERVICE_HTTP, SERVICE_UDP, World, WorldOptions,
     http_frontends, standard_service, udp_frontends,
@@ -63,6 +64,49 @@ fn a_udp_socket_that_names_its_target_keeps_its_backend_and_sees_the_service_ans
     }
     ensure!(met.len() == place.world.pods.len(), "only {met:?} were met");
     counted_call(&place.agent, "udp_send", "translated")?;
+    place.stop()
+}
+
+/// The kernel gives a connected socket what comes from its peer only.
+#[test]
+fn a_udp_socket_that_is_connected_and_names_its_peer_has_one_backend() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = udp_frontends()[0].1;
+    let mut met = BTreeSet::new();
+    for caller in [&mut place.pod, &mut place.node] {
+        for number in 0..CONNECTIONS {
+            let is_v6 = number % 2 == 1;
+            let target = if is_v6 { mapped(target) } else { target };
+            let (first, second) = (format!("first-{number}"), format!("second-{number}"));
+            caller.open(&first, is_v6)?;
+            caller.connect(&first, target)?;
+            let named = caller.ask_at(&first, target)??;
+            ensure!(named.from == target && caller.ask(&first)?? == named, "connected first: {named:?}");
+            caller.open(&second, is_v6)?;
+            let named = caller.ask_at(&second, target)??;
+            caller.connect(&second, target)?;
+            ensure!(caller.ask(&second)?? == named, "connected afterwards, not to {named:?}");
+            met.insert(named.backend);
+        }
+    }
+    ensure!(met.len() == place.world.pods.len(), "only {met:?} were met");
+    place.stop()
+}
+
+#[test]
+fn a_udp_socket_that_is_connected_to_a_pod_after_its_service_hears_the_pods_name() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    place.pod.open("socket", false)?;
+    place.pod.connect("socket", udp_frontends()[0].1)?;
+    let met = place.pod.ask("socket")??.backend;
+    let pod = place.world.pods.iter().find(|pod| pod.server.name() == met).context("the pod")?;
+    let direct = (pod.server.address(), UDP_PORT).into();
+    place.pod.connect("socket", direct)?;
+    let answer = place.pod.ask("socket")??;
+    ensure!(answer.from == direct, "{answer:?} instead of {direct}");
+    // It is not the agent's to end any more.
+    place.world.change_endpoints(&place.agent, &[])?;
+    ensure!(place.pod.ask("socket")?? == answer);
     place.stop()
 }
 

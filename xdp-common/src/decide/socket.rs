@@ -27,6 +27,8 @@ pub trait Sockets<F: Family>: Tables<F> {
     fn connected(self, proto: u8, cookie: u64) -> Option<Connected>;
     /// Notes what such a socket is told; false when the table refused.
     fn set_connected(self, proto: u8, cookie: u64, connected: &Connected) -> bool;
+    /// Forgets what a UDP socket has been told when it was connected.
+    fn forget_connected(self, cookie: u64);
     /// The address of the pod whose network namespace has this cookie; unspecified while it is not known.
     fn pod_address(self, namespace: u64) -> F::Addr;
 }
@@ -104,9 +106,21 @@ pub const fn errno(reason: Reason) -> i32 {
 pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcome<F::Addr> {
     let (found, settings) = match find(tables, call) {
         Found::Frontend(found, settings) => (found, settings),
-        Found::Other(answer) => return Outcome { answer, addr: call.addr, port: call.port },
+        Found::Other(answer) => {
+            // Connected again, now to what is no Service: it may be a backend, whose own name it has to hear.
+            if call.proto == UDP && answer == Answer::Left {
+                tables.forget_connected(call.cookie);
+            }
+            return Outcome { answer, addr: call.addr, port: call.port };
+        }
     };
-    let (answer, id) = choose_for(tables, call, &found, &settings);
+    // A UDP socket may have met a backend with a datagram before, and wait for its answer.
+    let forward = key(call.cookie, call.addr, call.port, side::SERVICE);
+    let met = if call.proto == UDP { tables.peer(&forward) } else { None };
+    let (mut answer, mut id) = (Answer::Left, met.map_or(0, |met| still(tables, &met, &found)));
+    if id == 0 {
+        (answer, id) = choose_for(tables, call, &found, &settings);
+    }
     let backend = if id == 0 { None } else { tables.backend(id) };
     let Some(backend) = backend else { return unserved(call, answer) };
     let told = peer(call.addr, call.port, id, &backend);
@@ -123,6 +137,15 @@ pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Out
     Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
 }
 
+/// The backend that a socket has met, if it is still one of the frontend's; else 0.
+#[inline(always)] // a lookup
+fn still<F: Family, T: Sockets<F>>(tables: T, met: &Peer, found: &Frontend) -> u32 {
+    match tables.backend(met.backend) {
+        Some(now) if now.generation == met.generation && now.service == found.service => met.backend,
+        Some(_) | None => 0,
+    }
+}
+
 /// What becomes of a datagram to an address that a UDP socket names with it. A socket keeps the backend that it has met
 /// behind an address for as long as that serves, as a flow does.
 #[inline(always)] // one caller per hook
@@ -133,15 +156,19 @@ pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcom
     };
     let forward = key(call.cookie, call.addr, call.port, side::SERVICE);
     let (mut answer, mut id) = (Answer::Left, 0);
-    if let Some(known) = tables.peer(&forward)
-        && let Some(backend) = tables.backend(known.backend)
-        && backend.generation == known.generation
-        && backend.service == found.service
-    {
-        id = known.backend;
+    if let Some(known) = tables.peer(&forward) {
+        id = still(tables, &known, &found);
     }
     let is_known = id != 0;
-    if !is_known {
+    // A connected socket may name its peer all the same, and hears no other.
+    if !is_known
+        && let Some(Connected { told, .. }) = tables.connected(UDP, call.cookie)
+        && told.port == call.port
+        && told.addr.differs(call.addr.wide()) == 0
+    {
+        id = still(tables, &told, &found);
+    }
+    if id == 0 {
         (answer, id) = choose_for(tables, call, &found, &settings);
     }
     let backend = if id == 0 { None } else { tables.backend(id) };

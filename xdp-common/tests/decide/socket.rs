@@ -42,6 +42,9 @@ impl Sockets<V4> for &Model {
         self.sockets.connected.borrow_mut().insert((proto, cookie), *connected);
         true
     }
+    fn forget_connected(self, cookie: u64) {
+        self.sockets.connected.borrow_mut().remove(&(UDP, cookie));
+    }
     fn pod_address(self, namespace: u64) -> Addr {
         self.sockets.pods.borrow().get(&namespace).copied().unwrap_or_default()
     }
@@ -297,6 +300,45 @@ fn a_socket_that_returns_to_a_service_is_answered_by_its_name_again() {
     let sent = connects(&model, &call(POD, 1, UDP, VIP_TOO, 0));
     assert_eq!((sent.addr, sent.port), (backend.addr, backend.port));
     assert_eq!(told::<V4, _>(&model, UDP, 1, sent.addr, sent.port), Some((VIP_TOO, HTTP)));
+}
+
+#[test]
+fn a_socket_that_is_connected_and_names_its_peer_too_has_one_backend_until_that_is_gone() {
+    let chance = |number: u32| number.wrapping_mul(0x9e37_79b9);
+    let mut met = HashSet::new();
+    for number in 0..20 {
+        let first = chance(number);
+        let model = node(0);
+        let connected = connects(&model, &call(POD, 1, UDP, VIP, first));
+        for random in (0..20).map(chance) {
+            assert_eq!(sends(&model, &call(POD, 1, UDP, VIP, random)), connected, "connected first");
+        }
+        let named = sends(&model, &call(POD, 2, UDP, VIP, first));
+        for random in (0..20).map(chance) {
+            assert_eq!(connects(&model, &call(POD, 2, UDP, VIP, random)), named, "connected afterwards");
+        }
+        // A TCP socket chooses anew with each connection.
+        let tcp: HashSet<_> = (0..20)
+            .map(chance)
+            .map(|random| connects(&model, &call(POD, 3, TCP, VIP, random)).addr)
+            .collect();
+        assert!(tcp.len() > 1);
+        end(&model, named.addr);
+        let others = (0..20).map(chance).map(|random| connects(&model, &call(POD, 2, UDP, VIP, random)));
+        assert!(others.into_iter().all(|other| other.addr != named.addr), "not the one that is gone");
+        met.insert(named.addr);
+    }
+    assert_eq!(met.len(), 3);
+}
+
+#[test]
+fn a_udp_socket_that_is_connected_to_a_pod_hears_its_own_name() {
+    let model = node(0);
+    let met = connects(&model, &call(POD, 1, UDP, VIP, 0));
+    assert!(told::<V4, _>(&model, UDP, 1, met.addr, met.port).is_some());
+    let direct = Call { port: met.port, ..call(POD, 1, UDP, met.addr, 0) };
+    assert_eq!(connects(&model, &direct).answer, Answer::Left);
+    assert_eq!(told::<V4, _>(&model, UDP, 1, met.addr, met.port), None);
 }
 
 #[test]
