@@ -21,6 +21,7 @@ use xdp_agent_tests::lab::netns::{Namespace, PrivateBpffs};
 use xdp_agent_tests::lab::packets::Mac;
 use xdp_agent_tests::lab::pass::PassProgram;
 use xdp_agent_tests::lab::servers::pattern_of;
+use xdp_agent_tests::lab::wait_for;
 
 use crate::setup::Setup;
 
@@ -166,7 +167,10 @@ impl Row {
     }
 
     fn socket(&self) -> Result<UdpSocket> {
-        let socket = self.client.run(|| UdpSocket::bind((self.plan.client, CLIENT_PORT)))?;
+        // A process that another test starts has a copy of the last one until it is itself.
+        let socket = wait_for("the client's port", PATIENCE, || {
+            Ok(self.client.run(|| UdpSocket::bind((self.plan.client, CLIENT_PORT)))?)
+        })?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.connect(self.target())?;
         Ok(socket)
