@@ -225,12 +225,13 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
     let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
     let keeper = Keeper::new(loaded.held, fragments, Arc::clone(&clock))?;
-    let (reconciler, interfaces, release) = adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
-    let reserved = match config.reserve_ports {
-        true => reserved::reserve(loaded.reserved_ports, reconciler.snat_ports()),
-        false => reserved::leave_alone(loaded.reserved_ports),
-    };
-    shared.update(|status| status.reserved_ports = reserved.to_string());
+    let (mut reconciler, interfaces, release) =
+        adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
+    if config.reserve_ports {
+        reconciler.reserve_ports(loaded.reserved_ports);
+    } else {
+        reserved::leave_alone(loaded.reserved_ports);
+    }
     let (to_in_use, in_use) = mpsc::channel(1);
     let (stop, stopped) = oneshot::channel();
     let heartbeat = Heartbeat::new(origin);

@@ -244,6 +244,13 @@ impl<A: IpAddress> Plan<A> {
         self.frontends.iter().map(|(key, placed)| (*key, placed.value))
     }
 
+    /// The NodePorts of this node, some more than once.
+    pub fn node_ports(&self) -> impl Iterator<Item = u16> {
+        let is_node_port = |flags| flags & frontend::NODE_PORT != 0;
+        let placed = self.frontends.iter().filter(move |(_, placed)| is_node_port(placed.value.flags));
+        placed.map(|(key, _)| u16::from_be_bytes(key.port))
+    }
+
     /// Every backend slot that was ever used, of these ids; all others are zero.
     pub fn backends(&self, ids: Range<u32>) -> impl Iterator<Item = (u32, Backend<A>)> {
         self.backends.written(ids)

@@ -22,12 +22,13 @@ use crate::{
     config::{PortRange, ports},
     host::Host,
     interfaces::{Interfaces, Picture},
-    maps::Settings,
+    maps::{ReservedPorts, Settings},
     metrics::{KubeProxy, Metrics},
     neighbours::Feed,
     plan::InUse,
     preflight,
     problem::Problem,
+    reserved,
     sockets::Hooks,
     source::Event,
     status::{Heartbeat, NotReady, Shared, SnatStatus, SyncState},
@@ -132,6 +133,10 @@ pub struct Reconciler {
     /// Managed interfaces by name.
     names: Vec<String>,
     snat_ports: PortRange,
+    /// What keeps ports from the kernel's choice, if that is wanted.
+    ports: Option<reserved::Keeper>,
+    /// Whether NodePorts may have changed since it was told.
+    may_have_other_ports: bool,
     /// Whether everything that exists has been told.
     is_complete: bool,
     source_problems: Vec<Problem>,
@@ -191,6 +196,8 @@ impl Reconciler {
             expects_node: parts.expects_node,
             names: parts.names,
             snat_ports,
+            ports: None,
+            may_have_other_ports: false,
             is_complete: false,
             source_problems: Vec::new(),
             source_problems_version: 0,
@@ -210,9 +217,28 @@ impl Reconciler {
         })
     }
 
-    /// The source ports of translated flows: those of an earlier agent, as far as they can be used.
-    pub fn snat_ports(&self) -> PortRange {
-        self.snat_ports
+    /// Keeps the ports of translated flows and NodePorts from the kernel's choice from now on.
+    pub fn reserve_ports(&mut self, added: ReservedPorts) {
+        let node_ports = self.v4.plan.node_ports().chain(self.v6.plan.node_ports());
+        self.ports = Some(reserved::Keeper::new(added, self.snat_ports, node_ports));
+        self.tell_ports();
+    }
+
+    /// Follows NodePorts, which may be outside the usual range (`--service-node-port-range` of kube-apiserver).
+    fn follow_node_ports(&mut self) {
+        let Some(keeper) = &mut self.ports else { return };
+        if !std::mem::take(&mut self.may_have_other_ports) {
+            return;
+        }
+        if keeper.follow(self.v4.plan.node_ports().chain(self.v6.plan.node_ports())) {
+            self.tell_ports();
+        }
+    }
+
+    fn tell_ports(&self) {
+        let Some(keeper) = &self.ports else { return };
+        let kept = keeper.kept().to_string();
+        self.told.shared.update(|status| status.reserved_ports = kept);
     }
 
     /// Takes what is known of the node, before any program is attached.
@@ -342,6 +368,7 @@ impl Reconciler {
             self.write_settings();
             self.told.clock.store(clock, Ordering::Relaxed);
         }
+        self.follow_node_ports();
         self.tell_writes();
         self.log_problems();
         self.report_objects();

@@ -65,10 +65,18 @@ impl Ports {
     /// Those of ranges.
     pub fn of_ranges(ranges: &[PortRange]) -> Self {
         let mut ports = Self::default();
-        for port in ranges.iter().flat_map(|range| range.min..=range.max) {
-            ports.0[usize::from(port / 64)] |= 1 << (port % 64);
-        }
+        ranges.iter().flat_map(|range| range.min..=range.max).for_each(|port| ports.insert(port));
         ports
+    }
+
+    fn and(&self, others: impl Iterator<Item = u16>) -> Self {
+        let mut all = self.clone();
+        others.for_each(|port| all.insert(port));
+        all
+    }
+
+    fn insert(&mut self, port: u16) {
+        self.0[usize::from(port / 64)] |= 1 << (port % 64);
     }
 
     /// Reads what the kernel writes.
@@ -104,17 +112,51 @@ impl Ports {
     }
 }
 
-/// Keeps the ports of translated flows and the usual NodePorts from the kernel's choice, and says which it keeps: none when
-/// the setting cannot be written, which is a warning.
-pub fn reserve(mut added: ReservedPorts, snat: PortRange) -> Ports {
-    let wanted = Ports::of_ranges(&[snat, ports::NODE_PORTS]);
-    match add(&mut added, &wanted) {
+/// Keeps ports from the kernel's choice: those of translated flows, the usual NodePorts, and what NodePorts there are beside.
+#[derive(Debug)]
+pub struct Keeper {
+    added: ReservedPorts,
+    /// Whatever Services there are.
+    always: Ports,
+    wanted: Ports,
+    kept: Ports,
+}
+
+impl Keeper {
+    /// Keeps the ports of translated flows, the usual NodePorts, and those that are known already.
+    pub fn new(mut added: ReservedPorts, snat: PortRange, node_ports: impl Iterator<Item = u16>) -> Self {
+        let always = Ports::of_ranges(&[snat, ports::NODE_PORTS]);
+        let wanted = always.and(node_ports);
+        let kept = keep(&mut added, &wanted);
+        Self { added, always, wanted, kept }
+    }
+
+    /// Those that are kept: none when the setting cannot be written.
+    pub fn kept(&self) -> &Ports {
+        &self.kept
+    }
+
+    /// Follows the NodePorts of the Services; whether that has changed what is to be kept.
+    pub fn follow(&mut self, node_ports: impl Iterator<Item = u16>) -> bool {
+        let wanted = self.always.and(node_ports);
+        let has_changed = wanted != self.wanted;
+        if has_changed {
+            self.kept = keep(&mut self.added, &wanted);
+            self.wanted = wanted;
+        }
+        has_changed
+    }
+}
+
+/// Keeps ports, and says which: none when the setting cannot be written, which is a warning.
+fn keep(added: &mut ReservedPorts, wanted: &Ports) -> Ports {
+    match add(added, wanted) {
         Ok(()) => {
             info!(ports = %wanted, "the kernel gives these ports to no connection of its own (net.ipv4.ip_local_reserved_ports)");
-            wanted
+            wanted.clone()
         }
         // In a container that is a matter of course.
-        Err(error) if !is_in_reach(&wanted) => {
+        Err(error) if !is_in_reach(wanted) => {
             debug!(%error, "cannot write net.ipv4.ip_local_reserved_ports; the kernel chooses none of these ports anyway");
             Ports::default()
         }
@@ -130,9 +172,8 @@ pub fn reserve(mut added: ReservedPorts, snat: PortRange) -> Ports {
 }
 
 /// Gives back what an earlier agent has reserved: nothing is kept.
-pub fn leave_alone(mut added: ReservedPorts) -> Ports {
+pub fn leave_alone(mut added: ReservedPorts) {
     give_back(&mut added);
-    Ports::default()
 }
 
 /// Gives back what an agent has reserved; `maps` is where its maps are pinned.
@@ -160,11 +201,13 @@ fn is_in_reach(wanted: &Ports) -> bool {
 }
 
 fn add(added: &mut ReservedPorts, wanted: &Ports) -> io::Result<()> {
-    let now = read()?;
-    let others = now.without(&added.get()?);
+    let (now, before) = (read()?, added.get()?);
+    let others = now.without(&before);
+    let own = wanted.without(&others);
     // First noted, then done: whatever ends the agent between, nothing is kept that nobody knows of.
-    added.set(&wanted.without(&others))?;
-    write(&now, &others.with(wanted))
+    added.set(&own.with(&before))?;
+    write(&now, &others.with(wanted))?;
+    added.set(&own)
 }
 
 fn remove(added: &mut ReservedPorts) -> io::Result<()> {

@@ -2,15 +2,19 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use xdp_agent_tests::lab::agent::{Agent, Mode};
+use xdp_agent_tests::lab::manifests::Service;
 use xdp_agent_tests::lab::netns::Namespace;
+use xdp_agent_tests::lab::wait_for;
 use xdp_agent_tests::lab::world::{World, WorldOptions};
 
 const SETTING: &str = "net/ipv4/ip_local_reserved_ports";
 /// Somebody else's: some of them among the agent's, some not.
 const OTHERS: &str = "8080,32000-33000";
+const FOLLOW_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[test]
 fn ports_of_translated_flows_and_node_ports_are_reserved_and_given_back() -> Result<()> {
@@ -34,6 +38,43 @@ fn ports_of_translated_flows_and_node_ports_are_reserved_and_given_back() -> Res
     ensure!(reserved(&world.node)? == "1024-33000");
     let agent = Agent::start(&world.node, &world.bpffs, &world.agent_options(Mode::Generic))?;
     ensure!(reserved(&world.node)? == "1024-33000");
+    agent.stop()?;
+    ensure!(reserved(&world.node)? == OTHERS, "{}", reserved(&world.node)?);
+    Ok(())
+}
+
+/// As with `--service-node-port-range` of kube-apiserver.
+#[test]
+fn node_ports_outside_the_usual_range_are_reserved_while_there_are_any() -> Result<()> {
+    let world = World::build(WorldOptions::default())?;
+    world.node.sysctl(SETTING, OTHERS)?;
+    let agent = world.start_agent(Mode::Generic)?;
+    let holds = |expected: &str, status: &str| {
+        wait_for("the setting to follow", FOLLOW_TIMEOUT, || {
+            ensure!(reserved(&world.node)? == expected, "{}", reserved(&world.node)?);
+            let shown = agent.status()?["reserved_ports"].clone();
+            ensure!(shown == status, "{shown}");
+            Ok(())
+        })
+    };
+    holds("1024-33000", "1024-32767")?;
+    let elsewhere = Service::new("far-port", Ipv4Addr::new(10, 96, 0, 77));
+    let elsewhere = elsewhere.port("http", "TCP", 80, 8080, 40_123).port("web", "TCP", 81, 8081, 32_900);
+    world.manifests.write("far.yaml", &[elsewhere.yaml()])?;
+    holds("1024-33000,40123", "1024-32767,32900,40123")?;
+    // The next agent knows of them by the maps before it has read anything.
+    agent.kill()?;
+    let agent = Agent::start(&world.node, &world.bpffs, &world.agent_options(Mode::Generic))?;
+    wait_for("the next agent to keep them", FOLLOW_TIMEOUT, || {
+        ensure!(reserved(&world.node)? == "1024-33000,40123", "{}", reserved(&world.node)?);
+        ensure!(agent.status()?["reserved_ports"] == "1024-32767,32900,40123");
+        Ok(())
+    })?;
+    world.manifests.remove("far.yaml")?;
+    wait_for("the port to be given back", FOLLOW_TIMEOUT, || {
+        ensure!(reserved(&world.node)? == "1024-33000", "{}", reserved(&world.node)?);
+        Ok(())
+    })?;
     agent.stop()?;
     ensure!(reserved(&world.node)? == OTHERS, "{}", reserved(&world.node)?);
     Ok(())

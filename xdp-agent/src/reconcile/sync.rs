@@ -73,6 +73,7 @@ impl Reconciler {
             }
             if changes > 0 {
                 self.told.gone.notify_one();
+                self.may_have_other_ports = true;
             }
             self.tell_hooks(&v4, &v6, changes > 0);
             let took = began.elapsed();
