@@ -86,6 +86,7 @@ unsafe impl Pod for Replay {}
 /// Runs the cases and prints the table.
 pub(crate) fn run(args: &Args) -> Result<()> {
     xdp_agent_tests::lab::require_root()?;
+    ensure!(args.loads > 0 && args.rounds > 0, "--loads and --rounds begin at 1");
     let node = Namespace::new("bench-node")?;
     let peer = Namespace::new("bench-peer")?;
     link::veth(&node, "eth0", &peer, "eth0")?;
@@ -111,7 +112,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                     Sort::Translated => &Case::TRANSLATED,
                     Sort::Tunnelled => &Case::DIRECT,
                 });
-                for _ in 0..args.loads.max(1) {
+                for _ in 0..args.loads {
                     let mut bench = Bench::new(ifindex, mac, flows, sort)?;
                     figures.add(&bench.rounds(figures.cases(), flows, args)?);
                 }
@@ -159,7 +160,7 @@ impl Bench {
         for case in cases {
             self.case(*case, flows, args.packets)?;
         }
-        (0..args.rounds.max(1))
+        (0..args.rounds)
             .map(|_| cases.iter().map(|case| self.case(*case, flows, args.packets)).collect())
             .collect()
     }

@@ -131,7 +131,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     let (follower, feed) = Follower::open(used_macs).context("cannot follow the network by netlink")?;
     let host = Arc::clone(&feed.host.borrow());
     preflight::check_interfaces(&config.interfaces, &host)?;
-    preflight::warn_of_settings(&config.interfaces);
+    preflight::warn_of_settings(&config.interfaces, &host);
     let (mut registries, metrics, kube_proxy) = metrics::Registries::new();
     let (events, told) = mpsc::channel(EVENTS_MAX);
     // Files that cannot be read end the start here, before anything is touched.

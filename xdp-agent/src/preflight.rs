@@ -12,7 +12,12 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use tracing::{debug, warn};
 
-use crate::{bpf::Link, cluster::wanted::IpAddress, host::Host, reserved};
+use crate::{
+    bpf::Link,
+    cluster::wanted::{Ip6, IpAddress},
+    host::Host,
+    reserved,
+};
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -275,23 +280,14 @@ pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
 }
 
 /// Says what in the kernel's settings will keep traffic from passing.
-pub fn warn_of_settings(names: &[String]) {
-    for problem in settings(names) {
+pub fn warn_of_settings(names: &[String], host: &Host) {
+    for problem in settings(names, host) {
         warn!("{problem}");
     }
 }
 
-/// Whether an interface has an address of IPv6 that is routed, by the lines of `/proc/net/if_inet6`: address, index, length of the
-/// prefix, scope and flags in hexadecimal, and the name (net/ipv6/addrconf.c, `if6_seq_show`).
-fn has_global_v6(addresses: &str, name: &str) -> bool {
-    addresses.lines().any(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        matches!(fields[..], [_, _, _, "00", _, of] if of == name)
-    })
-}
-
 /// What in the kernel's settings will keep traffic from passing, with what to change.
-pub fn settings(names: &[String]) -> Vec<String> {
+pub fn settings(names: &[String], host: &Host) -> Vec<String> {
     let read = |path: String| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u32>().ok());
     let mut problems = Vec::new();
     if read("/proc/sys/net/ipv4/ip_forward".to_owned()) == Some(0) {
@@ -302,10 +298,10 @@ pub fn settings(names: &[String]) -> Vec<String> {
         );
     }
     let all = read("/proc/sys/net/ipv4/conf/all/rp_filter".to_owned()).unwrap_or(0);
-    let addresses = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    let mut links = names.iter().filter_map(|name| host.link(name));
     // The settings of interfaces do not matter (net/ipv6/ip6_output.c, `ip6_forward`).
     if read("/proc/sys/net/ipv6/conf/all/forwarding".to_owned()) == Some(0)
-        && names.iter().any(|name| has_global_v6(&addresses, name))
+        && links.any(|link| host.source_address::<Ip6>(link.index).is_some())
     {
         problems.push(
             "net.ipv6.conf.all.forwarding is 0: the kernel will not route to IPv6 backends on other nodes or in pods; run \
@@ -348,15 +344,6 @@ mod tests {
             assert_eq!(KernelVersion::parse(release), Some(KernelVersion(version.0, version.1)), "{release}");
         }
         assert_eq!(KernelVersion::parse("unknown"), None);
-    }
-
-    #[test]
-    fn addresses_of_ipv6_that_are_routed_are_found_by_their_scope() {
-        let lines = "00000000000000000000000000000001 01 80 10 80       lo\n\
-                     fe80000000000000be2411fffe0f6a3e 02 40 20 80     eth0\n\
-                     fd000050000000000000000000000010 03 40 00 80     eth1\n";
-        assert!(has_global_v6(lines, "eth1"));
-        assert!(!has_global_v6(lines, "eth0") && !has_global_v6(lines, "lo") && !has_global_v6("", "eth1"));
     }
 
     #[test]

@@ -134,7 +134,7 @@ pub struct Reconciler {
     names: Vec<String>,
     snat_ports: PortRange,
     /// What keeps ports from the kernel's choice, if that is wanted.
-    ports: Option<reserved::Keeper>,
+    reserved: Option<reserved::Reservation>,
     /// Whether NodePorts may have changed since it was told.
     may_have_other_ports: bool,
     /// Whether everything that exists has been told.
@@ -196,7 +196,7 @@ impl Reconciler {
             expects_node: parts.expects_node,
             names: parts.names,
             snat_ports,
-            ports: None,
+            reserved: None,
             may_have_other_ports: false,
             is_complete: false,
             source_problems: Vec::new(),
@@ -220,24 +220,24 @@ impl Reconciler {
     /// Keeps the ports of translated flows and NodePorts from the kernel's choice from now on.
     pub fn reserve_ports(&mut self, added: ReservedPorts) {
         let node_ports = self.v4.plan.node_ports().chain(self.v6.plan.node_ports());
-        self.ports = Some(reserved::Keeper::new(added, self.snat_ports, node_ports));
+        self.reserved = Some(reserved::Reservation::new(added, self.snat_ports, node_ports));
         self.tell_ports();
     }
 
     /// Follows NodePorts, which may be outside the usual range (`--service-node-port-range` of kube-apiserver).
     fn follow_node_ports(&mut self) {
-        let Some(keeper) = &mut self.ports else { return };
+        let Some(reserved) = &mut self.reserved else { return };
         if !std::mem::take(&mut self.may_have_other_ports) {
             return;
         }
-        if keeper.follow(self.v4.plan.node_ports().chain(self.v6.plan.node_ports())) {
+        if reserved.follow(self.v4.plan.node_ports().chain(self.v6.plan.node_ports())) {
             self.tell_ports();
         }
     }
 
     fn tell_ports(&self) {
-        let Some(keeper) = &self.ports else { return };
-        let kept = keeper.kept().to_string();
+        let Some(reserved) = &self.reserved else { return };
+        let kept = reserved.kept().to_string();
         self.told.shared.update(|status| status.reserved_ports = kept);
     }
 

@@ -64,19 +64,15 @@ impl Ports {
 
     /// Those of ranges.
     pub fn of_ranges(ranges: &[PortRange]) -> Self {
+        Self::of(ranges.iter().flat_map(|range| range.min..=range.max))
+    }
+
+    fn of(all: impl Iterator<Item = u16>) -> Self {
         let mut ports = Self::default();
-        ranges.iter().flat_map(|range| range.min..=range.max).for_each(|port| ports.insert(port));
+        for port in all {
+            ports.0[usize::from(port / 64)] |= 1 << (port % 64);
+        }
         ports
-    }
-
-    fn and(&self, others: impl Iterator<Item = u16>) -> Self {
-        let mut all = self.clone();
-        others.for_each(|port| all.insert(port));
-        all
-    }
-
-    fn insert(&mut self, port: u16) {
-        self.0[usize::from(port / 64)] |= 1 << (port % 64);
     }
 
     /// Reads what the kernel writes.
@@ -114,7 +110,7 @@ impl Ports {
 
 /// Keeps ports from the kernel's choice: those of translated flows, the usual NodePorts, and what NodePorts there are beside.
 #[derive(Debug)]
-pub struct Keeper {
+pub struct Reservation {
     added: ReservedPorts,
     /// Whatever Services there are.
     always: Ports,
@@ -122,11 +118,11 @@ pub struct Keeper {
     kept: Ports,
 }
 
-impl Keeper {
+impl Reservation {
     /// Keeps the ports of translated flows, the usual NodePorts, and those that are known already.
     pub fn new(mut added: ReservedPorts, snat: PortRange, node_ports: impl Iterator<Item = u16>) -> Self {
         let always = Ports::of_ranges(&[snat, ports::NODE_PORTS]);
-        let wanted = always.and(node_ports);
+        let wanted = always.with(&Ports::of(node_ports));
         let kept = keep(&mut added, &wanted);
         Self { added, always, wanted, kept }
     }
@@ -138,7 +134,7 @@ impl Keeper {
 
     /// Follows the NodePorts of the Services; whether that has changed what is to be kept.
     pub fn follow(&mut self, node_ports: impl Iterator<Item = u16>) -> bool {
-        let wanted = self.always.and(node_ports);
+        let wanted = self.always.with(&Ports::of(node_ports));
         let has_changed = wanted != self.wanted;
         if has_changed {
             self.kept = keep(&mut self.added, &wanted);

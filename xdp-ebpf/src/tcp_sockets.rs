@@ -3,6 +3,9 @@
 //! Every connection to a Service adds an entry and removes it again. What that costs is memory that the rest of the connection
 //! has driven out of the caches, and a hash of the kernel touches a lot of it. Here the cookies of a bucket are one cache line, and
 //! cookies count up, so that their remainders fill buckets evenly and one after the other.
+//!
+//! Two sockets that take the same way of a full bucket at once can leave the one with what the other has been told. Who asks
+//! compares the backend, so that this shows only where both are at the same one by different Services, as the wrong Service.
 
 use aya_ebpf::{macros::map, maps::Array};
 use xdp_common::tables::{self, Connected, SOCKET_WAYS};
@@ -51,7 +54,7 @@ pub(crate) fn set(cookie: u64, told: &Connected) -> bool {
         exchange(place, 0);
     }
     let Some(entry) = TCP_TOLD.get_ptr_mut(bucket.entry(way)) else { return false };
-    // SAFETY: a value of the map; whose it is the cookie says, and only that socket reads it.
+    // SAFETY: a value of the map; whose it is the cookie says, but for what is said above.
     unsafe { entry.write(*told) };
     if !is_own {
         exchange(place, cookie);

@@ -90,7 +90,7 @@ pub(super) fn network(names: &[String], host: &Host) -> Vec<Check> {
         let result = preflight::check_interfaces(std::slice::from_ref(name), host);
         checks.push(Check::of("interface", name, result));
     }
-    let settings = preflight::settings(names);
+    let settings = preflight::settings(names, host);
     if settings.is_empty() {
         checks.push(Check::good("settings", "forwarding is on, no strict rp_filter"));
     }
