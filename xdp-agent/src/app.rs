@@ -150,6 +150,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     metrics.capacities::<[u8; 4]>(&v4_sizes);
     metrics.capacities::<Ip6>(&v6_sizes);
     metrics::Datapath::register(&mut registries.agent, loaded.counters);
+    metrics::Exhausted::register(&mut registries.agent, loaded.v4.exhausted, loaded.v6.exhausted);
     let shared = Shared::new(Status {
         version: env!("CARGO_PKG_VERSION"),
         node: config.cluster.node.clone(),

@@ -17,8 +17,8 @@ use xdp_common::{
     fragment::{FragmentKey, FragmentPorts},
     net::{FlowKey, Ip6, Plain},
     tables::{
-        self, Account, Affinity, AffinityKey, Backend, Config, Device, Embryo, Flow, Frontend, FrontendKey,
-        MapSpec, Mapped, NetworkKey, SocketSettings, WAYS,
+        self, Account, Affinity, AffinityKey, Backend, BackendKey, Config, Device, Embryo, Flow, Frontend,
+        FrontendKey, MapSpec, Mapped, NetworkKey, SocketSettings, WAYS,
     },
 };
 
@@ -27,6 +27,7 @@ use crate::{attach::Programs, cluster::wanted::IpAddress, config::Sizes, preflig
 pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
 pub use established::EstablishedTable;
+pub use exhausted::ExhaustedMap;
 pub use fragments::{FragmentMap, HeldFragment, HeldFragments};
 pub use generations::Generations;
 pub use image::{ImageMaps, Settings};
@@ -37,6 +38,7 @@ mod accounts;
 mod batch;
 pub mod embryonic;
 pub mod established;
+mod exhausted;
 mod fragments;
 pub mod generations;
 mod handles;
@@ -116,6 +118,8 @@ pub struct FamilyMaps<A: IpAddress> {
     pub embryonic: EmbryonicTable<A>,
     /// Accounts of service ports.
     pub accounts: Accounts,
+    /// Toward which backends source ports have run out.
+    pub exhausted: ExhaustedMap<A>,
     /// Ports of fragmented packets.
     pub fragments: FragmentMap<A>,
     /// Which backends are still those that flows were made for.
@@ -130,6 +134,7 @@ impl<A: IpAddress> FamilyMaps<A> {
             established: EstablishedTable::open(ebpf)?,
             embryonic: EmbryonicTable::open(ebpf)?,
             accounts: Accounts::open(ebpf, &A::MAPS.accounts)?,
+            exhausted: ExhaustedMap::open(ebpf)?,
             fragments: FragmentMap::open(ebpf)?,
         })
     }
@@ -215,7 +220,7 @@ fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
-fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 16] {
+fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 17] {
     let maps = A::MAPS;
     [
         (&maps.established, of::<FlowKey<A>, Flow<A>>()),
@@ -229,6 +234,7 @@ fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 16] {
         (&maps.affinity, of::<AffinityKey<A>, Affinity>()),
         (&maps.fragments, of::<FragmentKey<A>, FragmentPorts>()),
         (&maps.accounts, of::<u32, Account>()),
+        (&maps.exhausted, of::<BackendKey<A>, u64>()),
         (&maps.devices, of::<u32, Device<A>>()),
         (&maps.gate_ingress, of::<u32, u64>()),
         (&maps.gate_egress, of::<u32, u64>()),

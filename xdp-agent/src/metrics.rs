@@ -26,6 +26,7 @@ use crate::{
 
 pub use accounts::Accounts;
 pub use datapath::Datapath;
+pub use exhausted::Exhausted;
 pub use kube_proxy::KubeProxy;
 pub use slis::Slis;
 pub use sockets::SocketMetrics;
@@ -34,6 +35,7 @@ pub mod accounts;
 pub mod datapath;
 #[cfg(test)]
 mod document;
+pub mod exhausted;
 pub mod kube_proxy;
 pub mod process;
 pub mod slis;

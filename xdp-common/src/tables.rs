@@ -173,6 +173,18 @@ plain! {
         pub node: A,
     }
 
+    /// Where packets of new flows are sent.
+    pub struct BackendKey<A> {
+        /// Address.
+        pub addr: A,
+        /// Port.
+        pub port: Port,
+        /// IP protocol number.
+        pub proto: u8,
+        /// Zero.
+        pub zero: u8,
+    }
+
     /// A managed interface, by its index.
     pub struct Device<A> {
         /// Source address of translated packets that leave here.
@@ -375,6 +387,8 @@ pub trait Tables<F: Family>: Copy {
     fn route(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route;
     /// Counts.
     fn count(self, counter: Counter);
+    /// Counts that a new flow has found no source port toward a backend.
+    fn count_exhausted(self, backend: &BackendKey<F::Addr>);
 }
 
 #[cfg(test)]
@@ -409,6 +423,8 @@ mod tests {
         prove::<Answers>();
         prove::<Backend<[u8; 4]>>();
         prove::<Backend<Ip6>>();
+        prove::<BackendKey<[u8; 4]>>();
+        prove::<BackendKey<Ip6>>();
         prove::<Device<[u8; 4]>>();
         prove::<Device<Ip6>>();
         prove::<KnownHop<[u8; 4]>>();

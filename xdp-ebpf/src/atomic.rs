@@ -46,12 +46,18 @@ pub(crate) unsafe fn set_bits(place: *mut u64, bits: u64) {
     }
 }
 
+/// Atomically adds; fully ordered.
+#[inline(always)]
+pub(crate) fn add(place: *mut u64, number: u64) {
+    // SAFETY: callers give an aligned word of a map value.
+    unsafe {
+        asm!("{number} = atomic_fetch_add((u64 *)({place} + 0), {number})", place = in(reg) place,
+            number = inout(reg) number => _)
+    }
+}
+
 /// Orders what is read after a word behind it.
 #[inline(always)]
 pub(crate) fn fence(place: *mut u64) {
-    // SAFETY: callers give an aligned word of a map value; adding nothing changes nothing.
-    unsafe {
-        asm!("{zero} = atomic_fetch_add((u64 *)({place} + 0), {zero})", place = in(reg) place,
-            zero = inout(reg) 0u64 => _)
-    }
+    add(place, 0);
 }

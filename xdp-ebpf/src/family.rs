@@ -11,8 +11,8 @@ use xdp_common::{
     icmp::{Message, Translation},
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
-        Account, Affinity, AffinityKey, Backend, Device, Embryo, Flow, Frontend, FrontendKey, KnownHop,
-        Mapped, NetworkKey, SocketSettings, Work,
+        Account, Affinity, AffinityKey, Backend, BackendKey, Device, Embryo, Flow, Frontend, FrontendKey,
+        KnownHop, Mapped, NetworkKey, SocketSettings, Work,
     },
     verdict::{Counter, Event},
 };
@@ -40,6 +40,7 @@ pub(crate) trait Maps: Fragmented<Addr: Mapped> + Logged {
     fn networks() -> &'static LpmTrie<NetworkKey<Self::Addr>, u32>;
     fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
     fn accounts() -> &'static PerCpuArray<Account>;
+    fn exhausted() -> &'static LruHashMap<BackendKey<Self::Addr>, u64>;
     fn devices() -> &'static HashMap<u32, Device<Self::Addr>>;
     fn gate_ingress() -> &'static Array<u64>;
     fn gate_egress() -> &'static Array<u64>;
@@ -105,6 +106,7 @@ family_maps! {
     fragments: FRAGMENTS_V4: LruHashMap<FragmentKey<[u8; 4]>, FragmentPorts> 0;
     affinity: AFFINITY_V4: LruHashMap<AffinityKey<[u8; 4]>, Affinity> 0;
     accounts: ACCOUNTS_V4: PerCpuArray<Account> 0;
+    exhausted: EXHAUSTED_V4: LruHashMap<BackendKey<[u8; 4]>, u64> 0;
     devices: DEVICES_V4: HashMap<u32, Device<[u8; 4]>> 0;
     gate_ingress: GATE_INGRESS_V4: Array<u64> 0;
     gate_egress: GATE_EGRESS_V4: Array<u64> 0;
@@ -144,6 +146,7 @@ family_maps! {
     fragments: FRAGMENTS_V6: LruHashMap<FragmentKey<Ip6>, FragmentPorts> 0;
     affinity: AFFINITY_V6: LruHashMap<AffinityKey<Ip6>, Affinity> 0;
     accounts: ACCOUNTS_V6: PerCpuArray<Account> 0;
+    exhausted: EXHAUSTED_V6: LruHashMap<BackendKey<Ip6>, u64> 0;
     devices: DEVICES_V6: HashMap<u32, Device<Ip6>> 0;
     gate_ingress: GATE_INGRESS_V6: Array<u64> 0;
     gate_egress: GATE_EGRESS_V6: Array<u64> 0;

@@ -24,8 +24,8 @@ use xdp_common::{
     icmp::{Message, Translation},
     net::{Family, FlowKey},
     tables::{
-        self, Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion,
-        KnownHop, Mapped, NetworkKey, Route, Table, Tables, Work,
+        self, Affinity, AffinityKey, Backend, BackendKey, Config, Device, Entry, Flow, Frontend, FrontendKey,
+        Insertion, KnownHop, Mapped, NetworkKey, Route, Table, Tables, Work,
     },
     verdict::Counter,
 };
@@ -307,6 +307,15 @@ impl<F: Maps> Tables<F> for Kernel<F> {
     #[inline(always)]
     fn count(self, counter: Counter) {
         count(counter);
+    }
+
+    #[inline(always)]
+    fn count_exhausted(self, backend: &BackendKey<F::Addr>) {
+        match F::exhausted().get_ptr_mut(backend) {
+            Some(times) => atomic::add(times, 1),
+            // Of CPUs that are the first at once, one counts.
+            None => _ = F::exhausted().insert(backend, 1, BPF_NOEXIST as u64),
+        }
     }
 }
 

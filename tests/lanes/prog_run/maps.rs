@@ -18,8 +18,8 @@ use xdp_common::{
     gate,
     net::{Address, FlowKey, Plain},
     tables::{
-        self, Account, Affinity, AffinityKey, Answers, Backend, Config, Device, Flow, Frontend, FrontendKey,
-        Mapped, NetworkKey, WAYS, exit, frontend, kind,
+        self, Account, Affinity, AffinityKey, Answers, Backend, BackendKey, Config, Device, Flow, Frontend,
+        FrontendKey, Mapped, NetworkKey, WAYS, exit, frontend, kind,
     },
     verdict::{COUNTERS, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
@@ -51,6 +51,8 @@ pub(crate) trait Maps {
     fn forget_device(&mut self, ifindex: u32);
     /// Writes a backend, and opens the gates for it.
     fn backend(&mut self, id: u32, backend: Backend<Addr>);
+    /// How often no source port was free toward a backend.
+    fn exhausted(&self, addr: Addr, port: u16, proto: u8) -> u64;
     /// Writes a slot of the rings.
     fn slot(&mut self, slot: u32, backend: u32);
     /// Makes an address and port a frontend, and opens the gate for it.
@@ -105,6 +107,7 @@ pub(crate) struct Typed<F: Hosts> {
     pub(crate) networks: LpmTrie<MapData, Raw<NetworkKey<F::Addr>>, u32>,
     pub(crate) affinities: RefCell<AffinityMap<F::Addr>>,
     accounts: PerCpuArray<MapData, Raw<Account>>,
+    exhausted: HashMap<MapData, Raw<BackendKey<F::Addr>>, u64>,
     fragments: HashMap<MapData, Raw<FragmentKey<F::Addr>>, Raw<FragmentPorts>>,
     held: RefCell<RingBuf<MapData>>,
     pub(crate) tags: Array<MapData, Tags>,
@@ -140,6 +143,7 @@ impl<F: Hosts> Typed<F> {
             tags: map(object, &maps.tags),
             ingress_gate: map(object, &maps.gate_ingress),
             egress_gate: map(object, &maps.gate_egress),
+            exhausted: map(object, &maps.exhausted),
             fragments: map(object, &maps.fragments),
             held: RefCell::new(map(object, &tables::HELD)),
             counters: map(object, &tables::COUNTERS),
@@ -173,6 +177,11 @@ impl<F: Hosts> Maps for Typed<F> {
         if flags & tables::backend::LOCAL == 0 {
             open(&mut self.egress_gate, gate::backend_destination_bit(addr, port, proto));
         }
+    }
+
+    fn exhausted(&self, addr: Addr, port: u16, proto: u8) -> u64 {
+        let key = BackendKey { addr: F::addr(addr), port: port.to_be_bytes(), proto, zero: 0 };
+        self.exhausted.get(&Raw(key), 0).unwrap_or(0)
     }
 
     fn slot(&mut self, slot: u32, backend: u32) {

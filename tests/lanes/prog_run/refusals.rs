@@ -70,6 +70,8 @@ fn running_out_of_source_ports_drops_new_flows_and_no_other() {
         let mut ports: Vec<u16> = flows.iter().map(|(_, seen)| seen.src.1).collect();
         ports.sort();
         assert_eq!(ports, [5_000, 5_001], "every port of the range is used, once");
+        assert_eq!(node.maps.exhausted(REMOTE, TARGET, TCP), 8, "the backend is named");
+        assert_eq!(node.maps.exhausted(REMOTE, TARGET, UDP), 0, "and no other");
         for (opener, seen) in flows {
             let (sent, expected) = (opener.bytes(), seen.bytes());
             let transmitted = [Event(E::Transmitted)];

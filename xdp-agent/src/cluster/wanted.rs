@@ -244,13 +244,21 @@ impl<A: IpAddress> Network<A> {
 }
 
 impl Protocol {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
     /// Reads a `protocol` field; none for one that is not served.
     pub fn parse(text: Option<&str>) -> Option<Self> {
         match text {
             // What the API server fills in.
             None | Some("") => Some(Self::Tcp),
-            Some(text) => [Self::Tcp, Self::Udp, Self::Sctp].into_iter().find(|p| p.name() == text),
+            Some(text) => Self::ALL.into_iter().find(|protocol| protocol.name() == text),
         }
+    }
+
+    /// The one of an IP protocol number.
+    pub fn of_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|protocol| protocol.number() == number)
     }
 
     /// The IP protocol number.

@@ -221,10 +221,8 @@ fn place<A: IpAddress>(key: &FrontendKey<A>) -> String {
 }
 
 fn address<A: IpAddress>(addr: A, port: [u8; 2], proto: u8) -> String {
-    let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-    let protocol = protocols.into_iter().find(|protocol| protocol.number() == proto);
     let at = endpoint(addr.to_ip(), u16::from_be_bytes(port));
-    match protocol {
+    match Protocol::of_number(proto) {
         Some(protocol) => format!("{at}/{}", protocol.name()),
         None => format!("{at}/{proto}"),
     }

@@ -118,7 +118,7 @@ fn key<A>(src: A, dst: A, sport: u16, dport: u16, protocol: Protocol) -> FlowKey
 /// # Errors
 /// When it is none of the three.
 pub(super) fn parse_protocol(text: &str) -> Result<Protocol, String> {
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+    Protocol::ALL
         .into_iter()
         .find(|protocol| protocol.name().eq_ignore_ascii_case(text))
         .ok_or_else(|| format!("{text:?} is not a protocol; write tcp, udp or sctp"))

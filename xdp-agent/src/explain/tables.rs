@@ -10,8 +10,8 @@ use std::{
 use xdp_common::{
     net::{Address, Family, FlowKey},
     tables::{
-        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, GATE_WORDS,
-        Insertion, Route, Table, Tables, Work, device,
+        Affinity, AffinityKey, Backend, BackendKey, Config, Device, Entry, Flow, Frontend, FrontendKey,
+        GATE_WORDS, Insertion, Route, Table, Tables, Work, device,
     },
     verdict::{Counter, Event},
 };
@@ -311,4 +311,6 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
             Counter::Drop(_) | Counter::SnatAttempt(_) => {}
         }
     }
+
+    fn count_exhausted(self, _backend: &BackendKey<F::Addr>) {}
 }

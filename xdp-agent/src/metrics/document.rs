@@ -10,9 +10,9 @@ use prometheus_client::{collector::Collector, encoding::DescriptorEncoder};
 use tokio::sync::watch;
 use xdp_common::verdict;
 
-use super::{datapath, kube_proxy::Sync, *};
+use super::{kube_proxy::Sync, *};
 use crate::{
-    cluster::wanted::{Protocol, ServicePortName},
+    cluster::wanted::{Ip6, Protocol, ServicePortName},
     devices::Transmit,
     documents,
     status::SyncState,
@@ -32,7 +32,7 @@ const SECTIONS: [(&str, &str); 3] = [
 ];
 
 /// Labels whose values come from the cluster or the host.
-const OPEN_LABELS: [&str; 6] = ["interface", "namespace", "service", "port", "version", "le"];
+const OPEN_LABELS: [&str; 7] = ["backend", "interface", "namespace", "service", "port", "version", "le"];
 
 /// Counters of programs that have counted nothing.
 #[derive(Debug)]
@@ -41,6 +41,7 @@ struct Zeros;
 impl Collector for Zeros {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         datapath::encode_counters(&mut encoder, &vec![0; verdict::COUNTERS as usize])?;
+        exhausted::encode(&mut encoder, &Protocol::ALL.map(|protocol| (([0; 4], 0).into(), protocol, 0)))?;
         sockets::encode(&mut encoder, &sockets::zeros())
     }
 }
@@ -55,20 +56,15 @@ fn exported() -> String {
         let text = String::new;
         let port =
             ServicePortName { namespace: text(), service: text(), port: text(), protocol: Protocol::Tcp };
-        let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-        protocols.map(|protocol| (ServicePortName { protocol, ..port.clone() }, 0, 0)).into()
+        Protocol::ALL.map(|protocol| (ServicePortName { protocol, ..port.clone() }, 0, 0)).into()
     });
     Sync::register(&mut registries.kube_proxy, watch::channel(SyncState::default()).1);
     metrics.flows(&FlowCounts::default());
     metrics.fill::<[u8; 4]>(Fill::default());
-    metrics.capacities::<[u8; 4]>(&Sizes {
-        established: 0,
-        embryonic: 0,
-        frontends: 0,
-        backends: 0,
-        ring_slots: 0,
-        networks: 0,
-    });
+    metrics.fill::<Ip6>(Fill::default());
+    let sizes = Sizes { established: 0, embryonic: 0, frontends: 0, backends: 0, ring_slots: 0, networks: 0 };
+    metrics.capacities::<[u8; 4]>(&sizes);
+    metrics.capacities::<Ip6>(&sizes);
     metrics.problems([].iter());
     metrics.interfaces(&[InterfaceStatus {
         name: "eth0".to_owned(),

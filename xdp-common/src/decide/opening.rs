@@ -10,8 +10,8 @@ use crate::{
     net::{Address, Family, FlowKey},
     select,
     tables::{
-        Affinity, AffinityKey, Device, Flow, Frontend, FrontendKey, Insertion, Route, Table, Tables, Work,
-        backend, device, exit, frontend, kind, network,
+        Affinity, AffinityKey, BackendKey, Device, Flow, Frontend, FrontendKey, Insertion, Route, Table,
+        Tables, Work, backend, device, exit, frontend, kind, network,
     },
     verdict::{Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
@@ -267,7 +267,13 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
             Claim::Refused => return Err(Reason::FlowInsert),
         }
     }
+    count_exhausted(tables, key.proto, &work.flow);
     Err(Reason::SnatExhausted)
+}
+
+#[inline(never)] // rare, and off the stack of its caller
+fn count_exhausted<F: Family, T: Tables<F>>(tables: T, proto: u8, flow: &Flow<F::Addr>) {
+    tables.count_exhausted(&BackendKey { addr: flow.dst, port: flow.dport, proto, zero: 0 });
 }
 
 /// The source port that an attempt tries.

@@ -90,6 +90,8 @@ per_family! {
     fragments: FRAGMENTS_V4, FRAGMENTS_V6 = 1 << 14;
     /// Accounts of service ports, per CPU, by service id; ids beyond its end share slot 0.
     accounts: ACCOUNTS_V4, ACCOUNTS_V6 = 1 << 15;
+    /// How often new flows have found no source port, by backend; the least recently used goes first.
+    exhausted: EXHAUSTED_V4, EXHAUSTED_V6 = 1 << 10;
     /// Managed interfaces.
     devices: DEVICES_V4, DEVICES_V6 = 256;
     /// Filter in front of ingress.

@@ -16,8 +16,8 @@ use xdp_common::{
     net::{Address, Family, FlowKey, TCP, UDP, V4},
     select,
     tables::{
-        Affinity, AffinityKey, Backend, Config, Device, Entry, Flow, Frontend, FrontendKey, Insertion, Route,
-        Table, Tables, Work, backend, device, frontend,
+        Affinity, AffinityKey, Backend, BackendKey, Config, Device, Entry, Flow, Frontend, FrontendKey,
+        Insertion, Route, Table, Tables, Work, backend, device, frontend,
     },
     verdict::{Action, Counter, Event, Reason, Verdict},
 };
@@ -74,6 +74,7 @@ pub(crate) struct Model<F: Family = V4> {
     pub(crate) affinity_seconds: Cell<u32>,
     /// Packets and bytes by service id.
     pub(crate) accounts: RefCell<HashMap<u32, (u64, u64)>>,
+    pub(crate) exhausted: RefCell<HashMap<BackendKey<F::Addr>, u64>>,
     pub(crate) counters: RefCell<HashMap<u32, u64>>,
     /// What sockets know and have been told.
     pub(crate) sockets: Told,
@@ -176,6 +177,7 @@ impl<F: Family> Model<F> {
             affinities: RefCell::default(),
             affinity_seconds: Cell::new(0),
             accounts: RefCell::default(),
+            exhausted: RefCell::default(),
             counters: RefCell::default(),
             sockets: Told::default(),
             ingress_gate: RefCell::default(),
@@ -404,6 +406,9 @@ impl<'a, F: Family> Tables<F> for &'a Model<F> {
     }
     fn count(self, counter: Counter) {
         *self.counters.borrow_mut().entry(counter.index()).or_default() += 1;
+    }
+    fn count_exhausted(self, backend: &BackendKey<F::Addr>) {
+        *self.exhausted.borrow_mut().entry(*backend).or_default() += 1;
     }
 }
 

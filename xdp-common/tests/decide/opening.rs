@@ -1,9 +1,11 @@
 //! How flows are opened, established, renewed and refused.
 
+use std::collections::HashMap;
+
 use xdp_common::{
     frame::tcp,
     net::{FlowKey, TCP, UDP},
-    tables::{Table, Tables, frontend, network},
+    tables::{BackendKey, Table, Tables, frontend, network},
     verdict::{Action, Counter, Event, Reason, SNAT_ATTEMPTS_MAX},
 };
 
@@ -278,6 +280,8 @@ fn running_out_of_source_ports_is_a_counted_drop() {
     assert_eq!(model.drops(Reason::SnatExhausted), 8);
     let attempts: u64 = (0..SNAT_ATTEMPTS_MAX).map(|n| model.count_of(Counter::SnatAttempt(n))).sum();
     assert_eq!(attempts, 2, "an attempt is counted once per flow");
+    let backend = BackendKey { addr: REMOTE, port: TARGET, proto: TCP, zero: 0 };
+    assert_eq!(model.exhausted.take(), HashMap::from([(backend, 8)]));
 }
 
 #[test]
