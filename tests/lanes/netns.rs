@@ -79,3 +79,5 @@ mod the_lab;
 mod traffic;
 #[path = "netns/two_backends.rs"]
 mod two_backends;
+#[path = "netns/unnumbered.rs"]
+mod unnumbered;

@@ -272,8 +272,8 @@ pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
         );
         ensure!(
             host.has_source_address(link.index),
-            "{name} has no address of global scope, so nothing can be addressed to it and translated flows would \
-             have no source; give it one with `ip address add ADDRESS/PREFIX dev {name}`"
+            "{name} has no address of global scope, nor has the loopback, so nothing can be addressed to it and translated \
+             flows would have no source; give it one with `ip address add ADDRESS/PREFIX dev {name}`"
         );
     }
     Ok(())

@@ -30,11 +30,13 @@ pub enum ProblemKind {
     RingsReduced,
     /// The map of networks is full.
     NetworksFull,
+    /// There are Services of an address family of which no interface has an address.
+    NoAddress,
 }
 
 impl ProblemKind {
     /// Every one of them, for metrics that start at zero.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Unreadable,
         Self::Syntax,
         Self::Invalid,
@@ -46,6 +48,7 @@ impl ProblemKind {
         Self::RingsFull,
         Self::RingsReduced,
         Self::NetworksFull,
+        Self::NoAddress,
     ];
 
     /// The metric label.
@@ -62,6 +65,7 @@ impl ProblemKind {
             Self::RingsFull => "rings_full",
             Self::RingsReduced => "rings_reduced",
             Self::NetworksFull => "networks_full",
+            Self::NoAddress => "no_address",
         }
     }
 }

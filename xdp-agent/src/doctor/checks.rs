@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 use serde::Serialize;
 
 use crate::{
+    cluster::wanted::{Ip6, IpAddress},
     host::Host,
     netdev::Netdev,
     preflight::{self, KernelVersion},
@@ -88,7 +89,7 @@ pub(super) fn network(names: &[String], host: &Host) -> Vec<Check> {
     let mut checks = Vec::new();
     for name in names {
         let result = preflight::check_interfaces(std::slice::from_ref(name), host);
-        checks.push(Check::of("interface", name, result));
+        checks.push(Check::of("interface", format!("{name}{}", sources(name, host)), result));
     }
     let settings = preflight::settings(names, host);
     if settings.is_empty() {
@@ -99,6 +100,18 @@ pub(super) fn network(names: &[String], host: &Host) -> Vec<Check> {
         Check::warning("settings", found, advice)
     }));
     checks
+}
+
+/// By which addresses an interface serves, of each family.
+fn sources(name: &str, host: &Host) -> String {
+    let Some(link) = host.link(name) else { return String::new() };
+    let (v4, v6) = (host.source_address::<[u8; 4]>(link.index), host.source_address::<Ip6>(link.index));
+    [("IPv4", v4.map(IpAddress::to_ip)), ("IPv6", v6.map(IpAddress::to_ip))]
+        .map(|(family, addr)| match addr {
+            Some(addr) => format!(", {family} as {addr}"),
+            None => format!(", no {family} (neither it nor the loopback has an address)"),
+        })
+        .concat()
 }
 
 fn kernel(release: &str) -> Check {

@@ -22,7 +22,7 @@ type Identity = (ProblemKind, Option<Place>, Option<String>, String);
 pub(super) struct Reported {
     /// Of the source and the cluster: they are long to list, and seldom change.
     versions: (u64, u64),
-    plan: Vec<Problem>,
+    node: Vec<Problem>,
     now: BTreeMap<Identity, Problem>,
     said: BTreeMap<Identity, Problem>,
     /// Whether the two differ, as far as is known.
@@ -68,15 +68,15 @@ impl Reconciler {
     pub(super) fn report(&mut self) {
         self.tell_fill();
         let versions = (self.source_problems_version, self.cluster.problems_version());
-        let of_plan = [self.v4.plan.problems(), self.v6.plan.problems()].concat();
-        if self.reported.versions == versions && self.reported.plan == of_plan {
+        let of_node = [self.v4.plan.problems(), self.v6.plan.problems(), self.without_address()].concat();
+        if self.reported.versions == versions && self.reported.node == of_node {
             return;
         }
         let is_quiet = !self.reported.is_behind;
         let all = self.source_problems.iter().cloned().chain(self.cluster.problems());
-        self.reported.take(all.chain(of_plan.iter().cloned()));
+        self.reported.take(all.chain(of_node.iter().cloned()));
         self.reported.versions = versions;
-        self.reported.plan = of_plan;
+        self.reported.node = of_node;
         self.told.metrics.problems(self.reported.now.values());
         let status =
             |problem: &Problem| ProblemStatus { kind: problem.kind.label(), message: problem.to_string() };
@@ -86,6 +86,22 @@ impl Reconciler {
         if is_quiet {
             self.log_problems();
         }
+    }
+
+    /// Families of Services that no interface has an address of, so that nothing of theirs can be sent on.
+    fn without_address(&self) -> Vec<Problem> {
+        let families = [
+            ("IPv4", self.v4.plan.services() > 0 && self.picture.v4.snat.is_empty()),
+            ("IPv6", self.v6.plan.services() > 0 && self.picture.v6.snat.is_empty()),
+        ];
+        let problem = |(family, _)| {
+            let message = format!(
+                "no interface of --iface has an address of {family}, nor has the loopback, so that Services are not served \
+                 over it to clients from outside"
+            );
+            Problem::general(ProblemKind::NoAddress, message)
+        };
+        families.into_iter().filter(|(_, is_without)| *is_without).map(problem).collect()
     }
 
     /// Service ports that are served, of the family that has more of them.
@@ -143,7 +159,8 @@ fn identity(problem: &Problem) -> Identity {
         | ProblemKind::Invalid
         | ProblemKind::DuplicateObject
         | ProblemKind::DuplicateFrontend
-        | ProblemKind::Unsupported => problem.message.clone(),
+        | ProblemKind::Unsupported
+        | ProblemKind::NoAddress => problem.message.clone(),
     };
     (problem.kind, problem.place.clone(), problem.object.clone(), message)
 }
