@@ -24,7 +24,7 @@ pub const fn too_big_len<F: Answer>() -> usize {
     unreachable_len::<F>() + 8
 }
 
-/// How far from the beginning of a frame its transport header may be for [`too_big`], so that the quote has the ports.
+/// How far from the beginning of a frame its transport header may be, so that the quote of this length has the ports.
 pub const fn too_big_reach<F: Answer>() -> usize {
     IP + F::LEN + 8
 }
@@ -108,26 +108,32 @@ pub enum Finisher {
 
 /// Writes the reset that answers a segment into [`reset_len`] bytes; false when it is a reset itself.
 ///
-/// `headers` are the frame up to the end of the TCP header without options; `l4_len` is the length of TCP header and
-/// payload in bytes.
+/// `headers` are the frame up to the end of the IP header without options, `tcp` is the TCP header without options, wherever it
+/// lies; `l4_len` is the length of TCP header and payload in bytes.
 #[inline(always)] // one caller per hook, in a function of its own
-pub fn reset<F: Answer, W: View>(headers: &W, l4_len: u16, finisher: Finisher, out: &mut [u8]) -> bool {
+pub fn reset<F: Answer, W: View, T: View>(
+    headers: &W,
+    tcp: &T,
+    l4_len: u16,
+    finisher: Finisher,
+    out: &mut [u8],
+) -> bool {
     let l4 = IP + F::LEN;
-    let flags = headers.u8(l4 + 13);
+    let flags = tcp.u8(13);
     if flags & tcp::RST != 0 {
         return false;
     }
     out.fill(0);
     let sum = envelope::<F, W>(headers, out, TCP);
-    copy(headers.pair(l4 + 2), out, l4);
-    copy(headers.pair(l4), out, l4 + 2);
+    copy(tcp.pair(2), out, l4);
+    copy(tcp.pair(0), out, l4 + 2);
     if flags & tcp::ACK != 0 {
-        copy(headers.quad(l4 + 8), out, l4 + 4);
+        copy(tcp.quad(8), out, l4 + 4);
         out[l4 + 13] = tcp::RST;
     } else {
-        let header_len = (headers.u8(l4 + 12) >> 4) as u32 * 4;
+        let header_len = (tcp.u8(12) >> 4) as u32 * 4;
         let occupied = u32::from(flags & tcp::SYN != 0) + u32::from(flags & tcp::FIN != 0);
-        let seq = u32::from_be_bytes(headers.quad(l4 + 4));
+        let seq = u32::from_be_bytes(tcp.quad(4));
         let ack = seq.wrapping_add((l4_len as u32).saturating_sub(header_len)).wrapping_add(occupied);
         copy(ack.to_be_bytes(), out, l4 + 8);
         out[l4 + 13] = tcp::RST | tcp::ACK;
@@ -149,6 +155,13 @@ pub fn reset<F: Answer, W: View>(headers: &W, l4_len: u16, finisher: Finisher, o
 #[inline(always)] // as above
 pub fn unreachable<F: Answer, W: View>(headers: &W, finisher: Finisher, out: &mut [u8]) {
     error::<F, W>(headers, F::PORT_UNREACHABLE, 0, F::LEN + 8, finisher, out);
+}
+
+/// The same for a datagram behind 8 bytes of options or of an extension header, such as a first fragment of IPv6, into
+/// [`too_big_len`] bytes. `headers` are the frame up to 16 bytes behind the IP header.
+#[inline(always)] // as above
+pub fn unreachable_behind_options<F: Answer, W: View>(headers: &W, out: &mut [u8]) {
+    error::<F, W>(headers, F::PORT_UNREACHABLE, 0, F::LEN + 16, Finisher::Nobody, out);
 }
 
 /// Writes the ICMP error that answers a packet which is longer than `mtu` bytes into [`too_big_len`] bytes (RFC 1191,
@@ -284,6 +297,10 @@ mod tests {
         head
     }
 
+    fn tcp_header(frame: &[u8], l4: usize) -> [u8; 20] {
+        *frame[l4..].first_chunk().expect("a whole header")
+    }
+
     fn sum(bytes: &[u8]) -> u32 {
         bytes.chunks(2).map(|pair| u16::from_ne_bytes([pair[0], pair[1]]) as u32).sum()
     }
@@ -312,7 +329,7 @@ mod tests {
         frame[l4 + 12] = (5 + options) << 4;
         frame[l4 + 13] = flags;
         let mut out = vec![0xff; reset_len::<F>()];
-        if !reset::<F, _>(&head(&frame), 26, Finisher::Nobody, &mut out) {
+        if !reset::<F, _, _>(&head(&frame), &tcp_header(&frame, l4), 26, Finisher::Nobody, &mut out) {
             prop_assert!(flags & tcp::RST != 0);
             return Ok(());
         }
@@ -341,7 +358,8 @@ mod tests {
         let (l4, mut segment) = (IP + F::LEN, frame::<F>(TCP));
         segment[l4 + 4..][..4].copy_from_slice(&seq.to_be_bytes());
         let mut out = vec![0xff; reset_len::<F>()];
-        prop_assert!(reset::<F, _>(&head(&segment), 20, Finisher::Device, &mut out));
+        let header = tcp_header(&segment, l4);
+        prop_assert!(reset::<F, _, _>(&head(&segment), &header, 20, Finisher::Device, &mut out));
         finish_by_device(&mut out, l4, 16);
         prop_assert!(is_finished::<F>(&out, TCP));
         let mut datagram = frame::<F>(UDP);

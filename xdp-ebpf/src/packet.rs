@@ -101,6 +101,8 @@ macro_rules! wire {
                     { answer::reset_len::<Self>() },
                     { IP + <Self as Headers>::LEN + UdpHdr::LEN },
                     { answer::unreachable_len::<Self>() },
+                    { IP + <Self as Headers>::LEN + 16 },
+                    { answer::too_big_len::<Self>() },
                 >(frame, packet, finisher, out)
             }
 
@@ -195,21 +197,38 @@ pub(crate) trait Replace: Frame {
 
 /// Turns a packet into the answer to it, to be sent out where it came in.
 #[inline(always)] // bounds proofs do not survive a call
-fn answer<F: Answer, R: Replace, const RESET: usize, const DATAGRAM: usize, const UNREACHABLE: usize>(
+fn answer<
+    F: Answer,
+    R: Replace,
+    const RESET: usize,
+    const DATAGRAM: usize,
+    const UNREACHABLE: usize,
+    const HEAD: usize,
+    const ERROR: usize,
+>(
     frame: &R,
     packet: &Packet<F::Addr>,
     finisher: Finisher,
     area: &mut AnswerFrame,
 ) -> bool {
-    // Behind headers without options or extension headers.
-    if packet.l4_offset as usize != IP + F::LEN {
+    let l4 = packet.l4_offset as usize;
+    let has_options = l4 != IP + F::LEN;
+    // A device would begin its sum where the packet's transport header was.
+    if packet.is_later_fragment() || (has_options && finisher == Finisher::Device) {
         return false;
     }
     if packet.key.proto == TCP {
-        let (Some(headers), Some(out)) = (frame.view::<RESET>(0), area.first_chunk_mut::<RESET>()) else {
+        let (Some(headers), Some(tcp)) = (frame.view::<DATAGRAM>(0), frame.view::<{ TcpHdr::LEN }>(l4))
+        else {
             return false;
         };
-        answer::reset::<F, _>(&headers, packet.l4_len, finisher, out) && frame.replace(out)
+        let Some(out) = area.first_chunk_mut::<RESET>() else { return false };
+        answer::reset::<F, _, _>(&headers, &tcp, packet.l4_len, finisher, out) && frame.replace(out)
+    } else if has_options {
+        let write = |headers: &R::View<HEAD>, out: &mut [u8]| {
+            answer::unreachable_behind_options::<F, _>(headers, out)
+        };
+        quoted::<F, R, HEAD, ERROR>(frame, packet, area, write)
     } else {
         let (Some(headers), Some(out)) = (frame.view::<DATAGRAM>(0), area.first_chunk_mut::<UNREACHABLE>())
         else {
@@ -228,13 +247,25 @@ fn too_big<F: Answer, R: Replace, const HEAD: usize, const ERROR: usize>(
     mtu: u16,
     area: &mut AnswerFrame,
 ) -> bool {
-    if packet.is_later_fragment() || packet.l4_offset as usize > answer::too_big_reach::<F>() {
+    let write = |headers: &R::View<HEAD>, out: &mut [u8]| answer::too_big::<F, _>(headers, mtu, out);
+    !packet.is_later_fragment() && quoted::<F, R, HEAD, ERROR>(frame, packet, area, write)
+}
+
+/// Turns a packet into an error with the longer quote, if that has its ports.
+#[inline(always)] // as above
+fn quoted<F: Answer, R: Replace, const HEAD: usize, const ERROR: usize>(
+    frame: &R,
+    packet: &Packet<F::Addr>,
+    area: &mut AnswerFrame,
+    write: impl FnOnce(&R::View<HEAD>, &mut [u8]),
+) -> bool {
+    if packet.l4_offset as usize > answer::too_big_reach::<F>() {
         return false;
     }
     let (Some(headers), Some(out)) = (frame.view::<HEAD>(0), area.first_chunk_mut::<ERROR>()) else {
         return false;
     };
-    answer::too_big::<F, _>(&headers, mtu, out);
+    write(&headers, out);
     frame.replace(out)
 }
 

@@ -72,7 +72,8 @@ pub(crate) fn reset(node: &Node, sent: &Frame) -> Vec<u8> {
 /// The ICMP error for a datagram.
 fn unreachable(node: &Node, sent: &Frame) -> Vec<u8> {
     let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
-    error(node, sent, kind, Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port), 8)
+    let quoted = if sent.options.is_empty() { 8 } else { 16 };
+    error(node, sent, kind, Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port), quoted)
 }
 
 /// The ICMP error for a packet that is longer than so many bytes.
@@ -136,7 +137,23 @@ fn a_service_without_endpoints_refuses_at_once() {
 }
 
 #[test]
-fn a_reset_options_and_a_device_that_cannot_transmit_get_no_answer() {
+fn options_and_extension_headers_do_not_keep_a_refusal_from_its_sender() {
+    Node::each(|node| {
+        for proto in [TCP, UDP] {
+            node.frontend(VIP, proto, &[], 0);
+            let opener = node
+                .opener(proto, 40_000, VIP)
+                .with(|frame| (frame.options, frame.payload) = (vec![1; 4], vec![7; 4]));
+            refuses(node, "options", &opener, Reason::NoEndpoint);
+            refuses(node, "more", &opener.with(|frame| frame.payload = vec![7; 100]), Reason::NoEndpoint);
+        }
+        let segment = node.opener(TCP, 40_000, VIP).with(|frame| frame.options = vec![1; 24]);
+        refuses(node, "a reset quotes nothing", &segment, Reason::NoEndpoint);
+    });
+}
+
+#[test]
+fn resets_long_options_and_a_device_that_cannot_transmit_get_no_answer() {
     Node::each(|node| {
         node.frontend(VIP, TCP, &[], 0);
         node.frontend(VIP, UDP, &[], 0);
@@ -146,9 +163,16 @@ fn a_reset_options_and_a_device_that_cannot_transmit_get_no_answer() {
             let reset = node.opener(proto, 40_000, VIP).flags(RST).bytes();
             node.check("a reset", node.entry, &reset, Action::Drop, &reset, &counts);
         }
-        for proto in [TCP, UDP, SCTP] {
-            let optional = node.opener(proto, 40_000, VIP).with(|frame| frame.options = vec![1; 8]).bytes();
+        for (proto, length) in [(UDP, 16), (SCTP, 8)] {
+            let optional =
+                node.opener(proto, 40_000, VIP).with(|frame| frame.options = vec![1; length]).bytes();
             node.check("options", node.entry, &optional, Action::Drop, &optional, &counts);
+        }
+        for proto in [TCP, UDP] {
+            // The device would sum up what is behind them, and not the answer.
+            let optional = node.opener(proto, 40_000, VIP).with(|frame| frame.options = vec![1; 4]);
+            let optional = optional.looking_offloaded().bytes();
+            node.check("options at tc", Hook::TcIngress, &optional, Action::Drop, &optional, &counts);
         }
         node.device(node.ifindex, Device { snat: NODE, flags: 0, mtu: 1500, mac: node.mac, zero: [0; 2] });
         let plain = node.opener(TCP, 40_000, VIP).bytes();

@@ -112,11 +112,8 @@ fn answered<F: Hosts + Answer>(
     mtu: u16,
     reason: Reason,
 ) -> Option<Vec<u8>> {
-    let is_too_long = reason == Reason::TunnelMtu;
-    let reach = if is_too_long { answer::too_big_reach::<F>() } else { ETHERNET + F::LEN };
-    if usize::from(packet.l4_offset) > reach {
-        return None;
-    }
+    let l4 = usize::from(packet.l4_offset);
+    let (is_too_long, has_options) = (reason == Reason::TunnelMtu, l4 != ETHERNET + F::LEN);
     let mut head = [0; HEAD];
     let seen = frame.len().min(HEAD);
     head[..seen].copy_from_slice(&frame[..seen]);
@@ -124,6 +121,14 @@ fn answered<F: Hosts + Answer>(
         Hook::Xdp | Hook::XdpFrags => Finisher::Nobody,
         Hook::TcIngress | Hook::TcEgress => Finisher::Device,
     };
+    let reach = match packet.key.proto {
+        SCTP if !is_too_long => ETHERNET + F::LEN,
+        TCP if !is_too_long => usize::MAX,
+        _ => answer::too_big_reach::<F>(),
+    };
+    if packet.is_later_fragment() || l4 > reach {
+        return None;
+    }
     if is_too_long {
         let mut out = vec![0; answer::too_big_len::<F>()];
         answer::too_big::<F, _>(&head, mtu, &mut out);
@@ -134,7 +139,14 @@ fn answered<F: Hosts + Answer>(
         sctp::abort::<F, _>(&head, initiate, finisher, &mut out).then_some(out)
     } else if packet.key.proto == TCP {
         let mut out = vec![0; answer::reset_len::<F>()];
-        answer::reset::<F, _>(&head, packet.l4_len, finisher, &mut out).then_some(out)
+        let header: [u8; 20] = *frame[l4..].first_chunk()?;
+        let is_possible = !has_options || finisher == Finisher::Nobody;
+        let is_answered = answer::reset::<F, _, _>(&head, &header, packet.l4_len, finisher, &mut out);
+        (is_possible && is_answered).then_some(out)
+    } else if has_options {
+        let mut out = vec![0; answer::too_big_len::<F>()];
+        answer::unreachable_behind_options::<F, _>(&head, &mut out);
+        (finisher == Finisher::Nobody).then_some(out)
     } else {
         let mut out = vec![0; answer::unreachable_len::<F>()];
         answer::unreachable::<F, _>(&head, finisher, &mut out);

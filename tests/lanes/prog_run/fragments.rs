@@ -26,22 +26,38 @@ const LOST: &[Counter] = &[Event(E::FragmentLost)];
 /// The fragments of a packet without IP options, first to last.
 pub(crate) fn fragments(frame: &Frame) -> Vec<Vec<u8>> {
     let whole = frame.bytes();
-    let (headers, body) = whole.split_at(ETHERNET + 20);
+    let (headers, body) = whole.split_at(ETHERNET + frame.family.header_len());
     let parts: Vec<&[u8]> = body.chunks(PART).collect();
     let last = parts.len() - 1;
     let fragment = |(number, part): (usize, &&[u8])| {
-        let mut headers = headers.to_vec();
-        let field = (number * PART / 8) as u16 | if number == last { 0 } else { MORE };
-        headers[ETHERNET + 2..][..2].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
-        headers[ETHERNET + 6..][..2].copy_from_slice(&field.to_be_bytes());
-        headers[ETHERNET + 10..][..2].fill(0);
-        let words =
-            headers[ETHERNET..].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
-        let check = !folded(words.sum());
-        headers[ETHERNET + 10..][..2].copy_from_slice(&check.to_be_bytes());
+        let headers = match frame.family {
+            Family::V4 => headers_v4(headers, number, number == last, part.len()),
+            Family::V6 => headers_v6(headers, number, number == last, part.len()),
+        };
         [&headers[..], part].concat()
     };
     parts.iter().enumerate().map(fragment).collect()
+}
+
+fn headers_v4(of_whole: &[u8], number: usize, is_last: bool, len: usize) -> Vec<u8> {
+    let mut headers = of_whole.to_vec();
+    let field = (number * PART / 8) as u16 | if is_last { 0 } else { MORE };
+    headers[ETHERNET + 2..][..2].copy_from_slice(&(20 + len as u16).to_be_bytes());
+    headers[ETHERNET + 6..][..2].copy_from_slice(&field.to_be_bytes());
+    headers[ETHERNET + 10..][..2].fill(0);
+    let check = !words_sum(&headers[ETHERNET..]);
+    headers[ETHERNET + 10..][..2].copy_from_slice(&check.to_be_bytes());
+    headers
+}
+
+/// RFC 8200, section 4.5.
+fn headers_v6(of_whole: &[u8], number: usize, is_last: bool, len: usize) -> Vec<u8> {
+    let mut headers = of_whole.to_vec();
+    let next = std::mem::replace(&mut headers[ETHERNET + 6], 44);
+    headers[ETHERNET + 4..][..2].copy_from_slice(&(8 + len as u16).to_be_bytes());
+    let [high, low] = ((number * PART) as u16 | u16::from(!is_last)).to_be_bytes();
+    headers.extend([next, 0, high, low, ID[0], ID[1], 0, 0]);
+    headers
 }
 
 /// A packet of four fragments.
@@ -71,6 +87,13 @@ fn become_those_of(
     }
 }
 
+/// Runs a case in each family.
+fn each_family(case: impl Fn(&mut Node)) {
+    for family in [Family::V4, Family::V6] {
+        case(&mut Node::new(family, Hook::Xdp, Sizes::default()));
+    }
+}
+
 fn one_backend(node: &mut Node, addr: Addr, is_here: bool) {
     for proto in [TCP, UDP] {
         let id = node.backend(addr, proto, is_here);
@@ -82,106 +105,113 @@ const NEW: &[Counter] = &[Event(E::FlowNew), SnatAttempt(0)];
 
 #[test]
 fn fragments_of_a_request_go_half_translated_up_the_stack_and_leave_whole() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    for proto in [TCP, UDP] {
-        let sent = long(&node, proto, VIP);
-        let half = sent.with(|frame| frame.dst = (REMOTE, TARGET));
-        let slow = (Event(E::SlowPath), NEW);
-        become_those_of(&node, Hook::TcIngress, (&sent, &half), &[0, 1, 2, 3], slow);
-        // Behind the first the order is free, and repetitions do no harm.
-        let slow = (Event(E::SlowPath), &[][..]);
-        become_those_of(&node, Hook::TcIngress, (&sent, &half), &[0, 3, 1, 2, 1, 0], slow);
-        let half = routed(&node, &half);
-        let whole = half.with(|frame| frame.src.0 = NODE);
-        let finished = (Event(E::Finished), &[][..]);
-        become_those_of(&node, Hook::TcEgress, (&half, &whole), &[0, 2, 3, 1], finished);
-    }
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        for proto in [TCP, UDP] {
+            let sent = long(node, proto, VIP);
+            let half = sent.with(|frame| frame.dst = (REMOTE, TARGET));
+            let slow = (Event(E::SlowPath), NEW);
+            become_those_of(node, Hook::TcIngress, (&sent, &half), &[0, 1, 2, 3], slow);
+            // Behind the first the order is free, and repetitions do no harm.
+            let slow = (Event(E::SlowPath), &[][..]);
+            become_those_of(node, Hook::TcIngress, (&sent, &half), &[0, 3, 1, 2, 1, 0], slow);
+            let half = routed(node, &half);
+            let whole = half.with(|frame| frame.src.0 = NODE);
+            let finished = (Event(E::Finished), &[][..]);
+            become_those_of(node, Hook::TcEgress, (&half, &whole), &[0, 2, 3, 1], finished);
+        }
+    });
 }
 
 #[test]
 fn fragments_of_an_answer_from_elsewhere_find_the_client() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    for proto in [TCP, UDP] {
-        node.run(Hook::TcIngress, &fragments(&long(&node, proto, VIP))[0]);
-        let answer = node.frame(proto, (GATEWAY_MAC, node.mac), (REMOTE, TARGET), (NODE, PORT));
-        let answer = answer.flags(ACK).payload(&[0x5a; 3 * PART]);
-        let half = answer.with(|frame| frame.dst = (CLIENT, PORT));
-        let slow = (Event(E::SlowPath), &[][..]);
-        become_those_of(&node, Hook::TcIngress, (&answer, &half), &[0, 3, 2, 1], slow);
-        let half = routed(&node, &half);
-        let whole = half.with(|frame| frame.src = (VIP, HTTP));
-        let finished = (Event(E::Finished), &[][..]);
-        become_those_of(&node, Hook::TcEgress, (&half, &whole), &[0, 1, 2, 3], finished);
-    }
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        for proto in [TCP, UDP] {
+            node.run(Hook::TcIngress, &fragments(&long(node, proto, VIP))[0]);
+            let answer = node.frame(proto, (GATEWAY_MAC, node.mac), (REMOTE, TARGET), (NODE, PORT));
+            let answer = answer.flags(ACK).payload(&[0x5a; 3 * PART]);
+            let half = answer.with(|frame| frame.dst = (CLIENT, PORT));
+            let slow = (Event(E::SlowPath), &[][..]);
+            become_those_of(node, Hook::TcIngress, (&answer, &half), &[0, 3, 2, 1], slow);
+            let half = routed(node, &half);
+            let whole = half.with(|frame| frame.src = (VIP, HTTP));
+            let finished = (Event(E::Finished), &[][..]);
+            become_those_of(node, Hook::TcEgress, (&half, &whole), &[0, 1, 2, 3], finished);
+        }
+    });
 }
 
 #[test]
 fn fragments_to_a_backend_here_are_delivered_and_those_of_its_answer_restored() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, LOCAL, true);
-    for proto in [TCP, UDP] {
-        let sent = long(&node, proto, VIP);
-        let delivered = sent.with(|frame| frame.dst = (LOCAL, TARGET));
-        let counts = (Event(E::Delivered), NEW);
-        become_those_of(&node, Hook::TcIngress, (&sent, &delivered), &[0, 1, 2, 3], counts);
-        let answer = node.frame(proto, (node.mac, GATEWAY_MAC), (LOCAL, TARGET), (CLIENT, PORT));
-        let answer = answer.flags(ACK).payload(&[0x5a; 3 * PART]);
-        let restored = answer.with(|frame| frame.src = (VIP, HTTP));
-        let counts = (Event(E::Restored), &[][..]);
-        become_those_of(&node, Hook::TcEgress, (&answer, &restored), &[0, 2, 1, 3], counts);
-    }
+    each_family(|node| {
+        one_backend(node, LOCAL, true);
+        for proto in [TCP, UDP] {
+            let sent = long(node, proto, VIP);
+            let delivered = sent.with(|frame| frame.dst = (LOCAL, TARGET));
+            let counts = (Event(E::Delivered), NEW);
+            become_those_of(node, Hook::TcIngress, (&sent, &delivered), &[0, 1, 2, 3], counts);
+            let answer = node.frame(proto, (node.mac, GATEWAY_MAC), (LOCAL, TARGET), (CLIENT, PORT));
+            let answer = answer.flags(ACK).payload(&[0x5a; 3 * PART]);
+            let restored = answer.with(|frame| frame.src = (VIP, HTTP));
+            let counts = (Event(E::Restored), &[][..]);
+            become_those_of(node, Hook::TcEgress, (&answer, &restored), &[0, 2, 1, 3], counts);
+        }
+    });
 }
 
 #[test]
 fn a_fragment_that_comes_before_its_first_is_held_and_goes_on_when_it_comes_again() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    let sent = long(&node, UDP, VIP);
-    let half = sent.with(|frame| frame.dst = (REMOTE, TARGET));
-    let early = fragments(&sent);
-    for number in [3, 1] {
-        node.check("early", Hook::TcIngress, &early[number], Action::Drop, &early[number], HELD);
-        assert_eq!(node.maps.held(), Some((node.ifindex, early[number].clone())));
-    }
-    become_those_of(&node, Hook::TcIngress, (&sent, &half), &[0, 3, 1, 2], (Event(E::SlowPath), NEW));
-    assert_eq!(node.maps.held(), Some((0, early[0].clone())), "the first says that it has come");
-    assert_eq!(node.maps.held(), None);
-    // Another packet with the same identification, long after.
-    node.configure(|config| config.clock += SECONDS_MAX + 1);
-    node.check("late", Hook::TcIngress, &early[1], Action::Drop, &early[1], HELD);
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        let sent = long(node, UDP, VIP);
+        let half = sent.with(|frame| frame.dst = (REMOTE, TARGET));
+        let early = fragments(&sent);
+        for number in [3, 1] {
+            node.check("early", Hook::TcIngress, &early[number], Action::Drop, &early[number], HELD);
+            assert_eq!(node.maps.held(), Some((node.ifindex, early[number].clone())));
+        }
+        become_those_of(node, Hook::TcIngress, (&sent, &half), &[0, 3, 1, 2], (Event(E::SlowPath), NEW));
+        assert_eq!(node.maps.held(), Some((0, early[0].clone())), "the first says that it has come");
+        assert_eq!(node.maps.held(), None);
+        // Another packet with the same identification, long after.
+        node.configure(|config| config.clock += SECONDS_MAX + 1);
+        node.check("late", Hook::TcIngress, &early[1], Action::Drop, &early[1], HELD);
+    });
 }
 
 #[test]
 fn a_fragment_whose_first_was_given_up_is_left_to_the_kernel() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    let sent = fragments(&long(&node, UDP, VIP));
-    let [high, low] = ID;
-    let key = FragmentKey { src: CLIENT, dst: VIP, id: [high, low, 0, 0], proto: UDP, zero: [0; 3] };
-    node.maps.note_fragment(key, FragmentPorts::without(first::GIVEN_UP, 100));
-    node.check("given up", Hook::TcIngress, &sent[2], Action::Pass, &sent[2], LOST);
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        let sent = fragments(&long(node, UDP, VIP));
+        let [high, low] = ID;
+        let key = FragmentKey { src: CLIENT, dst: VIP, id: [high, low, 0, 0], proto: UDP, zero: [0; 3] };
+        node.maps.note_fragment(key, FragmentPorts::without(first::GIVEN_UP, 100));
+        node.check("given up", Hook::TcIngress, &sent[2], Action::Pass, &sent[2], LOST);
+    });
 }
 
 #[test]
 fn fragments_that_cannot_be_held_are_left_to_the_kernel() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    let mut frame = fragments(&long(&node, UDP, VIP))[1].clone();
-    let mut grow = |length: usize| {
-        frame.resize(length, 0xee); // behind the packet, as padding
-        frame.clone()
-    };
-    let longest = grow(HELD_LEN_MAX);
-    let room = (tables::HELD.entries as usize).div_ceil(HELD_LEN_MAX);
-    let held = (0..room).take_while(|_| node.run(Hook::TcIngress, &longest).action == Action::Drop).count();
-    assert!(held > 200 && held < room, "{held} of {room}");
-    node.check("a full ring", Hook::TcIngress, &longest, Action::Pass, &longest, LOST);
-    while node.maps.held().is_some() {}
-    node.check("room again", Hook::TcIngress, &longest, Action::Drop, &longest, HELD);
-    let longer = grow(HELD_LEN_MAX + 1);
-    node.check("too long", Hook::TcIngress, &longer, Action::Pass, &longer, LOST);
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        let mut frame = fragments(&long(node, UDP, VIP))[1].clone();
+        let mut grow = |length: usize| {
+            frame.resize(length, 0xee); // behind the packet, as padding
+            frame.clone()
+        };
+        let longest = grow(HELD_LEN_MAX);
+        let room = (tables::HELD.entries as usize).div_ceil(HELD_LEN_MAX);
+        let held =
+            (0..room).take_while(|_| node.run(Hook::TcIngress, &longest).action == Action::Drop).count();
+        assert!(held > 200 && held < room, "{held} of {room}");
+        node.check("a full ring", Hook::TcIngress, &longest, Action::Pass, &longest, LOST);
+        while node.maps.held().is_some() {}
+        node.check("room again", Hook::TcIngress, &longest, Action::Drop, &longest, HELD);
+        let longer = grow(HELD_LEN_MAX + 1);
+        node.check("too long", Hook::TcIngress, &longer, Action::Pass, &longer, LOST);
+    });
 }
 
 #[test]
@@ -196,40 +226,53 @@ fn xdp_leaves_fragments_to_tc() {
 
 #[test]
 fn fragments_to_another_port_of_an_address_of_ours_are_not_touched() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    for proto in [TCP, UDP] {
-        let sent = long(&node, proto, VIP).with(|frame| frame.dst.1 = 2049);
-        for fragment in fragments(&sent) {
-            node.check("NFS", Hook::TcIngress, &fragment, Action::Pass, &fragment, DONE);
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        for proto in [TCP, UDP] {
+            let sent = long(node, proto, VIP).with(|frame| frame.dst.1 = 2049);
+            for fragment in fragments(&sent) {
+                node.check("NFS", Hook::TcIngress, &fragment, Action::Pass, &fragment, DONE);
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn every_fragment_of_a_refused_packet_is_dropped_and_the_first_of_udp_answered() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    node.frontend(VIP, UDP, &[], 0);
-    let sent = fragments(&long(&node, UDP, VIP));
-    let refused = [Event(E::Fragment), Drop(Reason::NoEndpoint)];
-    let first = node.run(Hook::TcIngress, &sent[0]);
-    assert_eq!(first.action, Action::Redirect, "an ICMP error goes back");
-    let mut counts: Vec<String> =
-        [&refused[..], &[Event(E::Answered)]].concat().iter().map(|c| crate::maps::name(c.index())).collect();
-    counts.sort();
-    assert_eq!(first.counts, counts);
-    let counts = [&refused[..], &[Event(E::Unanswered)]].concat();
-    node.check("a later one", Hook::TcIngress, &sent[1], Action::Drop, &sent[1], &counts);
+    each_family(|node| {
+        node.frontend(VIP, UDP, &[], 0);
+        let sent = fragments(&long(node, UDP, VIP));
+        let refused = [Event(E::Fragment), Drop(Reason::NoEndpoint)];
+        let first = node.run(Hook::TcIngress, &sent[0]);
+        assert_eq!(first.action, Action::Redirect, "an ICMP error goes back");
+        let quoted = node.family.header_len() + if node.family == Family::V6 { 8 } else { 0 } + 8;
+        assert!(first.frame.ends_with(&sent[0][ETHERNET..][..quoted]), "it quotes the ports");
+        let mut counts: Vec<String> = [&refused[..], &[Event(E::Answered)]]
+            .concat()
+            .iter()
+            .map(|c| crate::maps::name(c.index()))
+            .collect();
+        counts.sort();
+        assert_eq!(first.counts, counts);
+        let counts = [&refused[..], &[Event(E::Unanswered)]].concat();
+        node.check("a later one", Hook::TcIngress, &sent[1], Action::Drop, &sent[1], &counts);
+    });
 }
 
 #[test]
 fn a_first_fragment_without_a_whole_header_is_not_touched() {
-    let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
-    one_backend(&mut node, REMOTE, false);
-    for (proto, len) in [(TCP, 16), (UDP, 0)] {
-        let mut first = fragments(&long(&node, proto, VIP))[0].clone();
-        first.truncate(ETHERNET + 20 + len);
-        first[ETHERNET + 2..][..2].copy_from_slice(&(20 + len as u16).to_be_bytes());
-        node.check("a tiny one", Hook::TcIngress, &first, Action::Pass, &first, &[]);
-    }
+    each_family(|node| {
+        one_backend(node, REMOTE, false);
+        // Where the length of the packet is, what it is without the transport's part, and how many bytes of headers there are.
+        let (at, without, headers) = match node.family {
+            Family::V4 => (ETHERNET + 2, 20, 20),
+            Family::V6 => (ETHERNET + 4, 8, 48),
+        };
+        for (proto, len) in [(TCP, 16), (UDP, 0)] {
+            let mut first = fragments(&long(node, proto, VIP))[0].clone();
+            first.truncate(ETHERNET + headers + len);
+            first[at..][..2].copy_from_slice(&(without + len as u16).to_be_bytes());
+            node.check("a tiny one", Hook::TcIngress, &first, Action::Pass, &first, &[]);
+        }
+    });
 }
