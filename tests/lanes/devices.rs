@@ -10,3 +10,11 @@ mod cable;
 mod cards;
 #[path = "devices/software.rs"]
 mod software;
+#[path = "devices/tagged.rs"]
+mod tagged;
+
+// What the lane netns has too.
+#[path = "netns/dual.rs"]
+mod dual;
+#[path = "netns/layered.rs"]
+mod layered;

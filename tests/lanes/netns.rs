@@ -33,6 +33,8 @@ mod icmp;
 mod idle_flows;
 #[path = "netns/ipv6.rs"]
 mod ipv6;
+#[path = "netns/layered.rs"]
+mod layered;
 #[path = "netns/many_connections.rs"]
 mod many_connections;
 #[path = "netns/neighbours.rs"]

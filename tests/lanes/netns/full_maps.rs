@@ -1,9 +1,9 @@
 //! A map that is full costs what does not fit and nothing else, says so, and counts it.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tokio::task::JoinSet;
 use xdp_agent_tests::lab::agent::{Agent, Mode};
 use xdp_agent_tests::lab::clients::HttpConnection;
@@ -11,7 +11,11 @@ use xdp_agent_tests::lab::manifests::{Endpoint, Service};
 use xdp_agent_tests::lab::world::{World, WorldOptions, http_frontends};
 use xdp_agent_tests::lab::{block_on, wait_for};
 
-use crate::setup::{connection_to, counted, says};
+use crate::{
+    dual::{self, TARGET},
+    setup::{Setup, connection_to, counted, says},
+    two_backends::{Place, Talk, TwoBackends, VIP, at},
+};
 
 /// Connections at once, several times what the small map of established flows holds.
 const CONNECTIONS: usize = 300;
@@ -88,6 +92,51 @@ fn more_connections_than_the_flow_map_holds_are_answered_and_old_ones_go_on() ->
     }
     counted(&agent, "established_full")?;
     agent.stop()
+}
+
+/// As few source ports as the agent accepts, and more sockets than those.
+const PORTS: &str = "2000-3023";
+const SOCKETS: usize = 2_000;
+/// Sockets that are to find no port before the case goes on; each waits for an answer that does not come.
+const UNSERVED: usize = 3;
+/// Sockets that are kept: not all, because a process may not have so many.
+const KEPT: usize = 20;
+
+#[test]
+fn a_backend_toward_which_no_source_port_is_left_is_named_and_its_flows_go_on() -> Result<()> {
+    let world = TwoBackends::build(Setup { mode: Mode::Native, tx_offload: false }, Place::Elsewhere)?;
+    world.publish(&[0])?;
+    let agent = world.start_agent(&["--snat-ports", PORTS])?;
+    for (vip, backend) in dual::each(VIP).into_iter().zip(dual::each(at(0, 2))) {
+        let mut served = served_until_ports_run_out(&world, vip)?;
+        let name = SocketAddr::new(backend, TARGET);
+        let labels = format!(r#"backend="{name}",protocol="UDP""#);
+        let named = agent.metric("xdp_agent_snat_exhausted_total", &labels)?;
+        ensure!(named as usize == UNSERVED, "{named} for {name} of {:?}", agent.metrics()?);
+        for socket in &mut served {
+            ensure!(socket.ask()? == 0);
+        }
+    }
+    let drops = agent.metric("xdp_agent_drops_total", r#"reason="snat_exhausted""#)?;
+    ensure!(drops as usize == 2 * UNSERVED, "{drops} drops");
+    agent.stop()
+}
+
+/// The first sockets to a Service that are answered, of as many as there are until some are not.
+fn served_until_ports_run_out(world: &TwoBackends, vip: IpAddr) -> Result<Vec<Talk>> {
+    let (mut served, mut unserved) = (Vec::new(), 0);
+    for _ in 0..SOCKETS {
+        let mut socket = Talk::udp(&world.client, vip)?;
+        match socket.ask() {
+            Ok(_) if served.len() == KEPT => {}
+            Ok(_) => served.push(socket),
+            Err(_) => unserved += 1,
+        }
+        if unserved == UNSERVED {
+            return Ok(served);
+        }
+    }
+    bail!("{SOCKETS} sockets to {vip} have found ports, {unserved} have not")
 }
 
 /// Asks every frontend of the standard Service until both places have answered.
