@@ -47,6 +47,11 @@ pub enum Fate {
 pub const LEAF: &str = "there is no other cgroup in it: inside a container, mount the host's /sys/fs/cgroup and name it by \
                         --cgroup, or pods do not reach Services";
 
+/// What is said where there is none.
+pub const NONE: &str = "there is no cgroup v2 here, which the socket hooks need: mount one (`mount -t cgroup2 none \
+                        /sys/fs/cgroup/unified`) or name one by --cgroup; until then pods reach Services only by the devices of \
+                        --pod-iface, and this node all but NodePorts on its own addresses";
+
 impl Cgroup {
     /// The cgroup that a flag names, or the root of the hierarchy as it is mounted here; none, with a warning that says what
     /// to do, where it is not.
@@ -59,11 +64,7 @@ impl Cgroup {
             None => {
                 let mounts = fs::read_to_string(MOUNTS).with_context(|| format!("cannot read {MOUNTS}"))?;
                 let Some(path) = root(&mounts) else {
-                    warn!(
-                        "no cgroup v2 is mounted here, which the socket hooks need: mount one (`mount -t cgroup2 none \
-                         /sys/fs/cgroup/unified`) or name one by --cgroup; until then pods reach Services only by the \
-                         devices of --pod-iface, and this node all but NodePorts on its own addresses"
-                    );
+                    warn!("{NONE}");
                     return Ok(None);
                 };
                 path

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::{
     cgroup::{self, Cgroup},
     cluster::{HealthCheck, NoLocalEndpoints},
+    config::SocketLb,
     devices::{Mode, Transmit},
     watch::KindStatus,
 };
@@ -115,7 +116,11 @@ pub struct SocketStatus {
 impl SocketStatus {
     /// Takes the cgroup that the hooks are attached to.
     pub fn on(self, cgroup: Option<&Cgroup>) -> Self {
-        let warning = cgroup.filter(|cgroup| cgroup.is_leaf).map(|_| cgroup::LEAF);
+        let warning = match cgroup {
+            Some(cgroup) => cgroup.is_leaf.then_some(cgroup::LEAF),
+            None if self.scope == SocketLb::Off.label() => None,
+            None => Some(cgroup::NONE),
+        };
         Self { cgroup: cgroup.map(|cgroup| cgroup.path.clone()), warning, ..self }
     }
 }
@@ -292,6 +297,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_a_cgroup_the_status_says_what_hooks_need() {
+        let of = |scope: SocketLb| SocketStatus { scope: scope.label(), ..SocketStatus::default() }.on(None);
+        assert_eq!(of(SocketLb::All).warning, Some(cgroup::NONE));
+        assert_eq!(of(SocketLb::Off).warning, None, "nobody wants them");
+    }
 
     #[test]
     fn ready_means_that_nothing_is_waited_for() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::agent::{Agent, PIN_DIR};
-use xdp_agent_tests::lab::caller::Caller;
+use xdp_agent_tests::lab::caller::{Answer, Caller};
 use xdp_agent_tests::lab::netns::Namespace;
 use xdp_agent_tests::lab::servers::{HTTP_PORT, UDP_PORT};
 use xdp_agent_tests::lab::wait_for;
@@ -35,33 +35,35 @@ fn starting_stopping_killing_and_cleaning_up_under_load_fails_no_connection() ->
     let mut met = Vec::new();
     for caller in [&mut place.pod, &mut place.node] {
         caller.hold("long", target)?;
-        met.push(caller.ask_held("long")??);
+        caller.open("talk", false)?;
+        caller.connect("talk", udp_target)?;
+        met.push((caller.ask_held("long")??, caller.ask("talk")??.backend));
         caller.hammer(target)?;
         caller.hammer_udp(udp_target)?;
     }
     let Place { agent, mut pod, mut node, mut options, cgroup, world, _cgroups } = place;
     let mut callers = [&mut pod, &mut node];
-    more(&mut callers)?;
+    more(&mut callers, &met)?;
     agent.stop()?;
-    more(&mut callers)?;
+    more(&mut callers, &met)?;
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
-    more(&mut callers)?;
+    more(&mut callers, &met)?;
     agent.kill()?;
-    more(&mut callers)?;
+    more(&mut callers, &met)?;
     let mut cleanup = options.clone();
     cleanup.extra.push("--cleanup".into());
     let ended = Agent::refuse(&world.node, &world.bpffs, &cleanup)?;
     ensure!(ended.status.success(), "{}", ended.log);
     let left = world.bpffs.list(PIN_DIR)?;
     ensure!(left.is_empty(), "{left:?}");
-    more(&mut callers)?;
+    more(&mut callers, &met)?;
     options.extra.push("--fresh".into());
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
-    more(&mut callers)?;
-    for (caller, met) in callers.iter_mut().zip(met) {
+    more(&mut callers, &met)?;
+    for (caller, met) in callers.iter_mut().zip(&met) {
         let tally = caller.tally()?;
         ensure!(tally.failed == 0, "{tally:?}");
-        let now = caller.ask_held("long")??;
+        let (now, (met, _)) = (caller.ask_held("long")??, met);
         ensure!((&now.backend, now.client) == (&met.backend, met.client), "{met:?}, then {now:?}");
     }
     agent.stop()?;
@@ -79,9 +81,11 @@ fn load(node: &Namespace, rules: &str) -> Result<()> {
     Ok(())
 }
 
-/// Waits for as many answers again, of each.
-fn more(callers: &mut [&mut Caller; 2]) -> Result<()> {
-    for caller in callers {
+/// Waits for as many answers again, of each; a connected UDP socket stays with its backend meanwhile.
+fn more(callers: &mut [&mut Caller; 2], met: &[(Answer, String)]) -> Result<()> {
+    for (caller, (_, backend)) in callers.iter_mut().zip(met) {
+        let answer = caller.ask("talk")??;
+        ensure!(answer.backend == *backend, "a connected socket met {backend}, then {answer:?}");
         let before = caller.tally()?.answered;
         wait_for("further connections to be answered", ANSWERS_TIMEOUT, || {
             let tally = caller.tally()?;

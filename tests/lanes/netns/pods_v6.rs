@@ -28,6 +28,8 @@ const EXTERNAL_IP: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xee, 0, 0, 0, 0, 0x1
 const BALANCER_IP: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xbb, 0, 0, 0, 0, 0x10);
 const EMPTY: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20);
 const CONNECTIONS: usize = 40;
+/// Reserved ports are what clients of NFS take.
+const FIXED_PORT: u16 = 907;
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How clients are served.
@@ -157,7 +159,7 @@ fn every_frontend(way: Way, who: &str, caller: &mut Caller) -> Result<()> {
     if who == "pod" || way == Way::Hooks {
         targets.push((NODE, 30_080, 30_500));
     }
-    for (address, tcp, udp) in targets {
+    for &(address, tcp, udp) in &targets {
         let (tcp, udp): (SocketAddr, SocketAddr) = ((address, tcp).into(), (address, udp).into());
         let mut met = BTreeSet::new();
         for _ in 0..CONNECTIONS {
@@ -174,9 +176,27 @@ fn every_frontend(way: Way, who: &str, caller: &mut Caller) -> Result<()> {
         }
         ensure!(met == all, "{udp}: only {met:?} were met");
     }
+    for &(address, tcp, udp) in &targets {
+        insistent_and_impatient(caller, (address, tcp).into(), (address, udp).into())?;
+    }
     refused("no endpoint", libc::ECONNREFUSED, || caller.http((EMPTY, 80).into()))?;
     refused("no endpoint", libc::ECONNREFUSED, || caller.udp((EMPTY, 5000).into()))?;
     refused("unknown port", libc::ECONNREFUSED, || caller.http((CLUSTER_IP, 81).into()))
+}
+
+/// A client that insists on its port, as those of NFS do, and one that asks twice before it hears, as resolvers do.
+fn insistent_and_impatient(caller: &mut Caller, tcp: SocketAddr, udp: SocketAddr) -> Result<()> {
+    for _ in 0..5 {
+        let answer = caller.http_from(FIXED_PORT, tcp)?.with_context(|| format!("fixed port, {tcp}"))?;
+        ensure!(answer.from == tcp, "{tcp}: {answer:?}");
+    }
+    let socket = format!("resolver-{udp}");
+    caller.open(&socket, true)?;
+    for _ in 0..8 {
+        let answers = caller.ask_both(&socket, udp)?.with_context(|| format!("resolver, {udp}"))?;
+        ensure!(answers.iter().all(|answer| answer.from == udp), "{udp}: {answers:?}");
+    }
+    Ok(())
 }
 
 fn link(

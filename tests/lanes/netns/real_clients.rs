@@ -1,11 +1,13 @@
 //! Clients as they are met: curl, a resolver that asks twice at once, one long connection, bulk, a client that insists on its
 //! port; toward endpoints here, elsewhere, and on their way out; by socket hooks and by the devices of pods.
 
+use std::net::SocketAddr;
+
 use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::caller::Caller;
 use xdp_agent_tests::lab::manifests::Endpoint;
 use xdp_agent_tests::lab::world::{
-    Pod, World, WorldOptions, http_frontends, standard_service, udp_frontends,
+    NODE, Pod, World, WorldOptions, http_frontends, standard_service, udp_frontends,
 };
 
 use crate::callers::Place;
@@ -27,10 +29,10 @@ fn clients_of_every_kind_reach_endpoints_wherever_they_are() -> Result<()> {
         for state in ["remote", "local", "terminating"] {
             let context = || format!("{state} endpoints, socket hooks: {has_hooks}");
             publish(&mut place, state).with_context(context)?;
-            every_client(&mut place, true).with_context(context)?;
-            if has_hooks {
-                every_client(&mut place, false).with_context(context)?;
-            }
+            every_client(&mut place, true, |_| true).with_context(context)?;
+            // What is addressed to the node itself does not leave it.
+            every_client(&mut place, false, |target| has_hooks || target.ip() != NODE)
+                .with_context(context)?;
             ensure!(place.pod.ask_held("long")?? == met, "{}: another backend answers", context());
         }
         place.stop()?;
@@ -38,18 +40,19 @@ fn clients_of_every_kind_reach_endpoints_wherever_they_are() -> Result<()> {
     Ok(())
 }
 
-fn every_client(place: &mut Place, is_pod: bool) -> Result<()> {
-    for (kind, target) in http_frontends() {
+fn every_client(place: &mut Place, is_pod: bool, is_served: impl Fn(&SocketAddr) -> bool) -> Result<()> {
+    let http: Vec<_> = http_frontends().into_iter().filter(|(_, target)| is_served(target)).collect();
+    for &(kind, target) in &http {
         let text = place.curl(is_pod, target).with_context(|| format!("curl, {kind}"))?;
         ensure!(text.contains("\"backend\""), "{kind}: curl got {text:?}");
     }
     let caller = if is_pod { &mut place.pod } else { &mut place.node };
-    for (kind, target) in http_frontends() {
+    for (kind, target) in http {
         let bytes = caller.fetch(BULK, target)?.with_context(|| format!("bulk, {kind}"))?;
         ensure!(bytes == BULK, "{kind}: {bytes} bytes have come");
         fixed(caller, kind, target)?;
     }
-    for (kind, target) in udp_frontends() {
+    for (kind, target) in udp_frontends().into_iter().filter(|(_, target)| is_served(target)) {
         let socket = format!("resolver-{kind}").replace(' ', "-");
         caller.open(&socket, false)?;
         for _ in 0..8 {
@@ -61,7 +64,7 @@ fn every_client(place: &mut Place, is_pod: bool) -> Result<()> {
 }
 
 /// Connects again and again from one port, to whatever backend that leads.
-fn fixed(caller: &mut Caller, kind: &str, target: std::net::SocketAddr) -> Result<()> {
+fn fixed(caller: &mut Caller, kind: &str, target: SocketAddr) -> Result<()> {
     for _ in 0..5 {
         let answer = caller.http_from(FIXED_PORT, target)?.with_context(|| format!("fixed port, {kind}"))?;
         ensure!(answer.from == target, "{kind}: {answer:?}");
