@@ -47,6 +47,8 @@ mod not_ours;
 mod odd_devices;
 #[path = "netns/on_and_off.rs"]
 mod on_and_off;
+#[path = "netns/overlays.rs"]
+mod overlays;
 #[path = "netns/pod_devices.rs"]
 mod pod_devices;
 #[path = "netns/pods_v6.rs"]

@@ -222,8 +222,15 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         embryonic: loaded.v6.embryonic,
         backends: loaded.v6.generations,
     };
-    let attacher =
-        Attacher::new(loaded.programs, pins, config.mode, kernel, cgroup, config.sockets.pod_devices.clone());
+    let attacher = Attacher::new(
+        loaded.programs,
+        pins,
+        config.mode,
+        kernel,
+        cgroup,
+        config.sockets.pod_devices.clone(),
+        config.overlays,
+    );
     let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
     let keeper = Keeper::new(loaded.held, fragments, Arc::clone(&clock))?;
     let (mut reconciler, interfaces, release) =

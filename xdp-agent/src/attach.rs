@@ -22,6 +22,7 @@ use crate::{
 };
 
 pub mod legacy;
+pub mod overlays;
 mod pods;
 pub mod programs;
 pub mod refusal;
@@ -65,6 +66,7 @@ pub struct Attacher {
     cgroup: Option<Cgroup>,
     sockets: sockets::SocketHooks,
     pods: pods::PodDevices,
+    overlays: overlays::Overlays,
 }
 
 /// A tc program, the name of its pins before the index of the interface, and where it goes.
@@ -84,10 +86,12 @@ impl Attacher {
         kernel: KernelVersion,
         cgroup: Option<Cgroup>,
         pods: Vec<Pattern>,
+        are_overlays_followed: bool,
     ) -> Self {
         let sockets = sockets::SocketHooks::default();
         let pods = pods::PodDevices::new(pods);
-        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets, pods }
+        let overlays = overlays::Overlays::new(are_overlays_followed);
+        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets, pods, overlays }
     }
 
     /// Gives the programs that every interface needs to the kernel, before anything is attached.
@@ -149,6 +153,7 @@ impl Attacher {
                 }
             },
         }
+        self.follow_overlays(&host);
         self.follow_pods(&host);
         self.tell_pods();
         self.remove_orphans();
@@ -181,12 +186,7 @@ impl Attacher {
     /// When no allowed mode works; nothing is left attached then that was not before.
     pub fn attach(&mut self, link: &Link) -> anyhow::Result<()> {
         let mut links = Vec::new();
-        // Where no socket hook does it, what processes of this node send is translated on its way out.
-        let egress = if self.cgroup.is_some() { "tc_egress" } else { "tc_host" };
-        let programs = [
-            TcProgram { name: egress, pin: "tc-egress", at: AttachType::TcxEgress },
-            TcProgram { name: "tc_ingress", pin: "tc-ingress", at: AttachType::TcxIngress },
-        ];
+        let programs = self.programs_of_interfaces();
         let result = self.attach_tc(link, &programs, &mut links).and_then(|()| {
             let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
             let path = self.pin("xdp", link);
@@ -204,6 +204,16 @@ impl Attacher {
         info!(interface = %link.name, mode = mode.label(), reason = %reason, "attached");
         self.attached.insert(link.name.clone(), Attached { ifindex: link.index, mode, reason, links });
         Ok(())
+    }
+
+    /// The tc programs of every interface.
+    fn programs_of_interfaces(&self) -> [TcProgram; 2] {
+        // Where no socket hook does it, what processes of this node send is translated on its way out.
+        let egress = if self.cgroup.is_some() { "tc_egress" } else { "tc_host" };
+        [
+            TcProgram { name: egress, pin: "tc-egress", at: AttachType::TcxEgress },
+            TcProgram { name: "tc_ingress", pin: "tc-ingress", at: AttachType::TcxIngress },
+        ]
     }
 
     /// Forgets an interface that is gone; the kernel has taken the programs off with it.
@@ -308,7 +318,7 @@ impl Attacher {
     /// Asks the kernel whether what was attached is there.
     fn check(&self) -> anyhow::Result<()> {
         let host = neighbours::read_host().context("cannot read the interfaces")?;
-        for (name, attached) in &self.attached {
+        for (name, attached) in self.attached.iter().filter(|(_, attached)| attached.mode != Mode::Tc) {
             let xdp = attached
                 .links
                 .first()

@@ -163,6 +163,8 @@ pub enum ObjectSource {
 pub struct Config {
     /// Managed interfaces, without repetitions.
     pub interfaces: Vec<String>,
+    /// Whether devices of overlays are managed beside them, as they come and go.
+    pub overlays: bool,
     /// Where objects come from.
     pub source: ObjectSource,
     /// What decides, beside the objects, what is served.
@@ -272,6 +274,7 @@ impl Config {
             listen: listen(&args.listen, args.cluster.bind_address),
             cluster: args.cluster.options()?,
             interfaces: interfaces(&args.programs.iface)?,
+            overlays: args.programs.overlays,
             mode: args.programs.mode,
             service_metrics: args.listen.service_metrics,
             pin_dir: args.programs.pin_dir,

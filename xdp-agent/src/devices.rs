@@ -21,13 +21,16 @@ pub enum Mode {
     Generic,
     /// On the network card.
     Offload,
+    /// Not at XDP: programs of tc alone, on the devices of overlays.
+    Tc,
     /// Not at all: the interface is not there now.
     Absent,
 }
 
 impl Mode {
     /// Every mode, for metrics.
-    pub const ALL: [Self; 5] = [Self::Native, Self::NativeFrags, Self::Generic, Self::Offload, Self::Absent];
+    pub const ALL: [Self; 6] =
+        [Self::Native, Self::NativeFrags, Self::Generic, Self::Offload, Self::Tc, Self::Absent];
 
     /// The metric label.
     pub const fn label(self) -> &'static str {
@@ -36,6 +39,7 @@ impl Mode {
             Self::NativeFrags => "native-frags",
             Self::Generic => "generic",
             Self::Offload => "offload",
+            Self::Tc => "tc",
             Self::Absent => "absent",
         }
     }
@@ -70,7 +74,7 @@ pub fn transmit(link: &Link, mode: Mode, features: Option<u64>) -> Transmit {
         Mode::Offload => Transmit { transmit: true, redirect: false },
         // Generic XDP sends by the ordinary way of the device.
         Mode::Generic => Transmit { transmit: true, redirect: takes_redirects },
-        Mode::Absent => Transmit { transmit: false, redirect: false },
+        Mode::Tc | Mode::Absent => Transmit { transmit: false, redirect: false },
     }
 }
 

@@ -81,6 +81,7 @@ fn examine(args: &DoctorArgs) -> anyhow::Result<Report> {
         }
     };
     checks.extend(checks::network(&names, &host));
+    checks.extend(checks::overlays(&names, &host));
     let mut interfaces = Vec::new();
     for name in &names {
         let Some(link) = host.link(name) else { continue };

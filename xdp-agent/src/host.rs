@@ -184,6 +184,11 @@ impl Host {
         self.source_address::<[u8; 4]>(index).is_some() || self.source_address::<Ip6>(index).is_some()
     }
 
+    /// Whether an interface has an address of its own that packets can be translated to.
+    pub fn has_own_address(&self, index: u32) -> bool {
+        self.first_address::<[u8; 4]>(index).is_some() || self.first_address::<Ip6>(index).is_some()
+    }
+
     fn first_address<A: IpAddress>(&self, index: u32) -> Option<A> {
         let addresses = self.addresses.get(&index)?.iter().filter(|address| address.is_global());
         let mut usable =

@@ -124,7 +124,8 @@ impl Interfaces {
                 }
             }
         }
-        failures
+        // Behind those that have been named, which may be overlays too.
+        failures + self.attacher.follow_overlays(host)
     }
 
     /// Whether it is time to look again, though nothing has changed.
@@ -140,7 +141,8 @@ impl Interfaces {
     /// The picture as it is now.
     pub fn picture(&mut self, host: &Host) -> Picture {
         let mut picture = Picture::default();
-        for name in self.names.clone() {
+        let overlays: Vec<String> = self.attacher.overlays().map(str::to_owned).collect();
+        for name in self.names.iter().chain(&overlays).cloned().collect::<Vec<_>>() {
             let link = host.link(&name);
             let attached = self.attacher.attached().get(&name);
             let (Some(link), Some(attached)) = (link, attached) else {
@@ -154,6 +156,9 @@ impl Interfaces {
             self.say_once(&name, mode, xmit, !addresses.is_empty());
             picture.status.push(InterfaceStatus { name, ifindex: link.index, mode, reason, xmit, addresses });
         }
+        let refused = self.attacher.refused_overlays();
+        let refused: Vec<_> = refused.map(|(name, reason)| (name.to_owned(), reason.to_owned())).collect();
+        picture.status.extend(refused.into_iter().map(|(name, reason)| absent(name, reason)));
         picture.pods = self.attacher.pod_devices().map(str::to_owned).collect();
         let refused = self.attacher.refused_pod_devices();
         picture.refused_pods = refused.map(|(name, reason)| RefusedStatus::new(name, reason)).collect();
@@ -184,14 +189,8 @@ impl Interfaces {
 
     fn absent(&self, name: &str) -> InterfaceStatus {
         let reason = self.refused.get(name).cloned();
-        InterfaceStatus {
-            name: name.to_owned(),
-            ifindex: 0,
-            mode: Mode::Absent,
-            reason: reason.unwrap_or_else(|| "the interface is not there, or has no address".to_owned()),
-            xmit: Transmit { transmit: false, redirect: false },
-            addresses: Vec::new(),
-        }
+        let reason = reason.unwrap_or_else(|| "the interface is not there, or has no address".to_owned());
+        absent(name.to_owned(), reason)
     }
 
     fn say_once(&mut self, name: &str, mode: Mode, xmit: Transmit, has_address: bool) {
@@ -212,4 +211,10 @@ impl Interfaces {
             );
         }
     }
+}
+
+/// An interface without programs.
+fn absent(name: String, reason: String) -> InterfaceStatus {
+    let xmit = Transmit { transmit: false, redirect: false };
+    InterfaceStatus { name, ifindex: 0, mode: Mode::Absent, reason, xmit, addresses: Vec::new() }
 }

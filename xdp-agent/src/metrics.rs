@@ -178,6 +178,8 @@ impl Metrics {
 
     /// Writes how XDP runs on the interfaces.
     pub fn interfaces(&self, interfaces: &[InterfaceStatus]) {
+        // Overlays go for good.
+        self.attach_mode.clear();
         for interface in interfaces {
             for mode in Mode::ALL {
                 let labels = InterfaceMode { interface: interface.name.clone(), mode: mode.label() };

@@ -126,7 +126,7 @@ pub(super) fn create(
         let flags = match mode {
             Mode::Generic => XDP_FLAGS_SKB_MODE,
             Mode::Offload => XDP_FLAGS_HW_MODE,
-            Mode::Native | Mode::NativeFrags | Mode::Absent => XDP_FLAGS_DRV_MODE,
+            Mode::Native | Mode::NativeFrags | Mode::Tc | Mode::Absent => XDP_FLAGS_DRV_MODE,
         };
         match bpf::Link::create(program, link.index, AttachType::Xdp, flags) {
             Ok(made) => return Ok((made, mode, reason(mode, choice, &refusals))),
@@ -158,7 +158,7 @@ fn is_worth_trying(mode: Mode, choice: ModeChoice, last: Option<&Refusal>) -> bo
         (Mode::Native | Mode::NativeFrags, ModeChoice::Generic | ModeChoice::Offload)
         | (Mode::Generic, ModeChoice::Native | ModeChoice::Offload)
         | (Mode::Offload, ModeChoice::Auto | ModeChoice::Native | ModeChoice::Generic)
-        | (Mode::Absent, _) => false,
+        | (Mode::Tc | Mode::Absent, _) => false,
     }
 }
 
@@ -171,7 +171,7 @@ fn reason(mode: Mode, choice: ModeChoice, refusals: &[Refusal]) -> String {
     }
     match (mode, choice) {
         (Mode::Generic, _) => "asked for by --mode generic".to_owned(),
-        (Mode::Native | Mode::NativeFrags | Mode::Offload | Mode::Absent, _) => {
+        (Mode::Native | Mode::NativeFrags | Mode::Offload | Mode::Tc | Mode::Absent, _) => {
             "the driver takes it".to_owned()
         }
     }

@@ -173,6 +173,12 @@ pub struct ProgramArgs {
     #[arg(long, env = "XDP_AGENT_IFACE", value_name = "IFACE", value_delimiter = ',')]
     pub iface: Vec<String>,
 
+    /// Manage the VXLAN and Geneve devices that have an address too, as they come and go: backends on other nodes are reached
+    /// through them, and their answers come back there. They carry tc programs; one that --iface names carries XDP as well.
+    #[arg(long, env = "XDP_AGENT_OVERLAYS", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", default_value = "true")]
+    pub overlays: bool,
+
     /// How XDP runs: in the driver (native), in the kernel's stack (generic), on the network card itself (offload), or as
     /// well as each interface can (auto), which never tries the card.
     #[arg(long, env = "XDP_AGENT_MODE", value_enum, default_value_t = ModeChoice::Auto)]

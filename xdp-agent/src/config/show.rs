@@ -13,6 +13,7 @@ impl Config {
         // Taken apart whole, so that nothing new is forgotten here.
         let Self {
             interfaces,
+            overlays,
             source,
             cluster,
             mode,
@@ -72,6 +73,7 @@ impl Config {
             "echo": echo,
             "reset-on-endpoint-removal": reset_on_endpoint_removal,
             "iface": interfaces,
+            "overlays": overlays,
             "mode": format!("{mode:?}").to_lowercase(),
             "snat-ports": snat_ports.to_string(),
             "reserve-ports": reserve_ports,

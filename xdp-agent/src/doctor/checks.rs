@@ -5,8 +5,9 @@ use std::{fs, path::Path};
 use serde::Serialize;
 
 use crate::{
+    attach::overlays::is_overlay,
     cluster::wanted::{Ip6, IpAddress},
-    host::Host,
+    host::{Host, Link},
     netdev::Netdev,
     preflight::{self, KernelVersion},
 };
@@ -100,6 +101,13 @@ pub(super) fn network(names: &[String], host: &Host) -> Vec<Check> {
         Check::warning("settings", found, advice)
     }));
     checks
+}
+
+/// The overlays that are served without being named.
+pub(super) fn overlays(names: &[String], host: &Host) -> Vec<Check> {
+    let links = host.links.values().filter(|link| is_overlay(host, link) && !names.contains(&link.name));
+    let check = |link: &Link| Check::good("overlay", format!("{}, by programs of tc", link.name));
+    links.map(check).collect()
 }
 
 /// By which addresses an interface serves, of each family.

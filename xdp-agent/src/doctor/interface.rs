@@ -83,9 +83,8 @@ impl InterfaceReport {
 /// Falling back is worth a word, unless it was asked for.
 fn health(mode: Mode, choice: ModeChoice) -> Health {
     match (mode, choice) {
-        (Mode::Native | Mode::NativeFrags | Mode::Offload, _) | (Mode::Generic, ModeChoice::Generic) => {
-            Health::Good
-        }
+        (Mode::Native | Mode::NativeFrags | Mode::Offload | Mode::Tc, _)
+        | (Mode::Generic, ModeChoice::Generic) => Health::Good,
         (Mode::Generic, ModeChoice::Auto | ModeChoice::Native | ModeChoice::Offload) => Health::Warning,
         (Mode::Absent, _) => Health::Bad,
     }

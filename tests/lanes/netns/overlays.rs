@@ -1,0 +1,173 @@
+//! Pods of other nodes behind an overlay of the CNI, which nobody has named to the agent and which is made when it runs already.
+//!
+//! The far end of the overlay knows no way to the client: only answers to the node's own address come back.
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use xdp_agent_tests::lab::{
+    agent::{Agent, AgentOptions},
+    link::veth,
+    manifests::Manifests,
+    netns::{Namespace, PrivateBpffs},
+    pass::PassProgram,
+    wait_for,
+};
+
+use crate::{
+    dual::{self, Both},
+    setup::Setup,
+};
+
+const CLIENT: Both = (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
+const NODE: Both = (Ipv4Addr::new(198, 51, 100, 1), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1));
+/// What the overlay is made of, at the node and at the other one.
+const BELOW: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 70, 1), Ipv4Addr::new(172, 16, 70, 2)];
+const NODE_OVERLAY: Both = (Ipv4Addr::new(10, 244, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1));
+const BACKEND: Both = (Ipv4Addr::new(10, 244, 2, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
+const VIP: Both = (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10));
+const BODY: usize = 1 << 18;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+struct World {
+    client: Namespace,
+    node: Namespace,
+    other: Namespace,
+}
+
+each_mode_and_offload!(an_overlay_is_served_as_it_comes_and_goes);
+fn an_overlay_is_served_as_it_comes_and_goes(setup: Setup) -> Result<()> {
+    let [client, node, other] = ["lay-client", "lay-node", "lay-other"].map(Namespace::new);
+    let world = World { client: client?, node: node?, other: other? };
+    dual::link(&world.client, "eth0", CLIENT, &world.node, "out0", NODE, setup.tx_offload)?;
+    veth(&world.other, "eth0", &world.node, "in0")?;
+    world.node.address("in0", BELOW[0], 24)?;
+    world.other.address("eth0", BELOW[1], 24)?;
+    dual::forward(&world.node)?;
+    let _peer = PassProgram::attach(&world.client, "eth0")?;
+    dual::serve(
+        &world.other,
+        |mut stream| {
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all)?;
+            stream.write_all(&all)
+        },
+        |peer, _| peer.ip().to_canonical().to_string().into_bytes(),
+    )?;
+    let (manifests, bpffs) = (Manifests::new()?, PrivateBpffs::new()?);
+    let [v4, v6] = dual::slices(&[(BACKEND, "other")]);
+    manifests.write("web.yaml", &[dual::service(VIP, &[]), v4, v6])?;
+    let mut options = AgentOptions::new(manifests.directory(), setup.mode);
+    options.interfaces = vec!["out0".into()];
+    let agent = Agent::start(&world.node, &bpffs, &options)?;
+    ensure!(mode_of_overlay(&agent)?.is_none(), "there is none yet");
+    world.lay(&agent)?;
+    world.ask_all()?;
+    world.node.delete("vx0")?;
+    world.other.delete("vx0")?;
+    wait_for("the overlay to be gone", PATIENCE, || {
+        ensure!(mode_of_overlay(&agent)?.is_none());
+        let modes = agent.metrics()?.into_keys().filter(|name| name.contains("attach_mode"));
+        ensure!(modes.into_iter().all(|name| !name.contains("vx0")), "a metric speaks of it still");
+        Ok(())
+    })?;
+    world.lay(&agent)?;
+    world.ask_all()?;
+    let unmanaged = agent.metric("xdp_agent_events_total", r#"event="unmanaged_egress""#)?;
+    ensure!(unmanaged == 0.0, "{unmanaged} flows left by an interface that is not managed");
+    let mut held = dual::connect(&world.client, VIP.0.into(), PATIENCE)?;
+    held.write_all(b"first, ")?;
+    agent.kill()?;
+    world.ask_all()?;
+    let agent = Agent::start(&world.node, &bpffs, &options)?;
+    world.ask_all()?;
+    held.write_all(b"then")?;
+    held.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    held.read_to_string(&mut answer)?;
+    ensure!(answer == "first, then", "{answer:?} has come of a connection over a restart");
+    ensure!(mode_of_overlay(&agent)?.as_deref() == Some("tc"));
+    agent.stop()
+}
+
+#[test]
+fn overlays_are_left_alone_when_that_is_wanted() -> Result<()> {
+    let node = Namespace::new("lay-alone")?;
+    let far = Namespace::new("lay-far")?;
+    dual::link(&far, "eth0", CLIENT, &node, "out0", NODE, true)?;
+    node.vxlan("vx0", "out0", CLIENT.0)?;
+    node.address("vx0", NODE_OVERLAY.0, 24)?;
+    let (manifests, bpffs) = (Manifests::new()?, PrivateBpffs::new()?);
+    let mut options = AgentOptions::new(manifests.directory(), xdp_agent_tests::lab::agent::Mode::Auto);
+    options.interfaces = vec!["out0".into()];
+    let agent = Agent::start(&node, &bpffs, &options)?;
+    ensure!(mode_of_overlay(&agent)?.as_deref() == Some("tc"), "found at the start");
+    agent.stop()?;
+    options.extra = vec!["--overlays=false".into()];
+    let agent = Agent::start(&node, &bpffs, &options)?;
+    ensure!(mode_of_overlay(&agent)?.is_none());
+    agent.stop()?;
+    // One that is named is an interface like any other.
+    options.extra.clear();
+    options.interfaces.push("vx0".into());
+    let agent = Agent::start(&node, &bpffs, &options)?;
+    ensure!(mode_of_overlay(&agent)?.as_deref() == Some("generic"));
+    agent.stop()
+}
+
+/// How the agent runs on the overlay's device, if it does.
+fn mode_of_overlay(agent: &Agent) -> Result<Option<String>> {
+    let status = agent.status()?;
+    let interfaces = status["interfaces"].as_array().context("no interfaces in /status")?;
+    let found = interfaces.iter().find(|interface| interface["name"] == "vx0");
+    Ok(found.and_then(|interface| interface["mode"].as_str()).map(str::to_owned))
+}
+
+impl World {
+    /// Makes the overlay, and waits until the agent has seen it.
+    fn lay(&self, agent: &Agent) -> Result<()> {
+        let ends = [(&self.node, "in0", NODE_OVERLAY), (&self.other, "eth0", BACKEND)];
+        for (number, (namespace, below, (v4, v6))) in ends.into_iter().enumerate() {
+            namespace.vxlan("vx0", below, BELOW[1 - number])?;
+            namespace.mtu("vx0", 1_450)?;
+            namespace.enable_v6("vx0")?;
+            namespace.address("vx0", v4, 24)?;
+            namespace.address("vx0", v6, 64)?;
+        }
+        wait_for("the overlay to be served", PATIENCE, || {
+            let status = agent.status()?;
+            let interfaces = status["interfaces"].as_array().context("no interfaces in /status")?;
+            let found = interfaces.iter().find(|interface| interface["name"] == "vx0").context("not yet")?;
+            let addresses = found["addresses"].as_array().context("no addresses")?;
+            ensure!(found["mode"] == "tc" && addresses.len() == 2, "{found}");
+            Ok(())
+        })
+    }
+
+    fn ask_all(&self) -> Result<()> {
+        for to in dual::each(VIP).into_iter().chain(dual::each(NODE)) {
+            self.ask(to).with_context(|| to.to_string())?;
+        }
+        Ok(())
+    }
+
+    fn ask(&self, to: IpAddr) -> Result<()> {
+        let question: Vec<u8> = (0..BODY).map(|at| (at % 251) as u8).collect();
+        let mut stream = dual::connect(&self.client, to, PATIENCE)?;
+        stream.write_all(&question)?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        ensure!(answer == question, "{} of {BODY} bytes came back", answer.len());
+        let socket = dual::socket(&self.client, to, PATIENCE)?;
+        socket.send(b"?")?;
+        let len = socket.recv(&mut answer).context("a datagram")?;
+        let seen: IpAddr = if to.is_ipv4() { NODE_OVERLAY.0.into() } else { NODE_OVERLAY.1.into() };
+        ensure!(answer[..len] == *seen.to_string().as_bytes(), "the backend has seen another address");
+        Ok(())
+    }
+}
