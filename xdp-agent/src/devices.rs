@@ -86,7 +86,8 @@ pub fn device<A: IpAddress>(link: &Link, snat: A, mode: Mode, transmit: Transmit
         flags: flag(transmit.transmit, device::TRANSMIT)
             | flag(transmit.redirect, device::REDIRECT)
             | flag(mode == Mode::Generic, device::GENERIC)
-            | flag(link.is_ethernet, device::ETHERNET),
+            // Through an overlay answers come back by the kernel, which must see both directions of a connection.
+            | flag(link.is_ethernet && mode != Mode::Tc, device::ETHERNET),
         mtu: link.mtu,
         mac: link.mac,
         zero: [0; 2],
@@ -144,5 +145,7 @@ mod tests {
         let entry = device(&link(""), [192, 0, 2, 1], Mode::Generic, both);
         assert_eq!(entry.flags, device::TRANSMIT | device::GENERIC | device::ETHERNET);
         assert_eq!((entry.snat, entry.mtu), ([192, 0, 2, 1], 1500));
+        let neither = transmit(&link("vxlan"), Mode::Tc, Some(3));
+        assert_eq!(device(&link("vxlan"), [192, 0, 2, 1], Mode::Tc, neither).flags, 0, "all by the kernel");
     }
 }

@@ -37,35 +37,34 @@ struct World {
     client: Namespace,
     node: Namespace,
     other: Namespace,
+    _peer: PassProgram,
 }
+
+/// What others write: pods are masqueraded toward the world only, and what is no part of a connection is dropped.
+const USUAL: &str = "table inet usual {
+  chain postrouting {
+    type nat hook postrouting priority srcnat;
+    ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade fully-random
+    ip6 saddr 2001:db8:2::/48 ip6 daddr != 2001:db8:2::/48 masquerade fully-random
+  }
+  chain forward {
+    type filter hook forward priority filter;
+    ct state invalid drop
+  }
+}
+";
 
 each_mode_and_offload!(an_overlay_is_served_as_it_comes_and_goes);
 fn an_overlay_is_served_as_it_comes_and_goes(setup: Setup) -> Result<()> {
-    let [client, node, other] = ["lay-client", "lay-node", "lay-other"].map(Namespace::new);
-    let world = World { client: client?, node: node?, other: other? };
-    dual::link(&world.client, "eth0", CLIENT, &world.node, "out0", NODE, setup.tx_offload)?;
-    veth(&world.other, "eth0", &world.node, "in0")?;
-    world.node.address("in0", BELOW[0], 24)?;
-    world.other.address("eth0", BELOW[1], 24)?;
-    dual::forward(&world.node)?;
-    let _peer = PassProgram::attach(&world.client, "eth0")?;
-    dual::serve(
-        &world.other,
-        |mut stream| {
-            let mut all = Vec::new();
-            stream.read_to_end(&mut all)?;
-            stream.write_all(&all)
-        },
-        |peer, _| peer.ip().to_canonical().to_string().into_bytes(),
-    )?;
-    let (manifests, bpffs) = (Manifests::new()?, PrivateBpffs::new()?);
-    let [v4, v6] = dual::slices(&[(BACKEND, "other")]);
-    manifests.write("web.yaml", &[dual::service(VIP, &[]), v4, v6])?;
+    let world = World::build(setup)?;
+    nft(&world.node, USUAL)?;
+    let (manifests, bpffs) = (world.manifests()?, PrivateBpffs::new()?);
     let mut options = AgentOptions::new(manifests.directory(), setup.mode);
     options.interfaces = vec!["out0".into()];
     let agent = Agent::start(&world.node, &bpffs, &options)?;
     ensure!(mode_of_overlay(&agent)?.is_none(), "there is none yet");
-    world.lay(&agent)?;
+    world.lay("vx0")?;
+    served(&agent)?;
     world.ask_all()?;
     world.node.delete("vx0")?;
     world.other.delete("vx0")?;
@@ -75,7 +74,8 @@ fn an_overlay_is_served_as_it_comes_and_goes(setup: Setup) -> Result<()> {
         ensure!(modes.into_iter().all(|name| !name.contains("vx0")), "a metric speaks of it still");
         Ok(())
     })?;
-    world.lay(&agent)?;
+    world.lay("vx0")?;
+    served(&agent)?;
     world.ask_all()?;
     let unmanaged = agent.metric("xdp_agent_events_total", r#"event="unmanaged_egress""#)?;
     ensure!(unmanaged == 0.0, "{unmanaged} flows left by an interface that is not managed");
@@ -91,6 +91,35 @@ fn an_overlay_is_served_as_it_comes_and_goes(setup: Setup) -> Result<()> {
     held.read_to_string(&mut answer)?;
     ensure!(answer == "first, then", "{answer:?} has come of a connection over a restart");
     ensure!(mode_of_overlay(&agent)?.as_deref() == Some("tc"));
+    agent.stop()
+}
+
+/// What flannel writes on each node (`masqRules` in its pkg/trafficmngr), for two networks of pods of which a part is here.
+const FLANNEL: &str = "table inet flannel {
+  chain postrouting {
+    type nat hook postrouting priority srcnat;
+    ip saddr 10.244.1.0/24 ip daddr 10.244.0.0/16 return
+    ip saddr 10.244.0.0/16 ip daddr 10.244.1.0/24 return
+    ip saddr != 10.244.0.0/16 ip daddr 10.244.1.0/24 return
+    ip saddr 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
+    ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 masquerade fully-random
+    ip6 saddr 2001:db8:2::/48 ip6 daddr != ff00::/8 masquerade fully-random
+    ip6 saddr != 2001:db8:2::/48 ip6 daddr 2001:db8:2::/48 masquerade fully-random
+  }
+}
+";
+
+each_mode_and_offload!(an_overlay_of_flannel_is_left_to_its_own_masquerade);
+fn an_overlay_of_flannel_is_left_to_its_own_masquerade(setup: Setup) -> Result<()> {
+    let world = World::build(setup)?;
+    nft(&world.node, FLANNEL)?;
+    let (manifests, bpffs) = (world.manifests()?, PrivateBpffs::new()?);
+    let mut options = AgentOptions::new(manifests.directory(), setup.mode);
+    options.interfaces = vec!["out0".into()];
+    world.lay("flannel.1")?;
+    let agent = Agent::start(&world.node, &bpffs, &options)?;
+    world.ask_all()?;
+    ensure!(agent.status()?["interfaces"].as_array().is_some_and(|all| all.len() == 1));
     agent.stop()
 }
 
@@ -127,25 +156,59 @@ fn mode_of_overlay(agent: &Agent) -> Result<Option<String>> {
     Ok(found.and_then(|interface| interface["mode"].as_str()).map(str::to_owned))
 }
 
+/// Waits until the agent has seen the overlay.
+fn served(agent: &Agent) -> Result<()> {
+    wait_for("the overlay to be served", PATIENCE, || {
+        let status = agent.status()?;
+        let interfaces = status["interfaces"].as_array().context("no interfaces in /status")?;
+        let found = interfaces.iter().find(|interface| interface["name"] == "vx0").context("not yet")?;
+        let addresses = found["addresses"].as_array().context("no addresses")?;
+        ensure!(found["mode"] == "tc" && addresses.len() == 2, "{found}");
+        Ok(())
+    })
+}
+
 impl World {
-    /// Makes the overlay, and waits until the agent has seen it.
-    fn lay(&self, agent: &Agent) -> Result<()> {
+    fn build(setup: Setup) -> Result<Self> {
+        let [client, node, other] = ["lay-client", "lay-node", "lay-other"].map(Namespace::new);
+        let (client, node, other) = (client?, node?, other?);
+        dual::link(&client, "eth0", CLIENT, &node, "out0", NODE, setup.tx_offload)?;
+        veth(&other, "eth0", &node, "in0")?;
+        node.address("in0", BELOW[0], 24)?;
+        other.address("eth0", BELOW[1], 24)?;
+        dual::forward(&node)?;
+        dual::serve(
+            &other,
+            |mut stream| {
+                let mut all = Vec::new();
+                stream.read_to_end(&mut all)?;
+                stream.write_all(&all)
+            },
+            |peer, _| peer.ip().to_canonical().to_string().into_bytes(),
+        )?;
+        // Without it, what a native program sends to a veth is lost.
+        let peer = PassProgram::attach(&client, "eth0")?;
+        Ok(Self { client, node, other, _peer: peer })
+    }
+
+    fn manifests(&self) -> Result<Manifests> {
+        let manifests = Manifests::new()?;
+        let [v4, v6] = dual::slices(&[(BACKEND, "other")]);
+        manifests.write("web.yaml", &[dual::service(VIP, &[]), v4, v6])?;
+        Ok(manifests)
+    }
+
+    /// Makes an overlay.
+    fn lay(&self, name: &str) -> Result<()> {
         let ends = [(&self.node, "in0", NODE_OVERLAY), (&self.other, "eth0", BACKEND)];
         for (number, (namespace, below, (v4, v6))) in ends.into_iter().enumerate() {
-            namespace.vxlan("vx0", below, BELOW[1 - number])?;
-            namespace.mtu("vx0", 1_450)?;
-            namespace.enable_v6("vx0")?;
-            namespace.address("vx0", v4, 24)?;
-            namespace.address("vx0", v6, 64)?;
+            namespace.vxlan(name, below, BELOW[1 - number])?;
+            namespace.mtu(name, 1_450)?;
+            namespace.enable_v6(name)?;
+            namespace.address(name, v4, 24)?;
+            namespace.address(name, v6, 64)?;
         }
-        wait_for("the overlay to be served", PATIENCE, || {
-            let status = agent.status()?;
-            let interfaces = status["interfaces"].as_array().context("no interfaces in /status")?;
-            let found = interfaces.iter().find(|interface| interface["name"] == "vx0").context("not yet")?;
-            let addresses = found["addresses"].as_array().context("no addresses")?;
-            ensure!(found["mode"] == "tc" && addresses.len() == 2, "{found}");
-            Ok(())
-        })
+        Ok(())
     }
 
     fn ask_all(&self) -> Result<()> {
@@ -170,4 +233,14 @@ impl World {
         ensure!(answer[..len] == *seen.to_string().as_bytes(), "the backend has seen another address");
         Ok(())
     }
+}
+
+fn nft(node: &Namespace, rules: &str) -> Result<()> {
+    let mut command = node.command("nft");
+    command.args(["-f", "-"]).stdin(std::process::Stdio::piped());
+    let mut nft = command.spawn().context("cannot run nft; install nftables, which CNIs use")?;
+    nft.stdin.take().context("nft has an input")?.write_all(rules.as_bytes())?;
+    let status = nft.wait()?;
+    ensure!(status.success(), "nft ended with {status} at {rules}");
+    Ok(())
 }

@@ -17,6 +17,10 @@ use crate::{
 /// Kinds of devices whose packets have an Ethernet header (`IFLA_INFO_KIND`, drivers/net/vxlan and geneve.c).
 const KINDS: [&str; 2] = ["vxlan", "geneve"];
 
+/// Beginning of the names of flannel's devices. It masquerades whatever it has not been told of into its overlay, so that answers come
+/// back and are restored on the uplink; a second address and port, which the kernel knows nothing of, would only be in its way.
+const OF_FLANNEL: &str = "flannel";
+
 /// Why they carry no XDP program.
 const REASON: &str = "the kernel puts packets into the overlay, so programs of tc do";
 
@@ -37,7 +41,9 @@ impl Overlays {
 /// Whether pods of other nodes are reached by a device: without an address of its own nothing is routed there, as where a switch
 /// in software uses it.
 pub fn is_overlay(host: &Host, link: &Link) -> bool {
-    KINDS.contains(&link.kind.as_str()) && host.has_own_address(link.index)
+    KINDS.contains(&link.kind.as_str())
+        && !link.name.starts_with(OF_FLANNEL)
+        && host.has_own_address(link.index)
 }
 
 impl Attacher {

@@ -175,6 +175,7 @@ pub struct ProgramArgs {
 
     /// Manage the VXLAN and Geneve devices that have an address too, as they come and go: backends on other nodes are reached
     /// through them, and their answers come back there. They carry tc programs; one that --iface names carries XDP as well.
+    /// flannel's are left alone, because it masquerades into them.
     #[arg(long, env = "XDP_AGENT_OVERLAYS", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
         require_equals = true, default_missing_value = "true", default_value = "true")]
     pub overlays: bool,
