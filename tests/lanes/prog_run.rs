@@ -16,6 +16,8 @@ mod batch;
 mod checksums;
 #[path = "prog_run/dice.rs"]
 mod dice;
+#[path = "prog_run/errors.rs"]
+mod errors;
 #[path = "prog_run/extensions.rs"]
 mod extensions;
 #[path = "prog_run/family.rs"]
@@ -38,6 +40,8 @@ mod icmp;
 mod icmp_v6;
 #[path = "prog_run/maps.rs"]
 mod maps;
+#[path = "prog_run/messages.rs"]
+mod messages;
 /// The node of the host's own tests, of which this lane needs a part.
 #[allow(dead_code, reason = "the host's tests use the rest")]
 #[path = "../../xdp-common/tests/decide/model.rs"]

@@ -10,19 +10,38 @@ use xdp_common::{
     net::{V4, V6},
     tunnel::Tunnel,
     verdict::{
+        self,
         Counter::{self, Drop, Event},
         Event as E, Reason,
     },
 };
 
-use crate::{family::Hosts, frames::ETHERNET, mutation::mutated, node::*, twins::Twins, world::TRANSPORTS};
+use crate::{
+    errors,
+    family::{Family, Hosts},
+    frames::ETHERNET,
+    mutation::mutated,
+    node::*,
+    twins::{Sort, Twins},
+    world::TRANSPORTS,
+};
 
 const SEED: u64 = 0x0f10_77ed_cafe_2026;
 /// Frames of a sequence before it begins anew with other services.
 const WORLD_FRAMES: u64 = 2_500;
-/// Pairs of a state and a frame that are compared, and mutated frames, in a test run.
+/// Pairs of a state and a frame that are compared, mutated frames, and frames beside ICMP messages, in a test run.
 const PAIRS: u64 = 40_000;
 const FRAMES: u64 = 60_000;
+const ERRORS: u64 = 60_000;
+
+/// Each family through each XDP program. The programs are loaded for every sequence, which takes longer than a test run's share
+/// of frames.
+const SEQUENCES: [(Hook, Family); 4] = [
+    (Hook::Xdp, Family::V4),
+    (Hook::XdpFrags, Family::V6),
+    (Hook::Xdp, Family::V6),
+    (Hook::XdpFrags, Family::V4),
+];
 
 /// What a sequence must have met to mean anything.
 const MET: [Counter; 24] = [
@@ -55,6 +74,56 @@ const MET: [Counter; 24] = [
 /// What mutated frames must have met besides.
 const MET_MUTATED: [Counter; 1] = [Event(E::Malformed)];
 
+/// What must have become of ICMP messages, as no counter tells alone.
+const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 9] = [
+    (Sort::ErrorIn, verdict::Action::Transmit, Event(E::Related)),
+    (Sort::ErrorIn, verdict::Action::Redirect, Event(E::Related)),
+    (Sort::ErrorIn, verdict::Action::Tunnel, Event(E::Related)),
+    (Sort::ErrorIn, verdict::Action::Stack, Event(E::Related)),
+    (Sort::ErrorIn, verdict::Action::Stack, Event(E::Untunnelled)),
+    (Sort::ErrorIn, verdict::Action::Drop(Reason::UnknownPort), Drop(Reason::UnknownPort)),
+    (Sort::ErrorOut, verdict::Action::Stack, Event(E::Related)),
+    (Sort::ErrorOut, verdict::Action::Stack, Event(E::Finished)),
+    (Sort::Echo, verdict::Action::Transmit, Event(E::EchoAnswered)),
+];
+
+/// What goes through both besides the packets of a sequence.
+#[derive(Clone, Copy)]
+enum Traffic {
+    Nothing,
+    /// Frames that are almost packets of it.
+    Mutated,
+    /// ICMP about its packets.
+    Errors,
+}
+
+impl Traffic {
+    /// The sequences that so many frames are worth: what is beside the path of TCP and UDP is the same code in both XDP programs.
+    fn sequences(self, frames: u64) -> &'static [(Hook, Family)] {
+        match self {
+            Self::Errors if frames <= ERRORS => &SEQUENCES[..2],
+            Self::Nothing | Self::Mutated | Self::Errors => &SEQUENCES,
+        }
+    }
+
+    /// What must have been decided on what.
+    fn outcomes(self) -> &'static [(Sort, verdict::Action, Counter)] {
+        match self {
+            Self::Nothing | Self::Mutated => &[],
+            Self::Errors => &MET_OF_ERRORS,
+        }
+    }
+
+    /// One random thing happens.
+    fn happen<F: Hosts + Tunnel>(self, twins: &mut Twins<F>) {
+        match self {
+            Self::Mutated if !twins.dice.once_in(4) => mutate(twins),
+            Self::Errors if !twins.dice.once_in(3) => errors::happen(twins),
+            Self::Nothing | Self::Mutated | Self::Errors => twins.happen(),
+        }
+    }
+}
+
 /// A number from the environment, which `cargo xtask fuzz` sets.
 fn wanted(variable: &str, default: u64) -> u64 {
     match env::var(variable) {
@@ -63,14 +132,18 @@ fn wanted(variable: &str, default: u64) -> u64 {
     }
 }
 
-/// Runs sequences for each family and each XDP program until so many frames have gone through both.
-fn sequences(name: &str, frames: u64, met: &[Counter], is_mutated: bool) {
+/// Runs sequences until so many frames have gone through both.
+fn sequences(name: &str, frames: u64, met: &[Counter], traffic: Traffic) {
     let seed = wanted("XDP_AGENT_FUZZ_SEED", SEED);
     println!("{name}: {frames} frames of seed {seed}");
     let (begin, mut changed) = (Instant::now(), 0);
-    for entry in [Hook::Xdp, Hook::XdpFrags] {
-        changed += sequence::<V4>(entry, seed, frames / 4, met, is_mutated);
-        changed += sequence::<V6>(entry, seed, frames / 4, met, is_mutated);
+    let sequences = traffic.sequences(frames);
+    let each = frames / sequences.len() as u64;
+    for (entry, family) in sequences {
+        changed += match family {
+            Family::V4 => sequence::<V4>(*entry, seed, each, met, traffic),
+            Family::V6 => sequence::<V6>(*entry, seed, each, met, traffic),
+        };
     }
     println!("{name}: {changed} of them were changed; {:.0?}", begin.elapsed());
 }
@@ -81,7 +154,7 @@ fn sequence<F: Hosts + Tunnel>(
     seed: u64,
     frames: u64,
     met: &[Counter],
-    is_mutated: bool,
+    traffic: Traffic,
 ) -> u64 {
     let work = move || {
         let mut twins = Twins::<F>::new(entry, seed);
@@ -90,17 +163,19 @@ fn sequence<F: Hosts + Tunnel>(
         while end < frames {
             end = (end + WORLD_FRAMES).min(frames);
             while twins.frames < end {
-                if is_mutated && !twins.dice.once_in(4) {
-                    mutate(&mut twins);
-                } else {
-                    twins.happen();
-                }
+                traffic.happen(&mut twins);
             }
             twins.compare_tables();
             twins.begin();
         }
         let missing: Vec<_> = met.iter().filter(|counter| twins.met(**counter) == 0).collect();
-        assert!(missing.is_empty(), "{entry:?}, {:?}: never met {missing:?}", F::FAMILY);
+        let undecided: Vec<_> =
+            traffic.outcomes().iter().filter(|outcome| !twins.has_met(**outcome)).collect();
+        assert!(
+            missing.is_empty() && undecided.is_empty(),
+            "{entry:?}, {:?}: never met {missing:?} {undecided:?}",
+            F::FAMILY
+        );
         twins.changed
     };
     thread::scope(|scope| match scope.spawn(work).join() {
@@ -126,11 +201,16 @@ fn mutate<F: Hosts + Tunnel>(twins: &mut Twins<F>) {
 
 #[test]
 fn the_programs_and_the_host_agree_on_every_packet_of_long_sequences() {
-    sequences("agreement", wanted("XDP_AGENT_FUZZ_PAIRS", PAIRS), &MET, false);
+    sequences("agreement", wanted("XDP_AGENT_FUZZ_PAIRS", PAIRS), &MET, Traffic::Nothing);
 }
 
 #[test]
 fn mutated_frames_are_left_alone_or_come_out_whole() {
     let met = [&MET[..], &MET_MUTATED[..]].concat();
-    sequences("mutated", wanted("XDP_AGENT_FUZZ_FRAMES", FRAMES), &met, true);
+    sequences("mutated", wanted("XDP_AGENT_FUZZ_FRAMES", FRAMES), &met, Traffic::Mutated);
+}
+
+#[test]
+fn errors_about_flows_are_translated_whole_or_left_alone() {
+    sequences("errors", wanted("XDP_AGENT_FUZZ_ERRORS", ERRORS), &[], Traffic::Errors);
 }

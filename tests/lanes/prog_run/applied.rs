@@ -7,7 +7,7 @@ use xdp_common::{
     frame::{Packet, TCP_CHECK, UDP_CHECK},
     net::{Address, Family as _, SCTP, TCP, UDP, V4},
     sctp,
-    verdict::{Action, Reason, Verdict},
+    verdict::{Action, Hop, Reason, Verdict},
 };
 
 use crate::{
@@ -37,30 +37,50 @@ pub(crate) fn applied<F: Hosts + Answer>(
         Action::Tunnel => (around::<F>(hook, frame, packet, verdict), false),
         Action::Transmit | Action::Redirect => {
             let mut out = rewritten::<F>(frame, packet, verdict);
-            out[0..6].copy_from_slice(&verdict.hop.dmac);
-            out[6..12].copy_from_slice(&verdict.hop.smac);
-            let ttl_at = ETHERNET + if F::FAMILY == Family::V4 { 8 } else { 7 };
-            // Time to live and protocol share a word.
-            replace(&mut out, ttl_at, &[packet.ttl - 1], ip_check::<F>().as_slice());
+            send::<F>(&mut out, packet.ttl, &verdict.hop);
             (out, false)
         }
     }
 }
 
-fn ip_check<F: Hosts>() -> Option<usize> {
-    (F::FAMILY == Family::V4).then_some(ETHERNET + 10)
+/// Addresses a frame to its next hop, and takes one from its time to live.
+pub(crate) fn send<F: Hosts>(frame: &mut [u8], ttl: u8, hop: &Hop) {
+    frame[0..6].copy_from_slice(&hop.dmac);
+    frame[6..12].copy_from_slice(&hop.smac);
+    set_ttl::<F>(frame, ttl - 1);
+}
+
+/// Writes the time to live, or hop limit.
+pub(crate) fn set_ttl<F: Hosts>(frame: &mut [u8], ttl: u8) {
+    let at = ETHERNET + if F::FAMILY == Family::V4 { 8 } else { 7 };
+    replace(frame, at, &[ttl], ip_check::<F>(ETHERNET).as_slice());
+}
+
+/// Offset of the checksum of an IP header that is at an offset, where it has one.
+pub(crate) fn ip_check<F: Hosts>(header: usize) -> Option<usize> {
+    (F::FAMILY == Family::V4).then_some(header + 10)
+}
+
+/// Offset of both addresses in an IP header that is at an offset.
+pub(crate) fn addrs_at<F: Hosts>(header: usize) -> usize {
+    header + if F::FAMILY == Family::V4 { 12 } else { 8 }
+}
+
+/// Two addresses as they stand in a header.
+pub(crate) fn pair<F: Hosts>(src: F::Addr, dst: F::Addr) -> Vec<u8> {
+    let len = F::Addr::LEN;
+    [&octets::<F>(src)[..len], &octets::<F>(dst)[..len]].concat()
 }
 
 /// The packet around a client's, and what a hop takes from that.
-fn around<F: Hosts>(
+pub(crate) fn around<F: Hosts>(
     hook: Hook,
     frame: &[u8],
     packet: &Packet<F::Addr>,
     verdict: &Verdict<F::Addr>,
 ) -> Vec<u8> {
     let mut inner = frame.to_vec();
-    let ttl_at = ETHERNET + if F::FAMILY == Family::V4 { 8 } else { 7 };
-    replace(&mut inner, ttl_at, &[packet.ttl - 1], ip_check::<F>().as_slice());
+    set_ttl::<F>(&mut inner, packet.ttl - 1);
     let (from, to) = (octets::<F>(verdict.rewrite.src), octets::<F>(verdict.rewrite.dst));
     let len = usize::from(packet.total_len);
     let outer = surrounding(F::FAMILY, packet.tos, len, &from[..F::Addr::LEN], &to[..F::Addr::LEN]);
@@ -156,12 +176,11 @@ fn answered<F: Hosts + Answer>(
 
 fn rewritten<F: Hosts>(frame: &[u8], packet: &Packet<F::Addr>, verdict: &Verdict<F::Addr>) -> Vec<u8> {
     let (mut out, to) = (frame.to_vec(), verdict.rewrite);
-    let len = F::Addr::LEN;
-    let addrs = ETHERNET + if F::FAMILY == Family::V4 { 12 } else { 8 };
+    let (addrs_at, addrs) = (addrs_at::<F>(ETHERNET), pair::<F>(to.src, to.dst));
+    let ip_check = ip_check::<F>(ETHERNET);
     let l4 = usize::from(packet.l4_offset);
     if packet.key.proto == SCTP {
-        let (src, dst) = (octets::<F>(to.src), octets::<F>(to.dst));
-        replace(&mut out, addrs, &[&src[..len], &dst[..len]].concat(), ip_check::<F>().as_slice());
+        replace(&mut out, addrs_at, &addrs, ip_check.as_slice());
         let end = l4 + usize::from(packet.l4_len);
         repaired(&mut out[l4..end], &[to.sport, to.dport].concat());
         return out;
@@ -171,9 +190,8 @@ fn rewritten<F: Hosts>(frame: &[u8], packet: &Packet<F::Addr>, verdict: &Verdict
     let has_check = !is_udp || frame[check_at..check_at + 2] != [0, 0];
     let mut checks: Vec<usize> = has_check.then_some(check_at).into_iter().collect();
     replace(&mut out, l4, &[to.sport, to.dport].concat(), &checks);
-    checks.extend(ip_check::<F>());
-    let (src, dst) = (octets::<F>(to.src), octets::<F>(to.dst));
-    replace(&mut out, addrs, &[&src[..len], &dst[..len]].concat(), &checks);
+    checks.extend(ip_check);
+    replace(&mut out, addrs_at, &addrs, &checks);
     if is_udp && has_check && out[check_at..check_at + 2] == [0, 0] {
         out[check_at..check_at + 2].fill(0xff);
     }
@@ -191,7 +209,7 @@ fn octets<F: Hosts>(addr: F::Addr) -> [u8; 16] {
 }
 
 /// Writes bytes and updates the checksums at these offsets by the words around them (RFC 1624, equation 3).
-fn replace(frame: &mut [u8], at: usize, bytes: &[u8], checks: &[usize]) {
+pub(crate) fn replace(frame: &mut [u8], at: usize, bytes: &[u8], checks: &[usize]) {
     let (from, to) = (at & !1, (at + bytes.len()).next_multiple_of(2));
     let before = words_sum(&frame[from..to]);
     frame[at..at + bytes.len()].copy_from_slice(bytes);
@@ -262,28 +280,24 @@ pub(crate) fn checked(frame: &[u8]) -> Option<Checked> {
     Some(Checked { ip: ip_sum == u16::MAX, l4: is_absent || sum == u16::MAX })
 }
 
-/// Whether two frames are the same but for checksums that have two forms of zero (RFC 1071): all zeros and all ones.
-pub(crate) fn same(a: &[u8], b: &[u8], packet_l4: usize, proto: u8) -> bool {
+/// Whether two frames are the same but for the checksums of IP and these, whose zero has two forms (RFC 1071): all zeros and
+/// all ones.
+pub(crate) fn same(a: &[u8], b: &[u8], checks: &[usize]) -> bool {
     if a == b {
         return true;
     }
-    let l4_check = match proto {
-        TCP => Some(packet_l4 + TCP_CHECK),
-        UDP => Some(packet_l4 + UDP_CHECK),
-        // A CRC has one form only.
-        _ => None,
-    };
-    let ip_check = ETHERNET + 10;
-    let is_v4 = a.get(12..14) == Some(&V4::ETHERTYPE.to_be_bytes()[..]);
-    let mut a = a.to_vec();
     if a.len() != b.len() {
         return false;
     }
+    let ip_check = ETHERNET + 10;
+    let is_v4 = a.get(12..14) == Some(&V4::ETHERTYPE.to_be_bytes()[..]);
     let inner_check = (is_v4 && a.get(ETHERNET + 9) == Some(&4)).then_some(ETHERNET + 20 + 10);
-    for at in [l4_check, is_v4.then_some(ip_check), inner_check].into_iter().flatten() {
+    let ip_checks = [is_v4.then_some(ip_check), inner_check];
+    let mut a = a.to_vec();
+    for at in ip_checks.into_iter().flatten().chain(checks.iter().copied()) {
         let pair = |frame: &[u8]| frame.get(at..at + 2).map(|pair| [pair[0], pair[1]]);
         let zeros = [Some([0, 0]), Some([0xff, 0xff])];
-        if zeros.contains(&pair(&a)) && zeros.contains(&pair(b)) && (proto != UDP || Some(at) != l4_check) {
+        if zeros.contains(&pair(&a)) && zeros.contains(&pair(b)) {
             a[at..at + 2].copy_from_slice(&b[at..at + 2]);
         }
     }

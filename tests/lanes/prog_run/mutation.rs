@@ -49,7 +49,8 @@ fn extension(dice: &mut Dice) -> (u8, Vec<u8>) {
     (number, body)
 }
 
-fn mutate(dice: &mut Dice, family: Family, l4: usize, bytes: &mut Vec<u8>) {
+/// Changes one thing in a frame whose transport header is at an offset.
+pub(crate) fn mutate(dice: &mut Dice, family: Family, l4: usize, bytes: &mut Vec<u8>) {
     let (len_at, proto_at, addrs) = match family {
         Family::V4 => (ETHERNET + 2, ETHERNET + 9, ETHERNET + 12),
         Family::V6 => (ETHERNET + 4, ETHERNET + 6, ETHERNET + 8),
@@ -114,7 +115,7 @@ fn mutate(dice: &mut Dice, family: Family, l4: usize, bytes: &mut Vec<u8>) {
 }
 
 /// Overwrites what of these bytes lies within the frame.
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     for (byte, value) in bytes.iter_mut().skip(at).zip(value) {
         *byte = *value;
     }

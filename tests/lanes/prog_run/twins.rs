@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use xdp_common::{
-    frame::{self, Headers as _, Packet, Parsed},
-    net::{Address, Family as _, V4, V6},
+    frame::{self, Headers as _, Packet, Parsed, TCP_CHECK},
+    net::{Address, Family as _, TCP, V4, V6},
     tunnel::{self, Tunnel},
     verdict::{self, Counter, Event, Reason, Verdict},
 };
@@ -15,7 +15,7 @@ use crate::{
     dice::Dice,
     family::{Family, Hosts},
     frames::*,
-    maps,
+    maps, messages,
     model::Model,
     node::*,
     world::{Arrived, BACKENDS, HOSTS, SERVICE},
@@ -28,12 +28,16 @@ pub(crate) struct Twins<F: Hosts + Tunnel> {
     pub(crate) model: Model<F>,
     pub(crate) names: HashMap<F::Addr, Addr>,
     pub(crate) arrived: Vec<Arrived>,
+    /// Packets that have lately come out changed, as they came and as they went.
+    pub(crate) seen: Vec<Seen>,
     pub(crate) has_neighbour: bool,
     pub(crate) generation: u32,
     /// The programs' counters as they are.
     counts: Vec<u64>,
     /// How often each counter was raised.
     met: Vec<u64>,
+    /// What was decided on ICMP, and what that has raised.
+    outcomes: Vec<Outcome>,
     /// Frames that have gone through both, and those of them that came out changed.
     pub(crate) frames: u64,
     pub(crate) changed: u64,
@@ -51,9 +55,11 @@ impl<F: Hosts + Tunnel> Twins<F> {
             model: Model::of(F::addr(NODE)),
             names: HOSTS.into_iter().map(|name| (F::addr(name), name)).collect(),
             arrived: Vec::new(),
+            seen: Vec::new(),
             has_neighbour: true,
             generation: 1,
             met: vec![0; counts.len()],
+            outcomes: Vec::new(),
             counts,
             frames: 0,
             changed: 0,
@@ -69,53 +75,52 @@ impl<F: Hosts + Tunnel> Twins<F> {
         let inner = self.taken_out(hook, frame);
         let sent = frame;
         let frame = inner.as_deref().unwrap_or(frame);
-        let decided = self.decide(hook, frame);
-        let mut counts = vec![0u64; self.counts.len()];
-        counts[Counter::Event(Event::Untunnelled).index() as usize] += u64::from(inner.is_some());
-        for (index, times) in std::mem::take(&mut *self.model.counters.borrow_mut()) {
-            counts[index as usize] = times;
+        let expected = self.expected(hook, frame);
+        if expected.is_limited {
+            self.node.maps.allow_answers();
         }
-        let (action, expected) = match &decided {
-            Decided::Parsed(packet, verdict) => {
-                let (expected, is_answered) = applied::<F>(hook, frame, packet, verdict);
-                if let verdict::Action::Reject(_) = verdict.action {
-                    let event = if is_answered { Event::Answered } else { Event::Unanswered };
-                    counts[Counter::Event(event).index() as usize] += 1;
-                    self.node.maps.allow_answers();
-                }
-                (action(hook, self.node.from, verdict, is_answered), expected)
-            }
-            Decided::Left(counter) => {
-                if let Some(counter) = counter {
-                    counts[counter.index() as usize] += 1;
-                }
-                (Action::Pass, frame.to_vec())
-            }
-            Decided::Beside => {
-                self.node.maps.allow_answers();
-                let (done, after) = self.node.run_here(hook, sent);
-                let raised = self.raised();
-                self.must_hold(hook, frame, done, &after, &raised);
-                return (done, after);
-            }
-        };
+        let counts = self.counted(&expected, inner.is_some());
         let (done, after) = self.node.run_here(hook, sent);
         let raised = self.raised();
-        counts[HOP_REFRESHED] = 0;
-        let is_same = match &decided {
-            Decided::Parsed(packet, _) => same(&after, &expected, packet.l4_offset.into(), packet.key.proto),
-            Decided::Left(_) | Decided::Beside => after == expected,
-        };
-        if (done, &raised) != (action, &counts) || !is_same {
+        if (done, &raised) != (expected.action, &counts) || !same(&after, &expected.frame, &expected.checks) {
             panic!(
-                "{}: the program says {done:?}, counts {:?} and makes it\n{after:02x?};\nthe host says {action:?}, counts {:?} and makes it\n{expected:02x?}",
+                "{}: the program says {done:?}, counts {:?} and makes it\n{after:02x?};\nthe host says {:?}, counts {:?} and makes it\n{:02x?}",
                 self.place(hook, frame),
                 names(&raised),
+                expected.action,
                 names(&counts),
+                expected.frame,
             );
+        }
+        if let Some((sort, decided)) = expected.decided {
+            self.note(sort, decided, &raised);
         }
         self.must_hold(hook, frame, done, &after, &raised);
         (done, after)
+    }
+
+    /// What the host counts for a frame.
+    fn counted(&self, expected: &Expected, is_taken_out: bool) -> Vec<u64> {
+        let mut counts = vec![0; self.counts.len()];
+        let untunnelled = Counter::Event(Event::Untunnelled);
+        for counter in expected.counts.iter().chain(is_taken_out.then_some(&untunnelled)) {
+            counts[counter.index() as usize] += 1;
+        }
+        for (index, times) in std::mem::take(&mut *self.model.counters.borrow_mut()) {
+            counts[index as usize] += times;
+        }
+        counts[HOP_REFRESHED] = 0;
+        counts
+    }
+
+    /// Notes what was decided, and what it has raised.
+    fn note(&mut self, sort: Sort, decided: verdict::Action, raised: &[u64]) {
+        for (index, _) in raised.iter().enumerate().filter(|(_, times)| **times > 0) {
+            let outcome = (sort, decided, index as u32);
+            if !self.outcomes.contains(&outcome) {
+                self.outcomes.push(outcome);
+            }
+        }
     }
 
     /// The frame that XDP takes out of one from another node, if it does.
@@ -142,12 +147,14 @@ impl<F: Hosts + Tunnel> Twins<F> {
         V4::parse(frame, from) == Parsed::Fragment || V6::parse(frame, from) == Parsed::Fragment
     }
 
-    /// What the host decides.
-    fn decide(&self, hook: Hook, bytes: &[u8]) -> Decided<F> {
-        let parsed = match frame::ethertype(bytes) {
-            family if family == F::ETHERTYPE => F::read_frame(bytes, self.node.from),
-            V4::ETHERTYPE => foreign(V4::parse(bytes, self.node.from)),
-            V6::ETHERTYPE => foreign(V6::parse(bytes, self.node.from)),
+    /// What the host makes of a frame.
+    fn expected(&self, hook: Hook, frame: &[u8]) -> Expected {
+        let from = self.node.from;
+        let is_of_family = frame::ethertype(frame) == F::ETHERTYPE;
+        let parsed = match frame::ethertype(frame) {
+            _ if is_of_family => F::read_frame(frame, from),
+            V4::ETHERTYPE => foreign(V4::parse(frame, from)),
+            V6::ETHERTYPE => foreign(V6::parse(frame, from)),
             _ => Parsed::Other,
         };
         match parsed {
@@ -157,12 +164,15 @@ impl<F: Hosts + Tunnel> Twins<F> {
                     Hook::TcIngress => self.model.tc(&packet),
                     Hook::TcEgress => self.model.egress(&packet),
                 };
-                Decided::Parsed(packet, verdict)
+                Expected::of::<F>(hook, from, frame, &packet, &verdict)
             }
-            Parsed::Other if is_icmp(bytes) => Decided::Beside,
+            Parsed::Other if is_of_family => messages::expected(&self.model, hook, from, frame),
             // Left to tc, whose answer depends on the fragments before.
-            Parsed::Other | Parsed::Fragment => Decided::Left(None),
-            Parsed::Malformed => Decided::Left(Some(Counter::Event(Event::Malformed))),
+            Parsed::Other | Parsed::Fragment => Expected::left(frame),
+            Parsed::Malformed => {
+                let counts = vec![Counter::Event(Event::Malformed)];
+                Expected { counts, ..Expected::left(frame) }
+            }
         }
     }
 
@@ -191,6 +201,9 @@ impl<F: Hosts + Tunnel> Twins<F> {
             return;
         }
         self.changed += 1;
+        for frame in [before, after] {
+            self.remember(frame);
+        }
         assert!(self.is_ours(hook, before), "{}: not ours, and changed", self.place(hook, before));
         let Some(whole) = checked(after) else {
             panic!("{}: no valid packet any more:\n{after:02x?}", self.place(hook, before))
@@ -206,7 +219,17 @@ impl<F: Hosts + Tunnel> Twins<F> {
         );
     }
 
-    /// Whether a frame has to do with the services, by its addresses alone: out of a tunnel, one to another node has too.
+    /// Remembers a packet, as far as anybody would quote it.
+    fn remember(&mut self, frame: &[u8]) {
+        let Parsed::Packet(packet) = F::read_frame(frame, self.node.from) else { return };
+        let end = (ETHERNET + usize::from(packet.total_len)).min(QUOTED_MAX);
+        let l4 = usize::from(packet.l4_offset) - ETHERNET;
+        self.seen.truncate(SEEN_MAX - 1);
+        self.seen.insert(0, Seen { packet: frame[ETHERNET..end].to_vec(), l4 });
+    }
+
+    /// Whether a frame has to do with the services, by its addresses alone: out of a tunnel, one to another node has too, and
+    /// what the node says of a backend's packets has by what it quotes.
     fn is_ours(&self, hook: Hook, frame: &[u8]) -> bool {
         let len = F::Addr::LEN;
         let at = ETHERNET + if F::FAMILY == Family::V4 { 12 } else { 8 };
@@ -221,6 +244,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
                     is_among(dst, &[VIP, VIP_TOO, NODE, NODE_TOO])
                         || (is_tunnelled && is_among(dst, &[OTHER_NODE]))
                 }
+                Hook::TcEgress if is_icmp(frame) => frame.windows(len).any(|part| is_among(part, &BACKENDS)),
                 Hook::TcEgress => is_among(src, &BACKENDS) || is_among(dst, &BACKENDS),
             }
     }
@@ -245,15 +269,83 @@ impl<F: Hosts + Tunnel> Twins<F> {
     pub(crate) fn met(&self, counter: Counter) -> u64 {
         self.met[counter.index() as usize]
     }
+
+    /// Whether something was decided and counted.
+    pub(crate) fn has_met(&self, (sort, decided, counter): (Sort, verdict::Action, Counter)) -> bool {
+        self.outcomes.contains(&(sort, decided, counter.index()))
+    }
 }
 
+/// How many packets are remembered, to be quoted, and how much of a frame is.
+const SEEN_MAX: usize = 64;
+const QUOTED_MAX: usize = 256;
+
+/// A packet that was seen, without its Ethernet header and perhaps without its end.
+#[derive(Clone)]
+pub(crate) struct Seen {
+    pub(crate) packet: Vec<u8>,
+    /// Where its transport header is.
+    pub(crate) l4: usize,
+}
+
+/// What is decided on by more than its own headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sort {
+    /// An ICMP error that comes in.
+    ErrorIn,
+    /// An ICMP error that leaves.
+    ErrorOut,
+    /// An echo request.
+    Echo,
+}
+
+/// What was decided on what, and the index of a counter that was raised by that.
+type Outcome = (Sort, verdict::Action, u32);
+
 /// What the host makes of a frame.
-enum Decided<F: Hosts> {
-    Parsed(Packet<F::Addr>, Verdict<F::Addr>),
-    /// There is nothing to decide; something may be counted.
-    Left(Option<Counter>),
-    /// ICMP, which has functions and cases of its own: only what must hold of every frame is checked.
-    Beside,
+pub(crate) struct Expected {
+    pub(crate) action: Action,
+    pub(crate) frame: Vec<u8>,
+    /// Where the frame has checksums besides those of IP, whose zero has two forms.
+    pub(crate) checks: Vec<usize>,
+    /// What is counted besides what the tables have counted.
+    pub(crate) counts: Vec<Counter>,
+    /// Whether it is answered, which is done so many times a second only.
+    pub(crate) is_limited: bool,
+    pub(crate) decided: Option<(Sort, verdict::Action)>,
+}
+
+impl Expected {
+    /// Nothing is decided.
+    pub(crate) fn left(frame: &[u8]) -> Self {
+        let (frame, checks, counts) = (frame.to_vec(), Vec::new(), Vec::new());
+        Self { action: Action::Pass, frame, checks, counts, is_limited: false, decided: None }
+    }
+
+    /// What a verdict makes of a packet.
+    fn of<F: Hosts>(
+        hook: Hook,
+        from: u32,
+        frame: &[u8],
+        packet: &Packet<F::Addr>,
+        verdict: &Verdict<F::Addr>,
+    ) -> Self {
+        let (frame, is_answered) = applied::<F>(hook, frame, packet, verdict);
+        let is_limited = matches!(verdict.action, verdict::Action::Reject(_));
+        let event = if is_answered { Event::Answered } else { Event::Unanswered };
+        Self {
+            action: action(hook, from, verdict, is_answered),
+            frame,
+            // A UDP datagram that has one has none of zero, and a CRC has one zero only.
+            checks: (packet.key.proto == TCP)
+                .then_some(usize::from(packet.l4_offset) + TCP_CHECK)
+                .into_iter()
+                .collect(),
+            counts: is_limited.then_some(Counter::Event(event)).into_iter().collect(),
+            is_limited,
+            decided: None,
+        }
+    }
 }
 
 const HOP_REFRESHED: usize = Counter::Event(Event::HopRefreshed).index() as usize;
@@ -267,7 +359,8 @@ fn foreign<A, B>(parsed: Parsed<A>) -> Parsed<B> {
     }
 }
 
-fn action<A>(hook: Hook, from: u32, verdict: &Verdict<A>, is_answered: bool) -> Action {
+/// What a program says that does what a verdict says.
+pub(crate) fn action<A>(hook: Hook, from: u32, verdict: &Verdict<A>, is_answered: bool) -> Action {
     let is_xdp = matches!(hook, Hook::Xdp | Hook::XdpFrags);
     match verdict.action {
         verdict::Action::Pass | verdict::Action::Stack => Action::Pass,

@@ -110,6 +110,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
     pub(crate) fn begin(&mut self) {
         self.node.forget_all();
         self.arrived.clear();
+        self.seen.clear();
         self.model.established.borrow_mut().clear();
         self.model.embryonic.borrow_mut().clear();
         self.model.affinities.borrow_mut().clear();
@@ -263,12 +264,17 @@ impl<F: Hosts + Tunnel> Twins<F> {
 
     /// A client's packet comes by another node.
     fn sends_on(&mut self, sent: &Frame) {
+        let bytes = self.tunnelled(&sent.bytes(), sent.total_len(), sent.tos);
+        self.comes_in(&bytes);
+    }
+
+    /// A frame with its IP packet in another one, as nodes send it on.
+    pub(crate) fn tunnelled(&mut self, frame: &[u8], len: usize, tos: u8) -> Vec<u8> {
         let from = self.dice.of(&[OTHER_NODE, OTHER_NODE, OTHER_NODE, CLIENT]);
         let to = self.dice.of(&[NODE, NODE, NODE, NODE_TOO]);
-        let bytes = sent.bytes();
         let [from, to] = [from, to].map(|name| self.node.family.octets(name));
-        let outer = surrounding(self.node.family, sent.tos, sent.total_len(), &from, &to);
-        self.comes_in(&[&bytes[..ETHERNET], &outer[..], &bytes[ETHERNET..]].concat());
+        let outer = surrounding(self.node.family, tos, len, &from, &to);
+        [&frame[..ETHERNET], &outer[..], &frame[ETHERNET..]].concat()
     }
 
     fn answer(&mut self) {
@@ -277,9 +283,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
             LOCAL => self.goes_out(&answer.bytes()),
             BESIDE => {
                 let answer = answer.with(|frame| frame.mac = (BESIDE_MAC, self.node.mac_too));
-                self.node.from = self.node.ifindex_too;
-                self.comes_in(&answer.bytes());
-                self.node.from = self.node.ifindex;
+                self.comes_in_beside(&answer.bytes());
             }
             _ => self.comes_in(&answer.bytes()),
         }
@@ -310,7 +314,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
     }
 
     /// A packet comes in: XDP first, tc behind it, and out again where it goes up and is not for here.
-    fn comes_in(&mut self, frame: &[u8]) {
+    pub(crate) fn comes_in(&mut self, frame: &[u8]) {
         let inner = self.taken_out(self.node.entry, frame);
         let (mut action, mut after) = self.agree(self.node.entry, frame);
         let frame = inner.as_deref().unwrap_or(frame);
@@ -324,8 +328,15 @@ impl<F: Hosts + Tunnel> Twins<F> {
         }
     }
 
+    /// The same by the second interface.
+    pub(crate) fn comes_in_beside(&mut self, frame: &[u8]) {
+        self.node.from = self.node.ifindex_too;
+        self.comes_in(frame);
+        self.node.from = self.node.ifindex;
+    }
+
     /// A packet leaves.
-    fn goes_out(&mut self, frame: &[u8]) {
+    pub(crate) fn goes_out(&mut self, frame: &[u8]) {
         let (_, after) = self.agree(Hook::TcEgress, frame);
         if after != frame {
             self.arrives(&after);
@@ -362,7 +373,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
         self.raise_epoch();
     }
 
-    fn configure(&mut self, edit: impl Fn(&mut Config)) {
+    pub(crate) fn configure(&mut self, edit: impl Fn(&mut Config)) {
         self.node.configure(&edit);
         let mut config = self.model.config.get();
         edit(&mut config);
