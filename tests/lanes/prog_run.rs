@@ -14,6 +14,8 @@ mod applied;
 mod batch;
 #[path = "prog_run/checksums.rs"]
 mod checksums;
+#[path = "prog_run/datagrams.rs"]
+mod datagrams;
 #[path = "prog_run/dice.rs"]
 mod dice;
 #[path = "prog_run/errors.rs"]

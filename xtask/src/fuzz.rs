@@ -7,17 +7,19 @@ use crate::test;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, bail};
 
-/// Mutated frames, pairs of a random state and a packet, and frames among which are ICMP messages about the others, when
-/// nothing else is asked for.
+/// Mutated frames, pairs of a random state and a packet, frames with ICMP about the others among them, and such with fragments
+/// among them, when nothing else is asked for.
 const FRAMES: u64 = 10_000_000;
 const PAIRS: u64 = 1_000_000;
 const ERRORS: u64 = 3_000_000;
+const FRAGMENTS: u64 = 3_000_000;
 
 #[derive(Debug, PartialEq, Eq)]
 struct Asked {
     frames: u64,
     pairs: u64,
     errors: u64,
+    fragments: u64,
     /// That of the tests, or another one.
     seed: Option<u64>,
 }
@@ -31,6 +33,7 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     command.env("XDP_AGENT_FUZZ_FRAMES", asked.frames.to_string());
     command.env("XDP_AGENT_FUZZ_PAIRS", asked.pairs.to_string());
     command.env("XDP_AGENT_FUZZ_ERRORS", asked.errors.to_string());
+    command.env("XDP_AGENT_FUZZ_FRAGMENTS", asked.fragments.to_string());
     if let Some(seed) = asked.seed {
         command.env("XDP_AGENT_FUZZ_SEED", seed.to_string());
     }
@@ -38,7 +41,7 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
 }
 
 fn parse(args: &[String]) -> Result<Asked> {
-    let mut asked = Asked { frames: FRAMES, pairs: PAIRS, errors: ERRORS, seed: None };
+    let mut asked = Asked { frames: FRAMES, pairs: PAIRS, errors: ERRORS, fragments: FRAGMENTS, seed: None };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let mut number = || -> Result<u64> {
@@ -49,6 +52,7 @@ fn parse(args: &[String]) -> Result<Asked> {
             "--frames" => asked.frames = number()?,
             "--pairs" => asked.pairs = number()?,
             "--errors" => asked.errors = number()?,
+            "--fragments" => asked.fragments = number()?,
             "--seed" => asked.seed = Some(number()?),
             other => {
                 bail!(
@@ -67,10 +71,11 @@ mod tests {
     #[test]
     fn numbers_are_taken_and_everything_else_is_refused() {
         let parse = |args: &[&str]| parse(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>());
-        let all = Asked { frames: FRAMES, pairs: PAIRS, errors: ERRORS, seed: None };
+        let all = Asked { frames: FRAMES, pairs: PAIRS, errors: ERRORS, fragments: FRAGMENTS, seed: None };
         assert_eq!(parse(&[]).unwrap(), all);
-        let asked = parse(&["--seed", "7", "--frames", "100", "--pairs", "5", "--errors", "3"]).unwrap();
-        assert_eq!(asked, Asked { frames: 100, pairs: 5, errors: 3, seed: Some(7) });
+        let words = "--seed 7 --frames 100 --pairs 5 --errors 3 --fragments 4";
+        let asked = parse(&words.split(' ').collect::<Vec<_>>()).unwrap();
+        assert_eq!(asked, Asked { frames: 100, pairs: 5, errors: 3, fragments: 4, seed: Some(7) });
         for wrong in [&["--frames"][..], &["--frames", "many"], &["100"]] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }

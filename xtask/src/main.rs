@@ -33,9 +33,9 @@ cargo xtask VERB [ARGS]
   run ARGS                              set-up, build, then `xdp-agent run ARGS` (`run --help` shows its flags)
   demo [ARGS]                           a small world of namespaces with real traffic through the agent
   test [LANE...]                        lanes: host, prog-run, netns, kubernetes, image by default; emulated
-  fuzz [--frames N] [--pairs N] [--errors N] [--seed N]
-                                        mutated frames, random states and packets, and ICMP about them, through
-                                        programs and host
+  fuzz [--frames N] [--pairs N] [--errors N] [--fragments N] [--seed N]
+                                        mutated frames, random states and packets, ICMP about them, and fragments,
+                                        through programs and host
   lint [--advisories]                   fmt, clippy, rustdoc, cargo-deny, tidy
   tidy                                  the rules of the source tree that a program can check
   dist [--arch NAME] [--check]          static binaries for amd64 and arm64, with checksums, into target/dist;

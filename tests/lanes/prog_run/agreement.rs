@@ -17,9 +17,9 @@ use xdp_common::{
 };
 
 use crate::{
-    errors,
+    datagrams, errors,
     family::{Family, Hosts},
-    frames::ETHERNET,
+    frames::SKB_MIN,
     mutation::mutated,
     node::*,
     twins::{Sort, Twins},
@@ -29,10 +29,11 @@ use crate::{
 const SEED: u64 = 0x0f10_77ed_cafe_2026;
 /// Frames of a sequence before it begins anew with other services.
 const WORLD_FRAMES: u64 = 2_500;
-/// Pairs of a state and a frame that are compared, mutated frames, and frames beside ICMP messages, in a test run.
+/// Frames in a test run: of sequences, mutated ones, with ICMP among them, with fragments among them.
 const PAIRS: u64 = 40_000;
 const FRAMES: u64 = 60_000;
 const ERRORS: u64 = 60_000;
+const FRAGMENTS: u64 = 60_000;
 
 /// Each family through each XDP program. The programs are loaded for every sequence, which takes longer than a test run's share
 /// of frames.
@@ -87,6 +88,30 @@ const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 9] = [
     (Sort::Echo, verdict::Action::Transmit, Event(E::EchoAnswered)),
 ];
 
+/// What must have become of fragments.
+const MET_OF_FRAGMENTS: [(Sort, verdict::Action, Counter); 20] = [
+    (Sort::FirstIn, verdict::Action::Stack, Event(E::SlowPath)),
+    (Sort::FirstIn, verdict::Action::Stack, Event(E::Delivered)),
+    (Sort::FirstIn, verdict::Action::Stack, Event(E::FlowNew)),
+    (Sort::FirstIn, verdict::Action::Tunnel, Event(E::Tunnelled)),
+    (Sort::FirstIn, verdict::Action::Reject(Reason::NoEndpoint), Drop(Reason::NoEndpoint)),
+    (Sort::FirstIn, verdict::Action::Drop(Reason::NoEndpoint), Drop(Reason::NoEndpoint)),
+    (Sort::FirstIn, verdict::Action::Pass, Event(E::Fragment)),
+    (Sort::AwaitedIn, verdict::Action::Stack, Event(E::SlowPath)),
+    (Sort::AwaitedIn, verdict::Action::Stack, Event(E::Delivered)),
+    (Sort::LaterIn, verdict::Action::Stack, Event(E::SlowPath)),
+    (Sort::LaterIn, verdict::Action::Stack, Event(E::Delivered)),
+    (Sort::LaterIn, verdict::Action::Tunnel, Event(E::Tunnelled)),
+    (Sort::LaterIn, verdict::Action::Reject(Reason::NoEndpoint), Event(E::Unanswered)),
+    (Sort::LaterIn, verdict::Action::Drop(Reason::NoEndpoint), Drop(Reason::NoEndpoint)),
+    (Sort::LaterIn, verdict::Action::Pass, Event(E::FragmentHeld)),
+    (Sort::LaterIn, verdict::Action::Pass, Event(E::FragmentLost)),
+    (Sort::FirstOut, verdict::Action::Stack, Event(E::Restored)),
+    (Sort::FirstOut, verdict::Action::Stack, Event(E::Finished)),
+    (Sort::LaterOut, verdict::Action::Stack, Event(E::Restored)),
+    (Sort::LaterOut, verdict::Action::Stack, Event(E::Finished)),
+];
+
 /// What goes through both besides the packets of a sequence.
 #[derive(Clone, Copy)]
 enum Traffic {
@@ -95,14 +120,18 @@ enum Traffic {
     Mutated,
     /// ICMP about its packets.
     Errors,
+    /// Packets of it in fragments.
+    Fragments,
 }
 
 impl Traffic {
-    /// The sequences that so many frames are worth: what is beside the path of TCP and UDP is the same code in both XDP programs.
+    /// The sequences that so many frames are worth: what is beside the path of whole TCP and UDP packets is the same code in both
+    /// XDP programs.
     fn sequences(self, frames: u64) -> &'static [(Hook, Family)] {
         match self {
             Self::Errors if frames <= ERRORS => &SEQUENCES[..2],
-            Self::Nothing | Self::Mutated | Self::Errors => &SEQUENCES,
+            Self::Fragments if frames <= FRAGMENTS => &SEQUENCES[..2],
+            Self::Nothing | Self::Mutated | Self::Errors | Self::Fragments => &SEQUENCES,
         }
     }
 
@@ -111,6 +140,7 @@ impl Traffic {
         match self {
             Self::Nothing | Self::Mutated => &[],
             Self::Errors => &MET_OF_ERRORS,
+            Self::Fragments => &MET_OF_FRAGMENTS,
         }
     }
 
@@ -119,7 +149,8 @@ impl Traffic {
         match self {
             Self::Mutated if !twins.dice.once_in(4) => mutate(twins),
             Self::Errors if !twins.dice.once_in(3) => errors::happen(twins),
-            Self::Nothing | Self::Mutated | Self::Errors => twins.happen(),
+            Self::Fragments if !twins.dice.once_in(3) => datagrams::happen(twins),
+            Self::Nothing | Self::Mutated | Self::Errors | Self::Fragments => twins.happen(),
         }
     }
 }
@@ -191,9 +222,7 @@ fn mutate<F: Hosts + Tunnel>(twins: &mut Twins<F>) {
     let plain = answer.unwrap_or_else(|| twins.client_frame(proto));
     let bytes = mutated(&mut twins.dice, &plain);
     let mut hook = twins.dice.of(&[twins.node.entry, twins.node.entry, Hook::TcIngress, Hook::TcEgress]);
-    // The kernel makes no skb of less than an IP header.
-    // What tc does with fragments depends on those before, which the host's tables do not hold.
-    if bytes.len() < ETHERNET + 40 || twins.is_fragment(&bytes) {
+    if bytes.len() < SKB_MIN {
         hook = twins.node.entry;
     }
     twins.agree(hook, &bytes);
@@ -213,4 +242,9 @@ fn mutated_frames_are_left_alone_or_come_out_whole() {
 #[test]
 fn errors_about_flows_are_translated_whole_or_left_alone() {
     sequences("errors", wanted("XDP_AGENT_FUZZ_ERRORS", ERRORS), &[], Traffic::Errors);
+}
+
+#[test]
+fn fragments_go_where_the_first_of_them_goes() {
+    sequences("fragments", wanted("XDP_AGENT_FUZZ_FRAGMENTS", FRAGMENTS), &[], Traffic::Fragments);
 }

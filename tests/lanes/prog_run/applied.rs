@@ -138,8 +138,9 @@ fn answered<F: Hosts + Answer>(
     let seen = frame.len().min(HEAD);
     head[..seen].copy_from_slice(&frame[..seen]);
     let finisher = match hook {
-        Hook::Xdp | Hook::XdpFrags => Finisher::Nobody,
-        Hook::TcIngress | Hook::TcEgress => Finisher::Device,
+        Hook::TcIngress | Hook::TcEgress if packet.looks_offloaded() => Finisher::Device,
+        // What XDP has, and of what tc has fragments, is finished.
+        Hook::Xdp | Hook::XdpFrags | Hook::TcIngress | Hook::TcEgress => Finisher::Nobody,
     };
     let reach = match packet.key.proto {
         SCTP if !is_too_long => ETHERNET + F::LEN,
@@ -178,6 +179,10 @@ fn rewritten<F: Hosts>(frame: &[u8], packet: &Packet<F::Addr>, verdict: &Verdict
     let (mut out, to) = (frame.to_vec(), verdict.rewrite);
     let (addrs_at, addrs) = (addrs_at::<F>(ETHERNET), pair::<F>(to.src, to.dst));
     let ip_check = ip_check::<F>(ETHERNET);
+    if packet.is_later_fragment() {
+        replace(&mut out, addrs_at, &addrs, ip_check.as_slice());
+        return out;
+    }
     let l4 = usize::from(packet.l4_offset);
     if packet.key.proto == SCTP {
         replace(&mut out, addrs_at, &addrs, ip_check.as_slice());
@@ -232,7 +237,8 @@ pub(crate) fn is_icmp(frame: &[u8]) -> bool {
 pub(crate) struct Checked {
     /// That of the IPv4 header; right where there is none.
     pub(crate) ip: bool,
-    /// That of TCP, UDP, ICMP or SCTP; right where a UDP datagram or an SCTP packet goes without.
+    /// That of TCP, UDP, ICMP or SCTP; right where a UDP datagram or an SCTP packet goes without, and in fragments, which
+    /// have none of their own.
     pub(crate) l4: bool,
 }
 
@@ -253,6 +259,9 @@ pub(crate) fn checked(frame: &[u8]) -> Option<Checked> {
             (u16::MAX, [header.source(), header.destination()].concat())
         }
     };
+    if payload.fragmented {
+        return Some(Checked { ip: ip_sum == u16::MAX, l4: true });
+    }
     if proto == 4 || proto == 41 {
         let inner = checked(&[&frame[..ETHERNET], payload.payload].concat())?;
         return Some(Checked { ip: ip_sum == u16::MAX && inner.ip, l4: inner.l4 });

@@ -22,8 +22,6 @@ const OTHERS_V4: [[u8; 2]; 4] = [[0, 0], [4, 0], [5, 1], [13, 0]];
 const OTHERS_V6: [[u8; 2]; 4] = [[0, 0], [5, 0], [129, 0], [137, 0]];
 /// How much of a transport header is quoted: ports only, TCP's without its checksum and with it, all; too little.
 const QUOTED: [usize; 9] = [8, 8, 16, 18, 20, 48, 1_500, 7, 0];
-/// The shortest frame that the kernel makes an skb of in every test run.
-const SKB_MIN: usize = ETHERNET + 40;
 
 /// An ICMP message.
 struct Icmp {
@@ -105,9 +103,11 @@ pub(crate) fn happen<F: Hosts + Tunnel>(twins: &mut Twins<F>) {
     }
     let len = said.bytes().len() - ETHERNET;
     let bytes = spoilt(&mut twins.dice, F::FAMILY, &said);
+    if bytes.len() < SKB_MIN {
+        twins.agree(twins.node.entry, &bytes);
+        return;
+    }
     match twins.dice.below(9) {
-        // The kernel makes no skb of less than an IP header.
-        _ if bytes.len() < SKB_MIN => _ = twins.agree(twins.node.entry, &bytes),
         0..3 => twins.goes_out(&bytes),
         3 | 4 => {
             let sent_on = twins.tunnelled(&bytes, len, 0xc0);

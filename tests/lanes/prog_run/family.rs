@@ -2,6 +2,7 @@
 //! address that follows from it.
 
 use xdp_common::{
+    fragment::Fragmented,
     frame::{Headers, Packet, Parsed},
     icmp::Icmp,
     net::{Address, Ip6, V4, V6},
@@ -56,7 +57,7 @@ impl Family {
 }
 
 /// A family of which there are hosts.
-pub(crate) trait Hosts: Icmp<Addr: Mapped + Send> {
+pub(crate) trait Hosts: Icmp<Addr: Mapped + Send> + Fragmented {
     const FAMILY: Family;
     /// The address of a host.
     fn addr(name: Addr) -> Self::Addr;

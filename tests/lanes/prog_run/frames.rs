@@ -15,6 +15,8 @@ pub(crate) type Socket = (Addr, u16);
 
 /// Length of an Ethernet header, and of the shortest frame that the kernel takes for a test run of XDP.
 pub(crate) const ETHERNET: usize = 14;
+/// The shortest frame of either family that the kernel makes an skb of: it wants an IP header.
+pub(crate) const SKB_MIN: usize = ETHERNET + 40;
 /// TCP flags (RFC 9293).
 pub(crate) const FIN: u8 = 0x01;
 pub(crate) const SYN: u8 = 0x02;

@@ -83,7 +83,7 @@ pub(crate) trait Maps {
     fn counts(&self) -> Vec<u64>;
     /// Gives every processor all its answers back.
     fn allow_answers(&mut self);
-    /// Empties all tables of flows and affinities.
+    /// Empties all tables of flows, affinities and fragments.
     fn forget_all(&mut self);
     /// Every established entry as text, without what depends on the kernel's clock.
     fn established_dump(&self) -> BTreeMap<String, String>;
@@ -305,6 +305,10 @@ impl<F: Hosts> Maps for Typed<F> {
     fn forget_all(&mut self) {
         self.forget_established();
         self.forget_affinities();
+        let keys: Vec<_> = self.fragments.keys().flatten().collect();
+        for key in keys {
+            self.fragments.remove(&key).expect("a packet that is there");
+        }
         let buckets = self.tags.len();
         if !batch::clear(self.tags_fd.as_fd(), buckets, WAYS as usize + 1) {
             for bucket in 0..buckets {

@@ -143,6 +143,7 @@ fn echo<F: Hosts + Tunnel>(model: &Model<F>, frame: &[u8], message: &Message<F::
         checks: vec![at + CHECK],
         counts: vec![Counter::Event(Event::EchoAnswered)],
         is_limited: true,
+        held: None,
         decided: Some((Sort::Echo, Action::Transmit)),
     }
 }

@@ -122,7 +122,7 @@ pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 }
 
 /// Makes the checksum of an IPv4 header right again, where there is one.
-fn repair(bytes: &mut [u8]) {
+pub(crate) fn repair(bytes: &mut [u8]) {
     let Some(header) = bytes.get_mut(ETHERNET..) else { return };
     let len = header.first().map_or(0, |first| usize::from(first & 0x0f) * 4);
     if len < 20 || header.len() < len {

@@ -12,6 +12,7 @@ use xdp_common::{
 
 use crate::{
     applied::{applied, checked, is_icmp, same},
+    datagrams::{self, Piece},
     dice::Dice,
     family::{Family, Hosts},
     frames::*,
@@ -30,13 +31,15 @@ pub(crate) struct Twins<F: Hosts + Tunnel> {
     pub(crate) arrived: Vec<Arrived>,
     /// Packets that have lately come out changed, as they came and as they went.
     pub(crate) seen: Vec<Seen>,
+    /// Fragments that are on their way.
+    pub(crate) pieces: Vec<Piece>,
     pub(crate) has_neighbour: bool,
     pub(crate) generation: u32,
     /// The programs' counters as they are.
     counts: Vec<u64>,
     /// How often each counter was raised.
     met: Vec<u64>,
-    /// What was decided on ICMP, and what that has raised.
+    /// What was decided on ICMP and on fragments, and what that has raised.
     outcomes: Vec<Outcome>,
     /// Frames that have gone through both, and those of them that came out changed.
     pub(crate) frames: u64,
@@ -56,6 +59,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
             names: HOSTS.into_iter().map(|name| (F::addr(name), name)).collect(),
             arrived: Vec::new(),
             seen: Vec::new(),
+            pieces: Vec::new(),
             has_neighbour: true,
             generation: 1,
             met: vec![0; counts.len()],
@@ -81,7 +85,8 @@ impl<F: Hosts + Tunnel> Twins<F> {
         }
         let counts = self.counted(&expected, inner.is_some());
         let (done, after) = self.node.run_here(hook, sent);
-        let raised = self.raised();
+        let (raised, held) = (self.raised(), self.node.maps.held());
+        assert_eq!(held, expected.held, "{}: what the agent is given", self.place(hook, frame));
         if (done, &raised) != (expected.action, &counts) || !same(&after, &expected.frame, &expected.checks) {
             panic!(
                 "{}: the program says {done:?}, counts {:?} and makes it\n{after:02x?};\nthe host says {:?}, counts {:?} and makes it\n{:02x?}",
@@ -141,12 +146,6 @@ impl<F: Hosts + Tunnel> Twins<F> {
         format!("frame {} of seed {:#x}, at {hook:?}:\n{frame:02x?}", self.frames, self.seed)
     }
 
-    /// Whether a frame is a fragment of TCP or UDP.
-    pub(crate) fn is_fragment(&self, frame: &[u8]) -> bool {
-        let from = self.node.from;
-        V4::parse(frame, from) == Parsed::Fragment || V6::parse(frame, from) == Parsed::Fragment
-    }
-
     /// What the host makes of a frame.
     fn expected(&self, hook: Hook, frame: &[u8]) -> Expected {
         let from = self.node.from;
@@ -167,7 +166,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
                 Expected::of::<F>(hook, from, frame, &packet, &verdict)
             }
             Parsed::Other if is_of_family => messages::expected(&self.model, hook, from, frame),
-            // Left to tc, whose answer depends on the fragments before.
+            Parsed::Fragment if is_of_family => datagrams::expected(&self.model, hook, from, frame),
             Parsed::Other | Parsed::Fragment => Expected::left(frame),
             Parsed::Malformed => {
                 let counts = vec![Counter::Event(Event::Malformed)];
@@ -195,7 +194,7 @@ impl<F: Hosts + Tunnel> Twins<F> {
         let times = |event: Event| raised[Counter::Event(event).index() as usize];
         let is_answered = times(Event::Answered) == 1;
         let drops: u64 = raised[..Reason::ALL.len()].iter().sum();
-        let is_dropped = action == Action::Drop || is_answered;
+        let is_dropped = (action == Action::Drop && times(Event::FragmentHeld) == 0) || is_answered;
         assert_eq!(drops, u64::from(is_dropped), "{}: reasons of {action:?}", self.place(hook, before));
         if after == before {
             return;
@@ -297,6 +296,16 @@ pub(crate) enum Sort {
     ErrorOut,
     /// An echo request.
     Echo,
+    /// A first fragment that comes in.
+    FirstIn,
+    /// The same, and others wait for it.
+    AwaitedIn,
+    /// Another fragment that comes in.
+    LaterIn,
+    /// A first fragment that leaves.
+    FirstOut,
+    /// Another fragment that leaves.
+    LaterOut,
 }
 
 /// What was decided on what, and the index of a counter that was raised by that.
@@ -312,6 +321,8 @@ pub(crate) struct Expected {
     pub(crate) counts: Vec<Counter>,
     /// Whether it is answered, which is done so many times a second only.
     pub(crate) is_limited: bool,
+    /// What the agent is given: an interface and a frame.
+    pub(crate) held: Option<(u32, Vec<u8>)>,
     pub(crate) decided: Option<(Sort, verdict::Action)>,
 }
 
@@ -319,11 +330,11 @@ impl Expected {
     /// Nothing is decided.
     pub(crate) fn left(frame: &[u8]) -> Self {
         let (frame, checks, counts) = (frame.to_vec(), Vec::new(), Vec::new());
-        Self { action: Action::Pass, frame, checks, counts, is_limited: false, decided: None }
+        Self { action: Action::Pass, frame, checks, counts, is_limited: false, held: None, decided: None }
     }
 
     /// What a verdict makes of a packet.
-    fn of<F: Hosts>(
+    pub(crate) fn of<F: Hosts>(
         hook: Hook,
         from: u32,
         frame: &[u8],
@@ -337,12 +348,13 @@ impl Expected {
             action: action(hook, from, verdict, is_answered),
             frame,
             // A UDP datagram that has one has none of zero, and a CRC has one zero only.
-            checks: (packet.key.proto == TCP)
+            checks: (packet.key.proto == TCP && !packet.is_later_fragment())
                 .then_some(usize::from(packet.l4_offset) + TCP_CHECK)
                 .into_iter()
                 .collect(),
             counts: is_limited.then_some(Counter::Event(event)).into_iter().collect(),
             is_limited,
+            held: None,
             decided: None,
         }
     }

@@ -111,9 +111,11 @@ impl<F: Hosts + Tunnel> Twins<F> {
         self.node.forget_all();
         self.arrived.clear();
         self.seen.clear();
+        self.pieces.clear();
         self.model.established.borrow_mut().clear();
         self.model.embryonic.borrow_mut().clear();
         self.model.affinities.borrow_mut().clear();
+        self.model.fragments.borrow_mut().clear();
         self.model.rings.borrow_mut().clear();
         let flags = self.dice.of(&[CAPABLE, CAPABLE, CAPABLE, 0]);
         let device = |snat, flags, mtu, mac| Device { snat, flags, mtu, mac, zero: [0; 2] };

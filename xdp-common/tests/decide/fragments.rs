@@ -9,21 +9,6 @@ use xdp_common::{
 
 use crate::model::*;
 
-impl FragmentTables<V4> for &Model {
-    fn ports(self, key: &FragmentKey<Addr>) -> FragmentPorts {
-        let unknown = FragmentPorts::without(first::UNKNOWN, 0);
-        self.fragments.borrow().get(key).copied().unwrap_or(unknown)
-    }
-
-    fn set_ports(self, key: &FragmentKey<Addr>, ports: &FragmentPorts) {
-        self.fragments.borrow_mut().insert(*key, *ports);
-    }
-
-    fn await_first(self, key: &FragmentKey<Addr>, ports: &FragmentPorts) {
-        self.fragments.borrow_mut().entry(*key).or_insert(*ports);
-    }
-}
-
 fn node() -> Model {
     let model = Model::new();
     let id = model.backend(REMOTE, UDP, false);

@@ -22,6 +22,8 @@ use xdp_common::{
     verdict::{Action, Counter, Event, Reason, Verdict},
 };
 
+#[path = "fragment_table.rs"] // as below
+mod fragment_table;
 #[path = "told.rs"] // the lane that shares this file looks elsewhere
 mod told;
 
