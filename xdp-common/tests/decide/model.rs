@@ -19,7 +19,7 @@ use xdp_common::{
         Affinity, AffinityKey, Backend, BackendKey, Config, Device, Entry, Flow, Frontend, FrontendKey,
         Insertion, Route, Table, Tables, Work, backend, device, frontend,
     },
-    verdict::{Action, Counter, Event, Reason, Verdict},
+    verdict::{Action, Counter, Event, Reason, Rewrite, Verdict},
 };
 
 #[path = "fragment_table.rs"] // as below
@@ -476,15 +476,9 @@ pub(crate) fn rewritten<A: Address>(packet: &Packet<A>, verdict: &Verdict<A>) ->
     if matches!(verdict.action, Action::Pass | Action::Tunnel | Action::Drop(_) | Action::Reject(_)) {
         return *packet;
     }
-    let rewrite = verdict.rewrite;
-    let key = FlowKey {
-        src: rewrite.src,
-        dst: rewrite.dst,
-        sport: rewrite.sport,
-        dport: rewrite.dport,
-        ..packet.key
-    };
-    Packet { key, check: checksum::update(packet.check, rewrite.l4_delta), ..*packet }
+    let Rewrite { src, dst, sport, dport, l4_delta, .. } = verdict.rewrite;
+    let key = FlowKey { src, dst, sport, dport, ..packet.key };
+    Packet { key, check: checksum::update(packet.check, l4_delta), ..*packet }
 }
 
 /// Checks what must hold of every verdict: its deltas are those of its translation.
