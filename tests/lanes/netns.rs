@@ -27,6 +27,8 @@ mod explain;
 mod fragments;
 #[path = "netns/full_maps.rs"]
 mod full_maps;
+#[path = "netns/hairpin.rs"]
+mod hairpin;
 #[path = "netns/icmp.rs"]
 mod icmp;
 #[path = "netns/idle_flows.rs"]
@@ -39,6 +41,8 @@ mod layered;
 mod many_connections;
 #[path = "netns/neighbours.rs"]
 mod neighbours;
+#[path = "netns/no_agent.rs"]
+mod no_agent;
 #[path = "netns/no_hooks.rs"]
 mod no_hooks;
 #[path = "netns/not_ours.rs"]

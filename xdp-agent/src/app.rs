@@ -232,7 +232,15 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
         config.overlays,
     );
     let fragments = FragmentMaps { v4: loaded.v4.fragments, v6: loaded.v6.fragments };
-    let keeper = Keeper::new(loaded.held, fragments, Arc::clone(&clock))?;
+    let mut held = loaded.held;
+    let left = held.forget();
+    if left > 0 {
+        info!(
+            fragments = left,
+            "an earlier agent has left fragments that waited for their first; they are let go"
+        );
+    }
+    let keeper = Keeper::new(held, fragments, Arc::clone(&clock))?;
     let (mut reconciler, interfaces, release) =
         adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
     if config.reserve_ports {

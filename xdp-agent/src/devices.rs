@@ -87,7 +87,8 @@ pub fn device<A: IpAddress>(link: &Link, snat: A, mode: Mode, transmit: Transmit
             | flag(transmit.redirect, device::REDIRECT)
             | flag(mode == Mode::Generic, device::GENERIC)
             // Through an overlay answers come back by the kernel, which must see both directions of a connection.
-            | flag(link.is_ethernet && mode != Mode::Tc, device::ETHERNET),
+            | flag(link.is_ethernet && mode != Mode::Tc, device::ETHERNET)
+            | flag(mode == Mode::Tc, device::WITHOUT_XDP),
         mtu: link.mtu,
         mac: link.mac,
         zero: [0; 2],
@@ -146,6 +147,6 @@ mod tests {
         assert_eq!(entry.flags, device::TRANSMIT | device::GENERIC | device::ETHERNET);
         assert_eq!((entry.snat, entry.mtu), ([192, 0, 2, 1], 1500));
         let neither = transmit(&link("vxlan"), Mode::Tc, Some(3));
-        assert_eq!(device(&link("vxlan"), [192, 0, 2, 1], Mode::Tc, neither).flags, 0, "all by the kernel");
+        assert_eq!(device(&link("vxlan"), [192, 0, 2, 1], Mode::Tc, neither).flags, device::WITHOUT_XDP);
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     gate,
     net::{Address, Family, FlowKey, UDP},
     select::known_bit,
-    tables::{Config, Entry, Flow, Insertion, Table, Tables, Work, closing, exit, kind, network},
+    tables::{Config, Entry, Flow, Insertion, Table, Tables, Work, closing, device, exit, kind, network},
     verdict::{Action, Counter, Event, Hop, Reason, Verdict},
 };
 
@@ -31,7 +31,8 @@ pub enum Hook {
     Xdp,
     /// tc ingress behind XDP: takes the frames XDP has left to it; everything goes on up the stack.
     Tc,
-    /// tc ingress, for fragments, all of which XDP leaves to it; everything goes on up the stack.
+    /// tc ingress, for fragments and frames with a tag that gives a priority alone, all of which XDP leaves to it; everything goes
+    /// on up the stack.
     Fragment,
     /// On the way out of a process of this node, wherever it is translated; `explain` asks so.
     Host,
@@ -82,7 +83,7 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
             tables.count(Counter::Event(Event::Deferred));
             return Verdict::PASS;
         }
-        Hook::Tc if !offloaded => {
+        Hook::Tc if !offloaded && !is_without_xdp(tables, packet) => {
             let work = if config.direct == 0 { None } else { tables.work() };
             let Some(mut work) = work else { return Verdict::PASS };
             let action = direct::left_by_xdp(tables, packet, &mut work).action();
@@ -138,6 +139,12 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
         },
     };
     verdict(tables, packet, action, &work.flow)
+}
+
+/// Whether a packet has come in by an interface where XDP has not seen it.
+#[inline(never)] // what is ours comes to tc seldom
+fn is_without_xdp<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+    tables.device(packet.ifindex).is_some_and(|entry| entry.flags & device::WITHOUT_XDP != 0)
 }
 
 /// Whether a packet may be ours: by where it goes, or because another node has sent it on.

@@ -141,10 +141,20 @@ plain! {
     pub struct Answers {
         /// Period of the kernel's clock that this is about.
         pub period: u32,
-        /// Answers sent in it.
+        /// Answers to refused packets sent in it.
         pub spent: u32,
+        /// Answers to echo requests sent in it: whoever pings much must not keep others from being refused at once.
+        pub echoed: u32,
         /// A frame in the making.
         pub frame: AnswerFrame,
+    }
+
+    /// How far the ring of fragments has been read.
+    pub struct Reader {
+        /// The consumer's position at the last look.
+        pub position: u64,
+        /// The kernel's clock in nanoseconds when that was new, or nothing waited.
+        pub since: u64,
     }
 
     /// What a service port has carried in either direction, on one CPU.
@@ -421,6 +431,7 @@ mod tests {
         prove::<Affinity>();
         prove::<Account>();
         prove::<Answers>();
+        prove::<Reader>();
         prove::<Backend<[u8; 4]>>();
         prove::<Backend<Ip6>>();
         prove::<BackendKey<[u8; 4]>>();

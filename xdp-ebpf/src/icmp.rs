@@ -10,7 +10,7 @@ use xdp_common::{
 
 use crate::{
     family::Maps,
-    maps::{self, Kernel, answer_area, count},
+    maps::{self, Kernel, count, may_echo},
     packet::{Wire, XdpFrame},
     skb::TcFrame,
     xdp::tunnel,
@@ -28,7 +28,7 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
             if !related::echoes(tables, &message.packet) {
                 return xdp_action::XDP_PASS;
             }
-            if answer_area().is_none() {
+            if !may_echo() {
                 count(Counter::Drop(Reason::EchoLimit));
                 return xdp_action::XDP_DROP;
             }

@@ -56,6 +56,8 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(tables::COUNTE
 static HELD: RingBuf = RingBuf::with_byte_size(tables::HELD.entries, 0);
 #[map]
 static HOLDS: PerCpuArray<Hold> = PerCpuArray::with_max_entries(tables::HOLDS.entries, 0);
+#[map]
+static READERS: Array<tables::Reader> = Array::with_max_entries(tables::READERS.entries, 0);
 
 /// For the agent, which has no other place to note things.
 #[map]
@@ -82,6 +84,7 @@ fn tc_ingress_of<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
     let Some(packet) = place::<F>() else { return TC_ACT_UNSPEC };
     let hook = match F::parse_into(frame, frame.ifindex(), packet) {
         Found::Nothing if !sctp::at_tc::<F>(skb) => return TC_ACT_UNSPEC,
+        Found::Packet | Found::Nothing if frame.has_tag() => Hook::Fragment,
         Found::Packet | Found::Nothing => Hook::Tc,
         Found::Fragment => match fragment::<F>(skb, Side::Ingress) {
             Step::Pass => return TC_ACT_UNSPEC,

@@ -18,7 +18,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     answer::AnswerFrame,
-    fragment::{FragmentKey, FragmentPorts, FragmentTables, Hold, first},
+    fragment::{FragmentKey, FragmentPorts, FragmentTables, first},
     frame::{Frame, Packet},
     gate,
     icmp::{Message, Translation},
@@ -31,7 +31,7 @@ use xdp_common::{
 };
 
 use crate::{
-    ANSWERS, CONFIG, COUNTERS, HELD, HOLDS, atomic, embryonic,
+    ANSWERS, CONFIG, COUNTERS, atomic, embryonic,
     family::{Found, Maps},
 };
 
@@ -399,16 +399,31 @@ const ANSWERS_PERIOD_SHIFT: u32 = 30;
 /// Takes one from this CPU's allowance of answers, and gives the room to put it together; nothing when none is left.
 #[inline(always)] // one caller per program
 pub(crate) fn answer_area() -> Option<&'static mut AnswerFrame> {
+    let answers = answers()?;
+    answers.spent += 1;
+    if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
+}
+
+/// Takes one from this CPU's allowance of answers to echo requests; whether there was one left.
+#[inline(always)] // as above
+pub(crate) fn may_echo() -> bool {
+    let Some(answers) = answers() else { return false };
+    answers.echoed += 1;
+    answers.echoed <= tables::ANSWERS_PER_PERIOD_MAX
+}
+
+/// What is known of answers in the present period.
+#[inline(always)] // two callers
+fn answers() -> Option<&'static mut tables::Answers> {
     let slot = ANSWERS.get_ptr_mut(0)?;
     // SAFETY: the helper takes nothing.
     let period = (unsafe { helpers::bpf_ktime_get_ns() } >> ANSWERS_PERIOD_SHIFT) as u32;
     // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
     let answers = unsafe { &mut *slot };
     if answers.period != period {
-        (answers.period, answers.spent) = (period, 0);
+        (answers.period, answers.spent, answers.echoed) = (period, 0, 0);
     }
-    answers.spent += 1;
-    if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
+    Some(answers)
 }
 
 /// The place of the packet at hand. It is where programs share memory: the stack is small, and what is read from there is
@@ -456,24 +471,6 @@ pub(crate) fn go_on<C: EbpfContext, const SLOT: u32>(programs: &ProgramArray, ct
 /// Stands in where the crate is only checked: the host has no registers of these names.
 #[cfg(not(target_arch = "bpf"))]
 pub(crate) fn go_on<C: EbpfContext, const SLOT: u32>(_programs: &ProgramArray, _ctx: &C) {}
-
-/// Where a fragment is made ready for the agent.
-#[inline(always)] // a lookup
-pub(crate) fn hold_area() -> Option<&'static mut Hold> {
-    let area = HOLDS.get_ptr_mut(0)?;
-    // SAFETY: the slot belongs to this CPU, and programs do not interrupt each other on it.
-    Some(unsafe { &mut *area })
-}
-
-/// Gives a fragment to the agent, up to the end of its frame; false when the ring is full.
-#[inline(always)] // one caller
-pub(crate) fn hold(area: &Hold, len: usize) -> bool {
-    // SAFETY: callers give no more than the frame has room for; the bytes are all valid.
-    let bytes = unsafe { core::slice::from_raw_parts((&raw const *area).cast::<u8>(), HOLD_HEAD + len) };
-    HELD.output::<[u8]>(bytes, 0).is_ok()
-}
-
-const HOLD_HEAD: usize = core::mem::offset_of!(Hold, frame);
 
 /// The packet that this program has parsed last, for functions that are handed less than a reference to it.
 #[inline(always)] // a lookup

@@ -20,6 +20,8 @@ use xdp_common::{
 
 use crate::packet::{Bytes, Replace, Wire};
 
+/// `VLAN_VID_MASK` (include/linux/if_vlan.h).
+const VLAN_ID: u32 = 0x0fff;
 /// What every frame has at least.
 const ETHERNET_LEN: u32 = 14;
 
@@ -56,10 +58,18 @@ impl TcFrame {
         u16::from_be(unsafe { (*self.skb()).protocol } as u16)
     }
 
-    /// Whether it bears a VLAN tag, which the kernel has taken out of the headers by then.
+    /// Whether it is of a VLAN, whose tag the kernel has taken out of the headers by then. A tag of VLAN 0 gives a priority, and
+    /// the frame is of no VLAN (IEEE 802.1Q, table 9-2).
     #[inline(always)]
     pub(crate) fn is_tagged(&self) -> bool {
         // SAFETY: the context is the verifier's, valid for the whole program.
+        self.has_tag() && unsafe { (*self.skb()).vlan_tci } & VLAN_ID != 0
+    }
+
+    /// Whether it bears a tag at all, so that XDP has not read it.
+    #[inline(always)]
+    pub(crate) fn has_tag(&self) -> bool {
+        // SAFETY: as above.
         unsafe { (*self.skb()).vlan_present != 0 }
     }
 

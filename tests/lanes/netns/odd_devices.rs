@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
@@ -269,6 +269,27 @@ fn what_a_vlan_carries_is_left_to_the_device_of_the_vlan(setup: Setup) -> Result
     for event in ["fragment", "fragment_held", "fragment_lost"] {
         let count = agent.metric("xdp_agent_events_total", &format!("event=\"{event}\""))?;
         ensure!(count == 0.0, "{count} of {event}");
+    }
+    agent.stop()
+}
+
+each_mode!(a_tag_that_gives_a_priority_alone_is_no_vlan);
+fn a_tag_that_gives_a_priority_alone_is_no_vlan(setup: Setup) -> Result<()> {
+    let mut fork = Fork::build(setup.tx_offload)?;
+    fork.serve_both()?;
+    let agent = fork.start(&["out0", "in0"], setup.mode)?;
+    let wire = PacketSocket::open(&fork.client, "eth0")?;
+    let ends = Ends { mac: (fork.client.mac("eth0")?, fork.node.mac("out0")?), ip: (CLIENT, SERVICE) };
+    // Enough of them to meet both backends.
+    for port in 40_000..40_020 {
+        let socket = fork.client.run(|| UdpSocket::bind((CLIENT, port)))?;
+        socket.set_read_timeout(Some(LIMIT))?;
+        for priority in [0, 3 << 5] {
+            let mut frame = ends.udp((port, SERVICE_UDP), b"hello");
+            frame.splice(12..12, [0x81, 0, priority, 0]);
+            wire.send(&frame)?;
+            socket.recv(&mut [0; 64]).with_context(|| format!("priority {priority}, port {port}"))?;
+        }
     }
     agent.stop()
 }

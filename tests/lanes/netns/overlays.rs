@@ -37,6 +37,7 @@ struct World {
     client: Namespace,
     node: Namespace,
     other: Namespace,
+    tx_offload: bool,
     _peer: PassProgram,
 }
 
@@ -188,7 +189,7 @@ impl World {
         )?;
         // Without it, what a native program sends to a veth is lost.
         let peer = PassProgram::attach(&client, "eth0")?;
-        Ok(Self { client, node, other, _peer: peer })
+        Ok(Self { client, node, other, tx_offload: setup.tx_offload, _peer: peer })
     }
 
     fn manifests(&self) -> Result<Manifests> {
@@ -201,10 +202,13 @@ impl World {
     /// Makes an overlay.
     fn lay(&self, name: &str) -> Result<()> {
         let ends = [(&self.node, "in0", NODE_OVERLAY), (&self.other, "eth0", BACKEND)];
+        // Of a packet that has come over a wire the checksum is complete.
+        self.other.tx_offload("eth0", self.tx_offload)?;
         for (number, (namespace, below, (v4, v6))) in ends.into_iter().enumerate() {
             namespace.vxlan(name, below, BELOW[1 - number])?;
             namespace.mtu(name, 1_450)?;
             namespace.enable_v6(name)?;
+            namespace.tx_offload(name, self.tx_offload)?;
             namespace.address(name, v4, 24)?;
             namespace.address(name, v6, 64)?;
         }

@@ -297,7 +297,7 @@ impl<F: Hosts> Maps for Typed<F> {
     }
 
     fn allow_answers(&mut self) {
-        let none = Raw(Answers { period: 0, spent: 0, frame: [0; size_of::<AnswerFrame>()] });
+        let none = Raw(Answers { period: 0, spent: 0, echoed: 0, frame: [0; size_of::<AnswerFrame>()] });
         let everywhere = PerCpuValues::try_from(vec![none; self.processors]).expect("one for each processor");
         self.answers.set(0, everywhere, 0).expect("the one slot of the answers");
     }

@@ -82,6 +82,12 @@ impl HeldFragments {
         Ok(Self(RingBuf::try_from(take(ebpf, &tables::HELD)?)?))
     }
 
+    /// Lets go what an earlier agent has left: it may be older than the kernel would put together. How many they were is the answer.
+    pub fn forget(&mut self) -> usize {
+        // As many as there can be; programs may go on while this does.
+        (0..tables::HELD.entries).take_while(|_| self.0.next().is_some()).count()
+    }
+
     /// The oldest of them, which is taken.
     pub fn take(&mut self) -> Option<HeldFragment> {
         self.0.next().and_then(|record| held(&record))

@@ -71,12 +71,13 @@ impl<A: IpAddress> Slot<A> {
     }
 
     fn hold_bits(&mut self, egress: &mut Gate) {
-        let Backend { addr, port, proto, flags, .. } = self.value;
+        let Backend { addr, port, proto, .. } = self.value;
         if !self.source_bit {
             self.source_bit = true;
             egress.need(backend_source_bit(addr, port, proto));
         }
-        if !self.destination_bit && flags & backend::LOCAL == 0 {
+        // Of those on this node too: what one of them sends to itself by a managed interface comes back half-translated.
+        if !self.destination_bit {
             self.destination_bit = true;
             egress.need(backend_destination_bit(addr, port, proto));
         }

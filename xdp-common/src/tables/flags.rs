@@ -126,4 +126,6 @@ pub mod device {
     pub const GENERIC: u32 = 4;
     /// Has an Ethernet header, so that generic redirects make sense.
     pub const ETHERNET: u32 = 8;
+    /// No XDP program runs on it, so that tc ingress takes what XDP would.
+    pub const WITHOUT_XDP: u32 = 16;
 }

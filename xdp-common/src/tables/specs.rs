@@ -130,6 +130,11 @@ pub const COUNTERS: MapSpec = MapSpec { name: "COUNTERS", entries: verdict::COUN
 pub const HELD: MapSpec = MapSpec { name: "HELD", entries: 1 << 20 };
 /// Per-CPU area in which they are made ready for it.
 pub const HOLDS: MapSpec = MapSpec { name: "HOLDS", entries: 1 };
+/// One slot that says whether it is read.
+pub const READERS: MapSpec = MapSpec { name: "READERS", entries: 1 };
+/// Nanoseconds after which a ring of which nothing is taken is read by nobody: an agent takes what comes within milliseconds, and
+/// as long as this a fragment waits for its first.
+pub const READ_WITHIN_NS: u64 = 1_000_000_000;
 
 /// A bit for each port that the agent keeps from the kernel's choice; for agents only.
 pub const RESERVED_PORTS: MapSpec = MapSpec { name: "RESERVED_PORTS", entries: 1 << 10 };
@@ -155,12 +160,13 @@ pub mod next {
 }
 
 /// The maps that both families share.
-pub const SHARED: [&MapSpec; 13] = [
+pub const SHARED: [&MapSpec; 14] = [
     &ANSWERS,
     &CONFIG,
     &COUNTERS,
     &HELD,
     &HOLDS,
+    &READERS,
     &UDP_PEERS,
     &UDP_CONNECTED,
     &TCP_COOKIES,

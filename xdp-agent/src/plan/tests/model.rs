@@ -199,9 +199,7 @@ impl<A: TestAddress> Model<A> {
             assert_eq!((now.addr, now.port, now.proto), (addr, port, proto), "a flow kept its backend id");
             assert!(is_set(&self.ingress, flow.ingress_bit));
             assert!(is_set(&self.egress, backend_source_bit(addr, port, proto)));
-            if flow.backend.flags & backend::LOCAL == 0 {
-                assert!(is_set(&self.egress, backend_destination_bit(addr, port, proto)));
-            }
+            assert!(is_set(&self.egress, backend_destination_bit(addr, port, proto)));
         }
     }
 
@@ -235,8 +233,7 @@ impl<A: TestAddress> Model<A> {
         for (id, _) in named.into_iter().enumerate().filter(|(_, named)| *named) {
             let to = self.backends[id];
             let bits = is_set(&self.egress, backend_source_bit(to.addr, to.port, to.proto))
-                && (to.flags & backend::LOCAL != 0
-                    || is_set(&self.egress, backend_destination_bit(to.addr, to.port, to.proto)));
+                && is_set(&self.egress, backend_destination_bit(to.addr, to.port, to.proto));
             if id == 0 || to.proto != key.proto || to.service != service || !bits {
                 return None;
             }
