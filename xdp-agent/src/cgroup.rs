@@ -47,6 +47,9 @@ pub enum Fate {
 pub const LEAF: &str = "there is no other cgroup in it: inside a container, mount the host's /sys/fs/cgroup and name it by \
                         --cgroup, or pods do not reach Services";
 
+/// What is said of one that was there.
+pub const GONE: &str = "the cgroup is gone, and its hooks with it, until it returns";
+
 /// What is said where there is none.
 pub const NONE: &str = "there is no cgroup v2 here, which the socket hooks need: mount one (`mount -t cgroup2 none \
                         /sys/fs/cgroup/unified`) or name one by --cgroup; until then pods reach Services only by the devices of \

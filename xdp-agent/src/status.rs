@@ -119,6 +119,7 @@ impl SocketStatus {
         let warning = match cgroup {
             Some(cgroup) => cgroup.is_leaf.then_some(cgroup::LEAF),
             None if self.scope == SocketLb::Off.label() => None,
+            None if self.cgroup.is_some() => Some(cgroup::GONE),
             None => Some(cgroup::NONE),
         };
         Self { cgroup: cgroup.map(|cgroup| cgroup.path.clone()), warning, ..self }

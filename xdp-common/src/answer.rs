@@ -44,6 +44,8 @@ pub trait Answer: Headers {
     const PORT_UNREACHABLE: [u8; 2];
     /// Type and code of "fragmentation needed", or "packet too big".
     const TOO_BIG: [u8; 2];
+    /// Type and code of "time to live exceeded in transit", or "hop limit exceeded".
+    const TIME_EXCEEDED: [u8; 2];
     /// Whether its ICMP checksum covers the pseudo-header.
     const ICMP_PSEUDO_HEADER: bool;
     /// Writes an IP header that leads back to where a frame came from; the sum of both addresses.
@@ -54,6 +56,7 @@ impl Answer for V4 {
     const ICMP: u8 = 1;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
     const TOO_BIG: [u8; 2] = [3, 4];
+    const TIME_EXCEEDED: [u8; 2] = [11, 0];
     const ICMP_PSEUDO_HEADER: bool = false;
 
     #[inline(always)] // offsets must fold
@@ -76,6 +79,7 @@ impl Answer for V6 {
     const ICMP: u8 = 58;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
     const TOO_BIG: [u8; 2] = [2, 0];
+    const TIME_EXCEEDED: [u8; 2] = [3, 0];
     const ICMP_PSEUDO_HEADER: bool = true;
 
     #[inline(always)] // offsets must fold
@@ -165,10 +169,12 @@ pub fn unreachable_behind_options<F: Answer, W: View>(headers: &W, out: &mut [u8
 }
 
 /// Writes the ICMP error that answers a packet which is longer than `mtu` bytes into [`too_big_len`] bytes (RFC 1191,
-/// RFC 8201). `headers` are the frame up to 16 bytes behind the IP header.
+/// RFC 8201), or with an `mtu` of 0 one that has no hops left (RFC 792, RFC 4443). `headers` are the frame up to 16 bytes behind the IP
+/// header.
 #[inline(always)] // as above
 pub fn too_big<F: Answer, W: View>(headers: &W, mtu: u16, out: &mut [u8]) {
-    error::<F, W>(headers, F::TOO_BIG, mtu, F::LEN + 16, Finisher::Nobody, out);
+    let what = if mtu == 0 { F::TIME_EXCEEDED } else { F::TOO_BIG };
+    error::<F, W>(headers, what, mtu, F::LEN + 16, Finisher::Nobody, out);
 }
 
 #[inline(always)] // as above

@@ -15,7 +15,7 @@ pub struct Verdict<A> {
     pub rewrite: Rewrite<A>,
     /// The next hop, for [`Action::Transmit`], [`Action::Redirect`] and [`Action::Tunnel`].
     pub hop: Hop,
-    /// The longest packet that gets through, in bytes, for [`Reason::TunnelMtu`].
+    /// The longest packet that gets through, in bytes, for [`Reason::TunnelMtu`]; 0 for [`Reason::TunnelHops`].
     pub mtu: u16,
 }
 
@@ -118,6 +118,10 @@ counted! {
         EndpointRemoved = "endpoint_removed",
         /// Too long for the tunnel to the backend's node; its sender is told how long it may be.
         TunnelMtu = "tunnel_mtu",
+        /// No hops are left to the backend's node, and what is addressed to this node itself its kernel would take for its own.
+        TunnelHops = "tunnel_hops",
+        /// There is no way to the backend's node, and what is addressed to this node itself its kernel would take for its own.
+        TunnelWay = "tunnel_way",
         /// An echo request to the address of a service, beyond those that are answered in a second.
         EchoLimit = "echo_limit",
     }

@@ -144,7 +144,7 @@ fn apply<F: Maps + Wire>(
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,
-        Action::Reject(Reason::TunnelMtu) => too_big::<F>(skb, packet, verdict.mtu),
+        Action::Reject(Reason::TunnelMtu | Reason::TunnelHops) => too_big::<F>(skb, packet, verdict.mtu),
         Action::Reject(_) => refused::<F>(skb, packet, Turn::Out),
         Action::Tunnel => tunnelled::<F>(skb, packet, verdict),
         Action::Stack | Action::Transmit | Action::Redirect => {

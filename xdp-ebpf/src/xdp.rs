@@ -137,7 +137,9 @@ pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
         Action::Pass => xdp_action::XDP_PASS,
         Action::Drop(_) => xdp_action::XDP_DROP,
         Action::Reject(Reason::TunnelMtu) if IS_SCTP => sctp::too_big::<F, FRAGS>(frame.context().cast()),
-        Action::Reject(Reason::TunnelMtu) => answered(|area| F::too_big(frame, packet, verdict.mtu, area)),
+        Action::Reject(Reason::TunnelMtu | Reason::TunnelHops) => {
+            answered(|area| F::too_big(frame, packet, verdict.mtu, area))
+        }
         Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
         Action::Reject(_) => answered(|area| F::answer(frame, packet, Finisher::Nobody, area)),
         Action::Stack => {

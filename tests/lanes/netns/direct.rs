@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use xdp_agent_tests::lab::{
     agent::{Agent, AgentOptions, Mode},
     manifests::Manifests,
@@ -421,6 +421,42 @@ fn udp_leaves_a_backend_that_goes_and_tcp_stays_with_it(setup: Setup) -> Result<
         })?;
         connection.exchange(b"goes on").context("a connection to a backend that is gone")?;
         cluster.publish(&BACKENDS[..1])?;
+    }
+    Ok(())
+}
+
+each_mode_of_a_wire!(a_connection_to_a_node_port_outlives_the_loss_of_its_way);
+fn a_connection_to_a_node_port_outlives_the_loss_of_its_way(setup: Setup) -> Result<()> {
+    let cluster = Cluster::build(setup, "dsr")?;
+    cluster.publish(&BACKENDS[..1])?;
+    let ways = each(at(link_of(BACKENDS[0]), 2));
+    for (to, way) in each(at(link_of(0), 2)).into_iter().zip(ways) {
+        let mut connection = wait_for("a connection through a tunnel", TIMEOUT, || {
+            let before = cluster.count(0, "tunnelled")?;
+            let mut connection = cluster.connect_to(to, BACKENDS[0])?;
+            connection.exchange(b"before")?;
+            ensure!(cluster.count(0, "tunnelled")? > before, "it is translated");
+            Ok(connection)
+        })?;
+        let lost =
+            |cluster: &Cluster| cluster.agent(0).metric("xdp_agent_drops_total", r#"reason="tunnel_way""#);
+        let before = lost(&cluster)?;
+        cluster.nodes[0].refuse_way(way, true)?;
+        thread::scope(|scope| {
+            let back = scope.spawn(|| {
+                let seen = wait_for("a packet to have no way", TIMEOUT, || {
+                    ensure!(lost(&cluster)? > before);
+                    Ok(())
+                });
+                seen.and(cluster.nodes[0].refuse_way(way, false))
+            });
+            // Until the loss is noticed, packets go on.
+            let mut went_on = Ok(());
+            while went_on.is_ok() && !back.is_finished() {
+                went_on = connection.exchange(b"goes on").context("while the way came back");
+            }
+            back.join().map_err(|_| anyhow!("the thread panicked"))?.and(went_on)
+        })?;
     }
     Ok(())
 }

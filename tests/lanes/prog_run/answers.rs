@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use etherparse::{
     Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, IpNumber, Ipv4Header, Ipv6Header, TcpHeader,
-    icmpv4::DestUnreachableHeader, icmpv6,
+    icmpv4::{self, DestUnreachableHeader},
+    icmpv6,
 };
 use xdp_common::{
     frame::{TCP_CHECK, UDP_CHECK},
@@ -82,6 +83,12 @@ pub(crate) fn too_big(node: &Node, sent: &Frame, mtu: u16) -> Vec<u8> {
     let kind =
         Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded { next_hop_mtu });
     error(node, sent, kind, Icmpv6Type::PacketTooBig { mtu: mtu.into() }, 16)
+}
+
+/// The ICMP error for a packet that has no hops left.
+pub(crate) fn too_far(node: &Node, sent: &Frame) -> Vec<u8> {
+    let kind = Icmpv4Type::TimeExceeded(icmpv4::TimeExceededCode::TtlExceededInTransit);
+    error(node, sent, kind, Icmpv6Type::TimeExceeded(icmpv6::TimeExceededCode::HopLimitExceeded), 16)
 }
 
 /// An ICMP error that quotes so many bytes behind the IP header.

@@ -133,7 +133,8 @@ fn answered<F: Hosts + Answer>(
     reason: Reason,
 ) -> Option<Vec<u8>> {
     let l4 = usize::from(packet.l4_offset);
-    let (is_too_long, has_options) = (reason == Reason::TunnelMtu, l4 != ETHERNET + F::LEN);
+    let (is_too_long, has_options) =
+        (matches!(reason, Reason::TunnelMtu | Reason::TunnelHops), l4 != ETHERNET + F::LEN);
     let mut head = [0; HEAD];
     let seen = frame.len().min(HEAD);
     head[..seen].copy_from_slice(&frame[..seen]);

@@ -12,7 +12,7 @@ use xdp_common::{
 };
 
 use crate::{
-    answers::too_big,
+    answers::{too_big, too_far},
     applied::surrounding,
     family::Family,
     fragments::fragments,
@@ -248,6 +248,25 @@ fn packets_to_a_node_port_go_to_the_node_of_their_backend_as_they_are() {
         for proto in TRANSPORTS {
             let opener = node.opener(proto, 40_000, NODE);
             goes_by_tunnel(node, &opener, Action::Transmit, (node.mac, GATEWAY_MAC), NODE, OTHER_NODE);
+        }
+    });
+}
+
+#[test]
+fn packets_to_a_node_port_that_can_go_no_further_are_not_left_to_the_kernel() {
+    Node::each(|node| {
+        node_ports(node, |node, proto| node.backend_on(OTHER_NODE, REMOTE, proto));
+        for proto in TRANSPORTS {
+            let opener = node.opener(proto, 40_000, NODE);
+            goes_by_tunnel(node, &opener, Action::Transmit, (node.mac, GATEWAY_MAC), NODE, OTHER_NODE);
+            let last = opener.flags(ACK).payload(b"and more").with(|frame| frame.ttl = 1);
+            if proto == SCTP {
+                let (sent, counts) = (last.bytes(), [Drop(Reason::TunnelWay)]);
+                node.check("its last hop", node.entry, &sent, Action::Drop, &sent, &counts);
+                continue;
+            }
+            let (expected, counts) = (too_far(node, &last), [Drop(Reason::TunnelHops), Event(E::Answered)]);
+            node.check("its last hop", node.entry, &last.bytes(), Action::Transmit, &expected, &counts);
         }
     });
 }

@@ -10,6 +10,7 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
+use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::netns::Namespace;
@@ -167,6 +168,28 @@ impl Namespace {
         };
         block_on(self.netlink().route().add(route).replace().execute())
             .with_context(|| format!("route to {host} via {gateway} in {self:?}"))
+    }
+
+    /// Makes a host unreachable, whatever other routes say, or no more so.
+    pub fn refuse_way(&self, host: IpAddr, is_refused: bool) -> Result<()> {
+        let route = match host {
+            IpAddr::V4(host) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(host, 32)
+                .kind(RouteType::Unreachable)
+                .build(),
+            IpAddr::V6(host) => {
+                let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(host, 128);
+                // The loopback is what the kernel takes for such routes.
+                route.kind(RouteType::Unreachable).output_interface(self.index("lo")?).build()
+            }
+        };
+        let routes = self.netlink().route();
+        let done = if is_refused {
+            block_on(routes.add(route).execute())
+        } else {
+            block_on(routes.del(route).execute())
+        };
+        done.with_context(|| format!("unreachable {host} in {self:?}: {is_refused}"))
     }
 
     /// Adds a default route of IPv6.

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::{Attacher, PinnedLink, Programs, remove_pin, take_off};
 use crate::{
     bpf::{self, AttachType},
-    cgroup::{Cgroup, Fate},
+    cgroup::{self, Cgroup, Fate},
     preflight::PinDir,
 };
 
@@ -97,7 +97,7 @@ impl Attacher {
             Fate::Gone => {
                 let is_new = !std::mem::replace(&mut self.sockets.is_lost, true);
                 if is_new {
-                    warn!(cgroup = %cgroup.path.display(), "the cgroup is gone, and its hooks with it, until it returns");
+                    warn!(cgroup = %cgroup.path.display(), "{}", cgroup::GONE);
                 }
                 is_new
             }

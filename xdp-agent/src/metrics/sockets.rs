@@ -81,6 +81,8 @@ fn can_be(call: SocketCall, refused: Option<Reason>) -> bool {
             | Reason::FlowInsert
             | Reason::EndpointRemoved
             | Reason::TunnelMtu
+            | Reason::TunnelHops
+            | Reason::TunnelWay
             | Reason::EchoLimit,
         ) => false,
     }

@@ -146,8 +146,23 @@ pub(super) fn establish<F: Family, T: Tables<F>>(
     Table::Established
 }
 
+/// How a packet leaves that has no hops left, or no way: to the kernel as it is, which says so to its sender. Of what is addressed to
+/// this node itself, to a NodePort, the kernel would say that nobody listens, and end the connection.
+#[inline(never)] // rare
+fn by_kernel<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, flow: &mut Flow<F::Addr>) -> Way {
+    if !tables.network(network::SELF, packet.key.dst) {
+        return Way::Pass;
+    }
+    // An error from here would have its checksum finished by a device where the packet has its own, and SCTP is answered otherwise.
+    if packet.ttl > 1 || packet.key.proto == SCTP || packet.looks_offloaded() {
+        return Way::Nowhere;
+    }
+    flow.mtu = 0;
+    Way::TooFar
+}
+
 /// Sends a packet through the tunnel off the fast path. What XDP cannot send is left to tc ingress, behind which the kernel
-/// finds the neighbour; what has no hops left, or no way, to the kernel as it is.
+/// finds the neighbour.
 #[inline(always)] // two callers, off whose stack it would be too deep
 pub(super) fn send<F: Family, T: Tables<F>>(
     tables: T,
@@ -160,7 +175,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         tables.count(Counter::Event(Event::HopRefreshed));
     }
     if packet.ttl <= 1 || flow.ifindex == 0 {
-        return Way::Pass;
+        return by_kernel(tables, packet, flow);
     }
     // What the kernel has merged has the length of many packets, which are shortened one by one; its checksum is left to a device.
     let is_merged = hook == Hook::Tc && packet.looks_offloaded();

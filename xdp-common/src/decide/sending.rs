@@ -28,6 +28,10 @@ pub(super) enum Way {
     Reset,
     /// Not at all: it is too long for the tunnel.
     TooLong,
+    /// Not at all: it has no hops left for the tunnel.
+    TooFar,
+    /// Not at all: there is no way to the other end of the tunnel.
+    Nowhere,
 }
 
 impl Way {
@@ -43,6 +47,8 @@ impl Way {
             Self::Refused => Action::Drop(Reason::FlowInsert),
             Self::Reset => Action::Reject(Reason::EndpointRemoved),
             Self::TooLong => Action::Reject(Reason::TunnelMtu),
+            Self::TooFar => Action::Reject(Reason::TunnelHops),
+            Self::Nowhere => Action::Drop(Reason::TunnelWay),
         }
     }
 }

@@ -97,6 +97,8 @@ pub const fn errno(reason: Reason) -> i32 {
         | Reason::NoBackend
         | Reason::EndpointRemoved
         | Reason::TunnelMtu
+        | Reason::TunnelHops
+        | Reason::TunnelWay
         | Reason::EchoLimit => EPERM,
     }
 }
