@@ -333,9 +333,11 @@ fn addresses_of_services_answer_echo_requests() {
 }
 
 #[test]
-fn echo_replies_are_limited_as_refusals_are() {
+fn echo_replies_are_limited_as_refusals_are_and_leave_those_their_allowance() {
     let mut node = Node::new(Family::V4, Hook::Xdp, Sizes::default());
     address(&mut node, VIP, frontend::ADDRESS);
+    node.frontend(VIP, TCP, &[], 0);
+    let refused = node.opener(TCP, 40_000, VIP).bytes();
     let request = echo_request(&node, VIP, b"").bytes();
     let (mut answered, mut dropped) = (0u32, 0u32);
     for _ in 0..4 * ANSWERS_PER_PERIOD_MAX {
@@ -343,6 +345,9 @@ fn echo_replies_are_limited_as_refusals_are() {
             Action::Transmit => answered += 1,
             Action::Drop => dropped += 1,
             other @ (Action::Pass | Action::Redirect) => panic!("{other:?}"),
+        }
+        if dropped == 1 {
+            assert_eq!(node.run(node.entry, &refused).action, Action::Transmit, "refused at once");
         }
     }
     // Test runs may move between processors and periods, each of which has an allowance.
