@@ -65,7 +65,10 @@ impl<A: IpAddress> FamilyPicture<A> {
     fn add(&mut self, host: &Host, link: &Link, mode: Mode, xmit: Transmit) -> Option<IpAddr> {
         let address = host.source_address::<A>(link.index)?;
         self.devices.insert(link.index, devices::device(link, address, mode, xmit));
-        self.snat.push(address);
+        // Interfaces without an address of their own share that of the loopback.
+        if !self.snat.contains(&address) {
+            self.snat.push(address);
+        }
         Some(address.to_ip())
     }
 
@@ -141,7 +144,8 @@ impl Interfaces {
     /// The picture as it is now.
     pub fn picture(&mut self, host: &Host) -> Picture {
         let mut picture = Picture::default();
-        let overlays: Vec<String> = self.attacher.overlays().map(str::to_owned).collect();
+        let overlays = self.attacher.overlays().map(str::to_owned);
+        let overlays: Vec<String> = overlays.filter(|name| !self.names.contains(name)).collect();
         for name in self.names.iter().chain(&overlays).cloned().collect::<Vec<_>>() {
             let link = host.link(&name);
             let attached = self.attacher.attached().get(&name);

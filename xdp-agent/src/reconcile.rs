@@ -18,7 +18,10 @@ use xdp_common::tables::Config;
 
 use self::side::Side;
 use crate::{
-    cluster::{Cluster, NodeFacts, Options, wanted::Ip6},
+    cluster::{
+        Cluster, NodeFacts, Options,
+        wanted::{Ip6, IpAddress},
+    },
     config::{PortRange, ports},
     host::Host,
     interfaces::{Interfaces, Picture},
@@ -265,7 +268,9 @@ impl Reconciler {
         let status = picture.status.clone();
         let (pods, refused) = (picture.pods.clone(), picture.refused_pods.clone());
         let range = self.snat_ports.to_string();
-        let addresses = picture.status.iter().flat_map(|interface| interface.addresses.clone()).collect();
+        let v4 = picture.v4.snat.iter().map(|addr| addr.to_ip());
+        let v6 = picture.v6.snat.iter().map(|addr| addr.to_ip());
+        let addresses = v4.chain(v6).map(|addr| addr.to_string()).collect();
         self.told.shared.update(|all| {
             all.interfaces = status;
             all.pod_interfaces = pods;

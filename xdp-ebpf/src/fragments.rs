@@ -95,7 +95,8 @@ fn is_read() -> bool {
     if waiting == 0 || position != reader.position {
         (reader.position, reader.since) = (position, now);
     }
-    now - reader.since < tables::READ_WITHIN_NS
+    // Another CPU may have written since this one has asked for the time.
+    now.saturating_sub(reader.since) < tables::READ_WITHIN_NS
 }
 
 const HOLD_HEAD: usize = core::mem::offset_of!(Hold, frame);

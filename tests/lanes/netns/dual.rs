@@ -1,17 +1,21 @@
 //! What worlds of both address families are made of: links, a Service named `web`, its endpoints and sockets to it.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    io::{Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::{link::veth, netns::Namespace, patient};
 
 /// An address in each family.
 pub(crate) type Both = (Ipv4Addr, Ipv6Addr);
 
+/// The usual address of the Service.
+pub(crate) const VIP: Both =
+    (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10));
 /// Port of the Service, and its NodePort.
 pub(crate) const PORT: u16 = 30_080;
 /// Port of its endpoints.
@@ -153,4 +157,23 @@ pub(crate) fn socket_from(
     })?;
     socket.set_read_timeout(Some(patient(timeout)))?;
     Ok(socket)
+}
+
+/// Gives back all that comes by a connection, once its client has said everything.
+pub(crate) fn give_back(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all)?;
+    stream.write_all(&all)
+}
+
+/// Says so much to the Service, and hears it from there.
+pub(crate) fn get_back(client: &Namespace, to: IpAddr, len: usize, timeout: Duration) -> Result<()> {
+    let said: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
+    let mut stream = connect(client, to, timeout)?;
+    stream.write_all(&said)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut heard = Vec::new();
+    stream.read_to_end(&mut heard)?;
+    ensure!(heard == said, "{} of {len} bytes came back", heard.len());
+    Ok(())
 }

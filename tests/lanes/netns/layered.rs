@@ -2,8 +2,7 @@
 //! Those that the kernel of a small machine may lack are in the lane `devices`.
 
 use std::{
-    io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
@@ -15,13 +14,12 @@ use xdp_agent_tests::lab::{
     netns::{Namespace, PrivateBpffs},
 };
 
-use crate::dual::{self, Both};
+use crate::dual::{self, Both, VIP};
 
 const FAR: Both = (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
 const NODE: Both = (Ipv4Addr::new(198, 51, 100, 1), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1));
 const POD: Both = (Ipv4Addr::new(10, 244, 1, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
 const GATEWAY: Both = (Ipv4Addr::new(10, 244, 1, 1), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1));
-const VIP: Both = (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10));
 /// What a tunnel is made of.
 const BELOW: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 70, 1), Ipv4Addr::new(172, 16, 70, 2)];
 /// More than the buffers of any queue, so that frames of full length go by in trains.
@@ -57,15 +55,7 @@ impl Machines {
         self.far.route_via(Ipv4Addr::UNSPECIFIED, 0, NODE.0)?;
         self.far.default_route_v6(NODE.1)?;
         for host in [&self.pod, &self.far] {
-            dual::serve(
-                host,
-                |mut stream| {
-                    let mut all = Vec::new();
-                    stream.read_to_end(&mut all)?;
-                    stream.write_all(&all)
-                },
-                |_, question| question.to_vec(),
-            )?;
+            dual::serve(host, dual::give_back, |_, question| question.to_vec())?;
         }
         for (place, endpoint) in [("node", POD), ("other", FAR)] {
             self.reach(near, place, endpoint).with_context(|| format!("an endpoint of {place}"))?;
@@ -94,17 +84,12 @@ impl Machines {
     }
 
     fn ask(&self, to: IpAddr) -> Result<()> {
-        let question: Vec<u8> = (0..BODY).map(|at| (at % 251) as u8).collect();
-        let mut stream = dual::connect(&self.far, to, PATIENCE)?;
-        stream.write_all(&question)?;
-        stream.shutdown(Shutdown::Write)?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        ensure!(answer == question, "{} of {BODY} bytes came back", answer.len());
+        dual::get_back(&self.far, to, BODY, PATIENCE)?;
+        let (question, mut answer) = ([7; DATAGRAM], [0; 2 * DATAGRAM]);
         let socket = dual::socket(&self.far, to, PATIENCE)?;
-        socket.send(&question[..DATAGRAM])?;
+        socket.send(&question)?;
         let len = socket.recv(&mut answer).context("a datagram")?;
-        ensure!(answer[..len] == question[..DATAGRAM], "a datagram came back as {len} bytes");
+        ensure!(answer[..len] == question, "a datagram came back as {len} bytes");
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use xdp_agent_tests::lab::{capture::PacketSocket, fragments::datagram, servers::
 
 use crate::{
     dual,
-    setup::Setup,
+    setup::{Setup, says},
     two_backends::{CLIENT, NODE, Place, TwoBackends},
 };
 
@@ -38,7 +38,10 @@ fn fragments_to_the_node_itself_come_in_any_order_without_an_agent(setup: Setup)
         })?;
         in_reverse(&world, from, to, 2_000)?;
     }
-    Ok(())
+    // Those that were held for nobody are not put together with later ones.
+    let agent = world.start_agent(&[])?;
+    says(&agent.log(), &["an earlier agent has left fragments"])?;
+    agent.stop()
 }
 
 /// Sends datagrams to the node with their fragments reversed; all of them have to come.

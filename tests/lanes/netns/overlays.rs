@@ -19,8 +19,8 @@ use xdp_agent_tests::lab::{
 };
 
 use crate::{
-    dual::{self, Both},
-    setup::Setup,
+    dual::{self, Both, VIP},
+    setup::{Setup, nft},
 };
 
 const CLIENT: Both = (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
@@ -29,7 +29,6 @@ const NODE: Both = (Ipv4Addr::new(198, 51, 100, 1), Ipv6Addr::new(0x2001, 0xdb8,
 const BELOW: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 70, 1), Ipv4Addr::new(172, 16, 70, 2)];
 const NODE_OVERLAY: Both = (Ipv4Addr::new(10, 244, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1));
 const BACKEND: Both = (Ipv4Addr::new(10, 244, 2, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
-const VIP: Both = (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10));
 const BODY: usize = 1 << 18;
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -92,6 +91,7 @@ fn an_overlay_is_served_as_it_comes_and_goes(setup: Setup) -> Result<()> {
     held.read_to_string(&mut answer)?;
     ensure!(answer == "first, then", "{answer:?} has come of a connection over a restart");
     ensure!(mode_of_overlay(&agent)?.as_deref() == Some("tc"));
+    ensure!(agent.metric("xdp_agent_attach_mode", r#"interface="vx0",mode="tc""#)? == 1.0);
     agent.stop()
 }
 
@@ -178,15 +178,7 @@ impl World {
         node.address("in0", BELOW[0], 24)?;
         other.address("eth0", BELOW[1], 24)?;
         dual::forward(&node)?;
-        dual::serve(
-            &other,
-            |mut stream| {
-                let mut all = Vec::new();
-                stream.read_to_end(&mut all)?;
-                stream.write_all(&all)
-            },
-            |peer, _| peer.ip().to_canonical().to_string().into_bytes(),
-        )?;
+        dual::serve(&other, dual::give_back, |peer, _| peer.ip().to_canonical().to_string().into_bytes())?;
         // Without it, what a native program sends to a veth is lost.
         let peer = PassProgram::attach(&client, "eth0")?;
         Ok(Self { client, node, other, tx_offload: setup.tx_offload, _peer: peer })
@@ -223,28 +215,13 @@ impl World {
     }
 
     fn ask(&self, to: IpAddr) -> Result<()> {
-        let question: Vec<u8> = (0..BODY).map(|at| (at % 251) as u8).collect();
-        let mut stream = dual::connect(&self.client, to, PATIENCE)?;
-        stream.write_all(&question)?;
-        stream.shutdown(Shutdown::Write)?;
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        ensure!(answer == question, "{} of {BODY} bytes came back", answer.len());
+        dual::get_back(&self.client, to, BODY, PATIENCE)?;
         let socket = dual::socket(&self.client, to, PATIENCE)?;
         socket.send(b"?")?;
+        let mut answer = [0; 64];
         let len = socket.recv(&mut answer).context("a datagram")?;
         let seen: IpAddr = if to.is_ipv4() { NODE_OVERLAY.0.into() } else { NODE_OVERLAY.1.into() };
         ensure!(answer[..len] == *seen.to_string().as_bytes(), "the backend has seen another address");
         Ok(())
     }
-}
-
-fn nft(node: &Namespace, rules: &str) -> Result<()> {
-    let mut command = node.command("nft");
-    command.args(["-f", "-"]).stdin(std::process::Stdio::piped());
-    let mut nft = command.spawn().context("cannot run nft; install nftables, which CNIs use")?;
-    nft.stdin.take().context("nft has an input")?.write_all(rules.as_bytes())?;
-    let status = nft.wait()?;
-    ensure!(status.success(), "nft ended with {status} at {rules}");
-    Ok(())
 }

@@ -1,6 +1,8 @@
 //! What the cases share: the four combinations of mode and offload, and ways to reach a chosen backend.
 
+use std::io::Write;
 use std::net::SocketAddr;
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail, ensure};
 use xdp_agent_tests::lab::agent::{Agent, Mode};
@@ -169,5 +171,16 @@ pub(crate) fn says(log: &str, parts: &[&str]) -> Result<()> {
 pub(crate) fn counted(agent: &Agent, label: &str) -> Result<()> {
     let count = agent.metric("", &format!("\"{label}\""))?;
     ensure!(count > 0.0, "no metric counts {label}");
+    Ok(())
+}
+
+/// Has a node take rules, as a CNI or another proxy writes them.
+pub(crate) fn nft(node: &Namespace, rules: &str) -> Result<()> {
+    let mut command = node.command("nft");
+    command.args(["-f", "-"]).stdin(Stdio::piped());
+    let mut nft = command.spawn().context("cannot run nft; install nftables")?;
+    nft.stdin.take().context("nft has an input")?.write_all(rules.as_bytes())?;
+    let status = nft.wait()?;
+    ensure!(status.success(), "nft ended with {status} at {rules}");
     Ok(())
 }

@@ -23,9 +23,7 @@ pub(crate) const CLIENT: Both =
     (Ipv4Addr::new(198, 51, 100, 2), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2));
 pub(crate) const NODE: Both =
     (Ipv4Addr::new(198, 51, 100, 1), Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1));
-/// The address of the Service.
-pub(crate) const VIP: Both =
-    (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x10));
+pub(crate) use crate::dual::VIP;
 /// How long a backend may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
 

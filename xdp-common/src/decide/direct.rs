@@ -18,9 +18,8 @@ use crate::{
 };
 
 /// Whether a new flow's packets may go to the node of its backend: those of clients outside the cluster, whose answers that
-/// node can send by the way they came. A packet that has come by a tunnel goes through no other, and one whose checksum a
-/// device is still to finish would have to be finished on the way. An address of this node is none of the other's, but for
-/// NodePorts, where the others know it.
+/// node can send by the way they came. A packet that has come by a tunnel goes through no other. An address of this node is
+/// none of the other's, but for NodePorts, where the others know it.
 #[inline(always)] // one caller
 pub(super) fn may_apply<F: Family, T: Tables<F>>(
     tables: T,
@@ -44,7 +43,8 @@ pub(super) fn may_apply<F: Family, T: Tables<F>>(
 }
 
 /// Finds the way of a new flow to the node of its backend, and enters it; where there is none, or its client is a pod or a
-/// node, whose packets nobody takes out of a tunnel, the flow takes the way of others.
+/// node, whose packets nobody takes out of a tunnel, or a device is still to finish its checksum, which would have to be
+/// finished on the way, the flow takes the way of others.
 #[inline(never)] // a frame of its own on a stack of 512 bytes
 pub(super) fn enter<F: Family, T: Tables<F>>(
     tables: T,
@@ -55,7 +55,7 @@ pub(super) fn enter<F: Family, T: Tables<F>>(
     let Some(backend) = tables.backend(flow.backend) else { return Next::Route };
     let is_inside =
         || [network::PODS, network::NODES].into_iter().any(|owner| tables.network(owner, packet.key.src));
-    if backend.node.differs(F::Addr::UNSPECIFIED) == 0 || is_inside() {
+    if backend.node.differs(F::Addr::UNSPECIFIED) == 0 || packet.looks_offloaded() || is_inside() {
         return Next::Route;
     }
     flow.dst = backend.node;
@@ -178,7 +178,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         return by_kernel(tables, packet, flow);
     }
     // What the kernel has merged has the length of many packets, which are shortened one by one; its checksum is left to a device.
-    let is_merged = hook == Hook::Tc && packet.looks_offloaded();
+    let is_merged = packet.looks_offloaded();
     if flow.mtu != 0 && packet.total_len > flow.mtu && !is_merged {
         return Way::TooLong;
     }
