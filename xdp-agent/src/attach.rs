@@ -143,15 +143,16 @@ impl Attacher {
             self.undo();
             return Err(error);
         }
-        match &self.cgroup {
-            None => sockets::remove_leftovers(&self.pins),
-            Some(cgroup) => match sockets::SocketHooks::attach(&mut self.programs, &self.pins, cgroup) {
-                Ok(hooks) => self.sockets = hooks,
-                Err(error) => {
-                    self.undo();
-                    return Err(error);
-                }
-            },
+        let hooks = match &self.cgroup {
+            None => sockets::remove_leftovers(&self.pins).map(|()| sockets::SocketHooks::default()),
+            Some(cgroup) => sockets::SocketHooks::attach(&mut self.programs, &self.pins, cgroup),
+        };
+        match hooks {
+            Ok(hooks) => self.sockets = hooks,
+            Err(error) => {
+                self.undo();
+                return Err(error);
+            }
         }
         self.follow_overlays(&host);
         self.follow_pods(&host);
@@ -370,6 +371,7 @@ impl Attacher {
 /// # Errors
 /// When a pin cannot be removed.
 pub fn remove_leftovers(pins: &PinDir, kernel: KernelVersion) -> anyhow::Result<()> {
+    sockets::remove_leftovers(pins)?;
     pins.clear()?;
     if kernel < TCX_SINCE {
         let host = neighbours::read_host().context("cannot read the interfaces")?;

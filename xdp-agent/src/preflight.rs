@@ -166,20 +166,30 @@ impl PinDir {
         self.path.join(format!("v{}/links", xdp_common::tables::LAYOUT_VERSION))
     }
 
+    /// The pins of links of every layout that there has been.
+    ///
+    /// # Errors
+    /// When a directory cannot be read.
+    pub fn all_links(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let links: Result<Vec<_>, _> =
+            self.versions()?.iter().map(|version| pins_in(&version.join("links"))).collect();
+        Ok(links?.concat())
+    }
+
     /// Takes the programs of every pinned link off and removes every pin, of every layout; maps that nobody holds any more
     /// go with them.
     ///
     /// # Errors
     /// When a pin cannot be removed.
     pub fn clear(&self) -> anyhow::Result<()> {
-        for version in self.versions()? {
-            for path in pins_in(&version.join("links"))? {
-                // Without this the program stays for as long as the kernel takes to notice.
-                if let Err(error) = Link::open(&path).and_then(|link| link.detach()) {
-                    debug!(pin = %path.display(), %error, "a pinned link was not detached");
-                }
-                fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        for path in self.all_links()? {
+            // Without this the program stays for as long as the kernel takes to notice.
+            if let Err(error) = Link::open(&path).and_then(|link| link.detach()) {
+                debug!(pin = %path.display(), %error, "a pinned link was not detached");
             }
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        for version in self.versions()? {
             reserved::release(&version.join("maps"));
             for path in pins_in(&version.join("maps"))? {
                 fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;

@@ -1,20 +1,23 @@
 //! The agent comes and goes beside another proxy, under load: whoever calls does not notice.
 
-use std::io::Write;
-use std::process::Stdio;
-use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-use xdp_agent_tests::lab::agent::{Agent, PIN_DIR};
-use xdp_agent_tests::lab::caller::{Answer, Caller};
-use xdp_agent_tests::lab::netns::Namespace;
-use xdp_agent_tests::lab::servers::{HTTP_PORT, UDP_PORT};
-use xdp_agent_tests::lab::wait_for;
-use xdp_agent_tests::lab::world::{
-    CLUSTER_IP, SERVICE_HTTP, SERVICE_UDP, WorldOptions, http_frontends, udp_frontends,
+use std::{
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    thread,
+    time::Duration,
 };
 
-use crate::callers::Place;
+use anyhow::{Context, Result, anyhow, ensure};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions, PIN_DIR};
+use xdp_agent_tests::lab::caller::{Answer, Caller};
+use xdp_agent_tests::lab::manifests::Service;
+use xdp_agent_tests::lab::servers::{HTTP_PORT, UDP_PORT};
+use xdp_agent_tests::lab::world::{
+    CLUSTER_IP, SERVICE_HTTP, SERVICE_UDP, World, WorldOptions, http_frontends, udp_frontends,
+};
+use xdp_agent_tests::lab::{patient, wait_for};
+use xdp_common::tables::LAYOUT_VERSION;
+
+use crate::{callers::Place, setup::nft};
 
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers in each phase: enough that a gap of milliseconds would show.
@@ -31,7 +34,7 @@ fn starting_stopping_killing_and_cleaning_up_under_load_fails_no_connection() ->
          ip daddr {CLUSTER_IP} udp dport {SERVICE_UDP} dnat to {pod}:{UDP_PORT}"
     );
     let chain = |hook: &str| format!("chain {hook} {{\n type nat hook {hook} priority -100;\n {to}\n }}\n");
-    load(&place.world.node, &format!("table ip other {{\n{}{}}}\n", chain("prerouting"), chain("output")))?;
+    nft(&place.world.node, &format!("table ip other {{\n{}{}}}\n", chain("prerouting"), chain("output")))?;
     let mut met = Vec::new();
     for caller in [&mut place.pod, &mut place.node] {
         caller.hold("long", target)?;
@@ -43,23 +46,23 @@ fn starting_stopping_killing_and_cleaning_up_under_load_fails_no_connection() ->
     }
     let Place { agent, mut pod, mut node, mut options, cgroup, world, _cgroups } = place;
     let mut callers = [&mut pod, &mut node];
-    more(&mut callers, &met)?;
+    more(&mut callers, &met).context("with an agent")?;
     agent.stop()?;
-    more(&mut callers, &met)?;
+    more(&mut callers, &met).context("when it has stopped")?;
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
-    more(&mut callers, &met)?;
+    more(&mut callers, &met).context("with another")?;
     agent.kill()?;
-    more(&mut callers, &met)?;
+    more(&mut callers, &met).context("when that was killed")?;
     let mut cleanup = options.clone();
     cleanup.extra.push("--cleanup".into());
     let ended = Agent::refuse(&world.node, &world.bpffs, &cleanup)?;
     ensure!(ended.status.success(), "{}", ended.log);
     let left = world.bpffs.list(PIN_DIR)?;
     ensure!(left.is_empty(), "{left:?}");
-    more(&mut callers, &met)?;
+    more(&mut callers, &met).context("after its cleanup")?;
     options.extra.push("--fresh".into());
     let agent = Agent::start(&world.node, &world.bpffs, &options)?;
-    more(&mut callers, &met)?;
+    more(&mut callers, &met).context("with a third")?;
     for (caller, met) in callers.iter_mut().zip(&met) {
         let tally = caller.tally()?;
         ensure!(tally.failed == 0, "{tally:?}");
@@ -71,13 +74,52 @@ fn starting_stopping_killing_and_cleaning_up_under_load_fails_no_connection() ->
     Ok(())
 }
 
-fn load(node: &Namespace, rules: &str) -> Result<()> {
-    let mut command = node.command("nft");
-    command.args(["-f", "-"]).stdin(Stdio::piped());
-    let mut nft = command.spawn().context("cannot run nft; install nftables, the other proxy here")?;
-    nft.stdin.take().context("nft has an input")?.write_all(rules.as_bytes())?;
-    let status = nft.wait()?;
-    ensure!(status.success(), "nft ended with {status} at {rules}");
+#[test]
+fn a_question_asked_before_the_hooks_go_is_answered_by_the_name_it_was_asked_by() -> Result<()> {
+    an_answer_while(|agent, _, _| agent.stop())?;
+    an_answer_while(|agent, world, options| {
+        agent.kill()?;
+        let mut cleanup = options.clone();
+        cleanup.extra.push("--cleanup".into());
+        let ended = Agent::refuse(&world.node, &world.bpffs, &cleanup)?;
+        ensure!(ended.status.success(), "{}", ended.log);
+        Ok(())
+    })
+}
+
+/// Has a pod ask, and its backend answer once questions are no longer translated.
+fn an_answer_while(end: impl FnOnce(Agent, &World, &AgentOptions) -> Result<()>) -> Result<()> {
+    const PORT: u16 = 7_000;
+    let world = World::build(WorldOptions::default())?;
+    let service = Service::new("slow", Ipv4Addr::new(10, 96, 0, 11)).port("slow", "UDP", PORT, PORT, 0);
+    let name = SocketAddr::from((service.cluster_ip, PORT));
+    let slow = world.pod("local-2")?;
+    let socket = slow.namespace.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)))?;
+    socket.set_read_timeout(Some(patient(ANSWERS_TIMEOUT)))?;
+    let objects = [service.yaml(), service.slice_yaml(&[slow.endpoint()])];
+    let Place { agent, mut pod, node, options, cgroup, world, _cgroups } =
+        Place::serve(world, &objects, &[])?;
+    pod.open("asks", false)?;
+    let bpffs = &world.bpffs;
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| pod.ask_at("asks", name));
+        let (_, client) = socket.recv_from(&mut [0; 64])?;
+        let answers = scope.spawn(move || -> Result<()> {
+            wait_for("questions to be left alone", ANSWERS_TIMEOUT, || {
+                let links = bpffs.list(&format!("{PIN_DIR}/v{LAYOUT_VERSION}/links"))?;
+                ensure!(!links.iter().any(|link| link.contains("sendmsg")), "{links:?}");
+                Ok(())
+            })?;
+            socket.send_to(format!("slow {client}").as_bytes(), client)?;
+            Ok(())
+        });
+        end(agent, &world, &options)?;
+        answers.join().map_err(|_| anyhow!("whoever answers has panicked"))??;
+        let answer = asked.join().map_err(|_| anyhow!("whoever asks has panicked"))???;
+        ensure!(answer.from == name, "{answer:?}");
+        Ok(())
+    })?;
+    drop((pod, node, _cgroups, cgroup));
     Ok(())
 }
 
@@ -92,6 +134,8 @@ fn more(callers: &mut [&mut Caller; 2], met: &[(Answer, String)]) -> Result<()> 
             ensure!(tally.answered >= before + ANSWERS, "{tally:?}");
             Ok(())
         })?;
+        let tally = caller.tally()?;
+        ensure!(tally.failed == 0, "{tally:?}");
     }
     Ok(())
 }

@@ -3,9 +3,10 @@
 //! Links are pinned as those of interfaces are. A starting agent adopts them, and moves those of another cgroup.
 
 use std::{
-    fs, io,
+    io,
     os::fd::AsFd,
     path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -19,8 +20,8 @@ use crate::{
     preflight::PinDir,
 };
 
-/// Programs and where each is attached, in the order in which they are: what undoes a translation comes before what does
-/// one.
+/// Programs and where each is attached, in the order in which they are: what undoes a translation ([`UNDOING`] of them) comes
+/// before what does one.
 const HOOKS: [(&str, AttachType); 11] = [
     ("socket_release", AttachType::SockRelease),
     ("socket_getpeername4", AttachType::Getpeername4),
@@ -34,6 +35,13 @@ const HOOKS: [(&str, AttachType); 11] = [
     ("socket_bind4", AttachType::Bind4),
     ("socket_bind6", AttachType::Bind6),
 ];
+
+/// How many of [`HOOKS`] undo translations.
+const UNDOING: usize = 5;
+
+/// How long these stay when the others have gone, so that who has asked hears the answer by the name it was asked by. Most
+/// answers of a cluster come within milliseconds.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
 /// Time before a cgroup that has refused is tried again: what comes before the hook that it refuses is attached for a moment.
 const RETRY_PAUSE: Duration = Duration::from_secs(10);
@@ -75,7 +83,13 @@ impl SocketHooks {
 
     /// Takes every hook off; what does a translation goes before what undoes one.
     pub(super) fn detach(&mut self) {
-        take_off(std::mem::take(&mut self.links).into_iter().rev());
+        let mut undoing = std::mem::take(&mut self.links);
+        if undoing.is_empty() {
+            return;
+        }
+        take_off(undoing.split_off(UNDOING).into_iter().rev());
+        thread::sleep(LAST_ANSWERS);
+        take_off(undoing.into_iter().rev());
     }
 }
 
@@ -148,14 +162,31 @@ pub(super) fn is_pin(path: &std::path::Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX))
 }
 
-/// Takes off the hooks that an earlier agent has left, when this one has none.
-pub(super) fn remove_leftovers(pins: &PinDir) {
-    for path in fs::read_dir(pins.links()).into_iter().flatten().flatten().map(|entry| entry.path()) {
-        if is_pin(&path) {
-            info!(pin = %path.display(), "taking off a socket hook of an earlier agent");
-            release(&path);
-        }
+/// Takes off the hooks that earlier agents have left, of every layout; what does a translation goes before what undoes one.
+///
+/// # Errors
+/// When the directories of pins cannot be read.
+pub(super) fn remove_leftovers(pins: &PinDir) -> anyhow::Result<()> {
+    let (undoing, doing): (Vec<_>, Vec<_>) =
+        pins.all_links()?.into_iter().filter(|path| is_pin(path)).partition(|path| {
+            let mut names = HOOKS[..UNDOING].iter().map(|(program, _)| pin_name(program));
+            names.any(|name| path.ends_with(name))
+        });
+    let some_asked = !doing.is_empty();
+    for path in doing {
+        info!(pin = %path.display(), "taking off a socket hook of an earlier agent");
+        release(&path);
     }
+    if some_asked {
+        thread::sleep(LAST_ANSWERS);
+    }
+    undoing.iter().for_each(release);
+    Ok(())
+}
+
+/// Name of the pin of a program's link.
+fn pin_name(program: &str) -> String {
+    program.replace('_', "-")
 }
 
 fn attach(
@@ -165,7 +196,7 @@ fn attach(
     program: &str,
     at: AttachType,
 ) -> anyhow::Result<PinnedLink> {
-    let path = pins.links().join(program.replace('_', "-"));
+    let path = pins.links().join(pin_name(program));
     let found = adopted(&path, cgroup)?;
     let program_fd = programs.socket_hook(program)?;
     if let Some(link) = found {
