@@ -71,6 +71,8 @@ mod rings;
 mod same_port;
 #[path = "netns/sctp.rs"]
 mod sctp;
+#[path = "netns/seen.rs"]
+mod seen;
 #[path = "netns/shares.rs"]
 mod shares;
 #[path = "netns/slow_path.rs"]
@@ -87,5 +89,7 @@ mod the_lab;
 mod traffic;
 #[path = "netns/two_backends.rs"]
 mod two_backends;
+#[path = "netns/two_networks.rs"]
+mod two_networks;
 #[path = "netns/unnumbered.rs"]
 mod unnumbered;

@@ -95,6 +95,12 @@ pub fn device<A: IpAddress>(link: &Link, snat: A, mode: Mode, transmit: Transmit
     }
 }
 
+/// The same for an interface in several networks.
+pub fn in_several<A>(mut device: Device<A>) -> Device<A> {
+    device.flags |= device::SEVERAL;
+    device
+}
+
 /// The map entry that stands for the devices of all pods.
 pub fn of_pods<A: IpAddress>(snat: A) -> Device<A> {
     Device { snat, flags: 0, mtu: 0, mac: [0; 6], zero: [0; 2] }

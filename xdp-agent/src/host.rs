@@ -5,10 +5,9 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use crate::{
-    cluster::wanted::{Ip6, IpAddress},
-    netlink::{Message, Refused, Requests, attributes, number_u16, number_u32, string},
-};
+use crate::netlink::{Message, Refused, Requests, attributes, number_u16, number_u32, string};
+
+mod sources;
 
 /// rtnetlink message types (include/uapi/linux/rtnetlink.h).
 pub mod rtm {
@@ -101,6 +100,10 @@ pub struct Link {
 pub struct Address {
     /// The address.
     pub addr: IpAddr,
+    /// What its network is that of: the address itself, or the other end's of a point-to-point link.
+    pub peer: IpAddr,
+    /// Prefix length of that network.
+    pub len: u8,
     /// 0 for the whole world (`RT_SCOPE_UNIVERSE`).
     pub scope: u8,
     /// Whether another address is better for new connections: one of the same network came first, or this one is temporary
@@ -172,38 +175,6 @@ impl Host {
         self.links.values().find(|link| link.name == name)
     }
 
-    /// The address that packets leaving an interface are translated to: its first global one that is not link-local, or else
-    /// that of the loopback, where unnumbered uplinks have theirs and where the kernel looks next too (`inet_select_addr` in
-    /// net/ipv4/devinet.c, RFC 6724 section 5 rule 2).
-    pub fn source_address<A: IpAddress>(&self, index: u32) -> Option<A> {
-        self.first_address(index).or_else(|| self.first_address(self.loopback()?))
-    }
-
-    /// Whether an interface has an address that packets can be translated to.
-    pub fn has_source_address(&self, index: u32) -> bool {
-        self.source_address::<[u8; 4]>(index).is_some() || self.source_address::<Ip6>(index).is_some()
-    }
-
-    /// Whether an interface has an address of its own that packets can be translated to.
-    pub fn has_own_address(&self, index: u32) -> bool {
-        self.first_address::<[u8; 4]>(index).is_some() || self.first_address::<Ip6>(index).is_some()
-    }
-
-    fn first_address<A: IpAddress>(&self, index: u32) -> Option<A> {
-        let addresses = self.addresses.get(&index)?.iter().filter(|address| address.is_global());
-        let mut usable =
-            addresses.filter_map(|address| Some((A::from_ip(address.addr)?, address.is_secondary)));
-        let first = usable.next()?;
-        if !first.1 {
-            return Some(first.0);
-        }
-        Some(usable.find(|(_, is_secondary)| !is_secondary).unwrap_or(first).0)
-    }
-
-    fn loopback(&self) -> Option<u32> {
-        self.links.values().find(|link| link.is_loopback).map(|link| link.index)
-    }
-
     /// Every address of the node.
     pub fn own_addresses(&self) -> BTreeSet<IpAddr> {
         self.addresses.values().flatten().map(|address| address.addr).collect()
@@ -263,19 +234,21 @@ impl Host {
         if !FAMILIES.contains(&family) {
             return None;
         }
-        let (flags, scope, index) = (*body.get(2)?, *body.get(3)?, number_u32(body, 4)?);
-        let mut addr = None;
+        let (len, flags, scope, index) = (*body.get(1)?, *body.get(2)?, *body.get(3)?, number_u32(body, 4)?);
+        let (mut addr, mut peer) = (None, None);
         for (kind, value) in attributes(body.get(8..)?) {
             let value = ip_address(value);
             match kind {
                 // Of a point-to-point link the other end's; the local one is its own then.
-                IFA_ADDRESS => addr = addr.or(value),
+                IFA_ADDRESS => (addr, peer) = (addr.or(value), value),
                 IFA_LOCAL => addr = value,
                 _ => {}
             }
         }
         let address = Address {
             addr: addr?,
+            peer: peer.or(addr)?,
+            len,
             scope,
             is_secondary: flags & (IFA_F_SECONDARY | IFA_F_DEPRECATED) != 0,
             is_tentative: flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED) != 0,
@@ -353,7 +326,7 @@ fn xdp_state(value: &[u8]) -> XdpState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::put_attribute;
+    use crate::{cluster::wanted::Ip6, cluster::wanted::IpAddress, netlink::put_attribute};
 
     const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
@@ -422,28 +395,6 @@ mod tests {
         assert_eq!(source(&host).as_deref(), Some("2001:db8::7"));
         assert_eq!(host.source_address::<[u8; 4]>(2), None);
         assert_eq!(host.own_addresses().len(), 3);
-    }
-
-    #[test]
-    fn an_unnumbered_interface_takes_the_address_of_the_loopback() {
-        let mut host = Host::default();
-        let address = |addr: &str, scope| Address {
-            addr: addr.parse().unwrap(),
-            scope,
-            is_secondary: false,
-            is_tentative: false,
-        };
-        host.links.insert(1, Link { index: 1, is_loopback: true, ..Link::default() });
-        host.links.insert(2, Link { index: 2, ..Link::default() });
-        host.addresses.insert(1, vec![address("127.0.0.1", 254), address("::1", 254)]);
-        host.addresses.insert(2, vec![address("fe80::2", 253)]);
-        assert!(!host.has_source_address(2), "what is only for the host is no source");
-        host.addresses.get_mut(&1).unwrap().extend([address("192.0.2.7", 0), address("2001:db8::7", 0)]);
-        assert_eq!(host.source_address::<[u8; 4]>(2), Some([192, 0, 2, 7]));
-        let v6 = host.source_address::<Ip6>(2).map(|addr| addr.to_ip().to_string());
-        assert_eq!(v6.as_deref(), Some("2001:db8::7"));
-        host.addresses.get_mut(&2).unwrap().push(address("198.51.100.1", 0));
-        assert_eq!(host.source_address::<[u8; 4]>(2), Some([198, 51, 100, 1]), "its own is better");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     net::IpAddr,
 };
 
@@ -11,7 +12,7 @@ use xdp_common::tables::{Device, device};
 use crate::{
     attach::Attacher,
     cgroup::Cgroup,
-    cluster::wanted::{Ip6, IpAddress},
+    cluster::wanted::{Ip6, IpAddress, Network},
     devices::{self, Mode, Transmit},
     host::{Host, Link},
     status::{InterfaceStatus, RefusedStatus},
@@ -50,13 +51,15 @@ pub struct Picture {
 pub struct FamilyPicture<A> {
     /// Entries of the device map, by interface index.
     pub devices: BTreeMap<u32, Device<A>>,
+    /// Addresses of interfaces in several networks, by index and network of the next hop, in IPv6 of the destination.
+    pub sources: BTreeMap<(u32, Network<A>), A>,
     /// Addresses that flows are translated to.
     pub snat: Vec<A>,
 }
 
 impl<A> Default for FamilyPicture<A> {
     fn default() -> Self {
-        Self { devices: BTreeMap::new(), snat: Vec::new() }
+        Self { devices: BTreeMap::new(), sources: BTreeMap::new(), snat: Vec::new() }
     }
 }
 
@@ -64,11 +67,19 @@ impl<A: IpAddress> FamilyPicture<A> {
     /// Adds an interface that has an address of the family; the address is the answer.
     fn add(&mut self, host: &Host, link: &Link, mode: Mode, xmit: Transmit) -> Option<IpAddr> {
         let address = host.source_address::<A>(link.index)?;
-        self.devices.insert(link.index, devices::device(link, address, mode, xmit));
-        // Interfaces without an address of their own share that of the loopback.
-        if !self.snat.contains(&address) {
-            self.snat.push(address);
+        let mut device = devices::device(link, address, mode, xmit);
+        let sources = host.sources::<A>(link.index);
+        if !sources.is_empty() {
+            device = devices::in_several(device);
         }
+        self.devices.insert(link.index, device);
+        // Interfaces without an address of their own share that of the loopback.
+        for addr in iter::once(address).chain(sources.iter().map(|(_, addr)| *addr)) {
+            if !self.snat.contains(&addr) {
+                self.snat.push(addr);
+            }
+        }
+        self.sources.extend(sources.into_iter().map(|(network, addr)| ((link.index, network), addr)));
         Some(address.to_ip())
     }
 

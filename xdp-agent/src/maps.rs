@@ -18,7 +18,7 @@ use xdp_common::{
     net::{FlowKey, Ip6, Plain},
     tables::{
         self, Account, Affinity, AffinityKey, Backend, BackendKey, Config, Device, Embryo, Flow, Frontend,
-        FrontendKey, MapSpec, Mapped, NetworkKey, SocketSettings, WAYS,
+        FrontendKey, MapSpec, Mapped, NetworkKey, SocketSettings, Source, WAYS,
     },
 };
 
@@ -220,7 +220,7 @@ fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
-fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 17] {
+fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 18] {
     let maps = A::MAPS;
     [
         (&maps.established, of::<FlowKey<A>, Flow<A>>()),
@@ -236,6 +236,7 @@ fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 17] {
         (&maps.accounts, of::<u32, Account>()),
         (&maps.exhausted, of::<BackendKey<A>, u64>()),
         (&maps.devices, of::<u32, Device<A>>()),
+        (&maps.sources, of::<lpm_trie::Key<Raw<NetworkKey<A>>>, Source<A>>()),
         (&maps.gate_ingress, of::<u32, u64>()),
         (&maps.gate_egress, of::<u32, u64>()),
         (&maps.sockets, of::<u32, SocketSettings<A>>()),

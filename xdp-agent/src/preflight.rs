@@ -389,8 +389,9 @@ mod tests {
                 Interface { index, name: name.to_owned(), is_loopback, ..Interface::default() },
             );
         }
+        let addr = [192, 0, 2, 1].into();
         let address =
-            Address { addr: [192, 0, 2, 1].into(), scope: 0, is_secondary: false, is_tentative: false };
+            Address { addr, peer: addr, len: 24, scope: 0, is_secondary: false, is_tentative: false };
         host.addresses.insert(2, vec![address]);
         let check =
             |name: &str| check_interfaces(&[name.to_owned()], &host).map_err(|error| error.to_string());

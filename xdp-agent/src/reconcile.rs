@@ -259,8 +259,8 @@ impl Reconciler {
         if picture == self.picture {
             return;
         }
-        let written = self.v4.write_devices(&picture.v4.devices);
-        if let Err(error) = written.and_then(|()| self.v6.write_devices(&picture.v6.devices)) {
+        let written = self.v4.write_devices(&picture.v4);
+        if let Err(error) = written.and_then(|()| self.v6.write_devices(&picture.v6)) {
             self.told.metrics.map_write_failures.inc();
             warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
         }

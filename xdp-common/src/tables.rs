@@ -4,6 +4,7 @@
 
 use crate::{
     answer::AnswerFrame,
+    frame::Packet,
     net::{Address, Family, FlowKey, Port},
     plain,
     verdict::Counter,
@@ -113,9 +114,15 @@ plain! {
     /// Key of the networks: whose they are, and an address in them. In the kernel a prefix length stands before it
     /// (`struct bpf_lpm_trie_key_u8`); it counts the 32 bits of the owner too.
     pub struct NetworkKey<A> {
-        /// One of [`network`], big-endian so that it comes first bit by bit.
+        /// One of [`network`], or the index of an interface, big-endian so that it comes first bit by bit.
         pub owner: [u8; 4],
         /// Address.
+        pub addr: A,
+    }
+
+    /// An address that packets are translated to.
+    pub struct Source<A> {
+        /// It.
         pub addr: A,
     }
 
@@ -395,6 +402,10 @@ pub trait Tables<F: Family>: Copy {
     fn device(self, ifindex: u32) -> Option<Device<F::Addr>>;
     /// Asks the routing table for the way of a packet that came in by `ifindex`.
     fn route(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route;
+    /// The address that a packet gets when it leaves by an interface toward a destination, if that is not the usual one: the
+    /// first whose network holds the next hop (`inet_select_addr` in net/ipv4/devinet.c), in IPv6 the one that suits the
+    /// destination (RFC 6724, section 5).
+    fn source(self, packet: &Packet<F::Addr>, ifindex: u32, dst: F::Addr) -> Option<F::Addr>;
     /// Counts.
     fn count(self, counter: Counter);
     /// Counts that a new flow has found no source port toward a backend.

@@ -12,12 +12,12 @@ use xdp_common::{
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
         Account, Affinity, AffinityKey, Backend, BackendKey, Device, Embryo, Flow, Frontend, FrontendKey,
-        KnownHop, Mapped, NetworkKey, SocketSettings, Work,
+        KnownHop, Mapped, NetworkKey, SocketSettings, Source, Work,
     },
     verdict::{Counter, Event},
 };
 
-use crate::{embryonic::Tags, maps::count};
+use crate::{embryonic::Tags, maps::count, routes};
 
 #[cfg(feature = "trace")]
 pub(crate) use crate::trace::Traced as Logged;
@@ -42,6 +42,7 @@ pub(crate) trait Maps: Fragmented<Addr: Mapped> + Logged {
     fn accounts() -> &'static PerCpuArray<Account>;
     fn exhausted() -> &'static LruHashMap<BackendKey<Self::Addr>, u64>;
     fn devices() -> &'static HashMap<u32, Device<Self::Addr>>;
+    fn sources() -> &'static LpmTrie<NetworkKey<Self::Addr>, Source<Self::Addr>>;
     fn gate_ingress() -> &'static Array<u64>;
     fn gate_egress() -> &'static Array<u64>;
     fn work() -> &'static PerCpuArray<Work<Self::Addr>>;
@@ -56,6 +57,9 @@ pub(crate) trait Maps: Fragmented<Addr: Mapped> + Logged {
     fn parse_into<R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Found;
     /// Writes family, addresses and type of service into a question to the routing table.
     fn ask(params: &mut FibParams, src: Self::Addr, dst: Self::Addr, tos: u8);
+    /// The address that chooses a packet's source: in IPv4 that of the next hop, which `asked` answers with, in IPv6 the
+    /// destination.
+    fn chooses_source(dst: Self::Addr, asked: impl FnOnce(&mut FibParams)) -> Self::Addr;
 }
 
 /// Declares the maps of a family and hands them out.
@@ -94,6 +98,11 @@ family_maps! {
         params.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(src);
         params.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(dst);
     }
+
+    #[inline(always)] // one caller
+    fn chooses_source(dst: [u8; 4], asked: impl FnOnce(&mut FibParams)) -> [u8; 4] {
+        routes::next_hop(asked).unwrap_or(dst)
+    }
     }
     established: ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> 0;
     known: KNOWN_V4: Array<u64> BPF_F_MMAPABLE;
@@ -108,6 +117,7 @@ family_maps! {
     accounts: ACCOUNTS_V4: PerCpuArray<Account> 0;
     exhausted: EXHAUSTED_V4: LruHashMap<BackendKey<[u8; 4]>, u64> 0;
     devices: DEVICES_V4: HashMap<u32, Device<[u8; 4]>> 0;
+    sources: SOURCES_V4: LpmTrie<NetworkKey<[u8; 4]>, Source<[u8; 4]>> BPF_F_NO_PREALLOC;
     gate_ingress: GATE_INGRESS_V4: Array<u64> 0;
     gate_egress: GATE_EGRESS_V4: Array<u64> 0;
     work: WORK_V4: PerCpuArray<Work<[u8; 4]>> 0;
@@ -134,6 +144,11 @@ family_maps! {
         params.__bindgen_anon_3.ipv6_src = src.words();
         params.__bindgen_anon_4.ipv6_dst = dst.words();
     }
+
+    #[inline(always)] // one caller
+    fn chooses_source(dst: Ip6, _: impl FnOnce(&mut FibParams)) -> Ip6 {
+        dst
+    }
     }
     established: ESTABLISHED_V6: HashMap<FlowKey<Ip6>, Flow<Ip6>> 0;
     known: KNOWN_V6: Array<u64> BPF_F_MMAPABLE;
@@ -148,6 +163,7 @@ family_maps! {
     accounts: ACCOUNTS_V6: PerCpuArray<Account> 0;
     exhausted: EXHAUSTED_V6: LruHashMap<BackendKey<Ip6>, u64> 0;
     devices: DEVICES_V6: HashMap<u32, Device<Ip6>> 0;
+    sources: SOURCES_V6: LpmTrie<NetworkKey<Ip6>, Source<Ip6>> BPF_F_NO_PREALLOC;
     gate_ingress: GATE_INGRESS_V6: Array<u64> 0;
     gate_egress: GATE_EGRESS_V6: Array<u64> 0;
     work: WORK_V6: PerCpuArray<Work<Ip6>> 0;
@@ -187,5 +203,5 @@ fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::A
     }
 }
 
-const AF_INET: u8 = 2;
+pub(crate) const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;

@@ -11,6 +11,7 @@ mod icmp;
 mod maps;
 mod node;
 mod packet;
+mod routes;
 mod sctp;
 mod skb;
 mod socket;

@@ -3,16 +3,12 @@
 use core::{
     ffi::c_void,
     marker::PhantomData,
-    mem::MaybeUninit,
     ops::{Deref, DerefMut},
 };
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{
-        BPF_ANY, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-        BPF_FIB_LKUP_RET_SUCCESS, BPF_NOEXIST, bpf_fib_lookup as FibParams,
-    },
+    bindings::{BPF_ANY, BPF_NOEXIST},
     helpers,
     maps::{ProgramArray, lpm_trie},
 };
@@ -37,7 +33,7 @@ use crate::{
 
 /// The maps of a family, and the context of the program that asks.
 pub(crate) struct Kernel<F> {
-    ctx: *mut c_void,
+    pub(crate) ctx: *mut c_void,
     family: PhantomData<F>,
 }
 
@@ -304,6 +300,16 @@ impl<F: Maps> Tables<F> for Kernel<F> {
         answer
     }
 
+    #[inline(always)] // no room for a frame of its own
+    fn source(self, packet: &Packet<F::Addr>, ifindex: u32, dst: F::Addr) -> Option<F::Addr> {
+        let addr = F::chooses_source(dst, |params| {
+            self.look_up(params, packet.ifindex, packet.key.src, dst, packet.tos, packet.key.proto);
+        });
+        let bits = (size_of::<NetworkKey<F::Addr>>() * 8) as u32;
+        let key = NetworkKey { owner: ifindex.to_be_bytes(), addr };
+        F::sources().get(lpm_trie::Key::new(bits, key)).map(|source| source.addr)
+    }
+
     #[inline(always)]
     fn count(self, counter: Counter) {
         count(counter);
@@ -338,59 +344,6 @@ impl<F: Maps> FragmentTables<F> for Kernel<F> {
     fn await_first(self, key: &FragmentKey<F::Addr>, ports: &FragmentPorts) {
         let _ = F::fragments().insert(key, ports, BPF_NOEXIST as u64);
     }
-}
-
-impl<F: Maps> Kernel<F> {
-    /// Asks the kernel's routing table.
-    #[inline(always)]
-    fn ask(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route {
-        let mut question = MaybeUninit::uninit();
-        let params = zeroed(&mut question);
-        F::ask(params, src, dst, tos);
-        params.l4_protocol = proto;
-        params.ifindex = ifindex;
-        // A length of 0 asks for no MTU check; the answer carries the MTU in its place (5.13).
-        params.__bindgen_anon_1.tot_len = 0;
-        // SAFETY: context and parameters are valid; the size is that of the structure.
-        let answer =
-            unsafe { helpers::bpf_fib_lookup(self.ctx, &raw mut *params, size_of::<FibParams>() as i32, 0) };
-        match answer as u32 {
-            // At tc the kernel compares the frame at hand with the device, after all else (bpf_skb_fib_lookup in net/core/filter.c);
-            // the way is the same for shorter ones.
-            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::Hop {
-                ifindex: params.ifindex,
-                dmac: params.dmac,
-                smac: params.smac,
-                // SAFETY: in both cases the kernel has written the MTU into this union.
-                mtu: unsafe { params.__bindgen_anon_1.mtu_result },
-            },
-            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { ifindex: params.ifindex },
-            BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
-            _ => Route::Kernel,
-        }
-    }
-}
-
-/// Parameters of the routing table's helper, aligned so that words can be written.
-#[repr(C, align(8))]
-struct Question(FibParams);
-
-const _: () =
-    assert!(size_of::<Question>() == size_of::<FibParams>(), "whole words, and nothing behind them");
-
-/// Zeroes a question word by word. As a whole it becomes a call, and before kernel 6.8 the frame of even an empty function
-/// takes 32 bytes of the stack that all calls share.
-#[inline(always)] // see above
-fn zeroed(question: &mut MaybeUninit<Question>) -> &mut FibParams {
-    let words = question.as_mut_ptr().cast::<u64>();
-    let mut at = 0;
-    while at < size_of::<Question>() / 8 {
-        // SAFETY: within the structure, which is aligned to words.
-        unsafe { words.add(at).write_volatile(0) };
-        at += 1;
-    }
-    // SAFETY: every byte has been written, and the structure is plain numbers.
-    unsafe { &mut question.assume_init_mut().0 }
 }
 
 /// Nanoseconds in a period of answers, as a shift: 1.07 seconds.

@@ -2,8 +2,7 @@
 //! where nodes speak BGP with their switch (RFC 5549, RFC 7404).
 
 use std::{
-    io::{Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
@@ -21,6 +20,7 @@ use xdp_agent_tests::lab::{
 
 use crate::{
     dual::{self, Both, VIP},
+    seen,
     setup::Setup,
 };
 
@@ -43,7 +43,7 @@ fn an_uplink_without_addresses_serves_with_those_of_the_loopback(setup: Setup) -
     node.address("lo", NODE.0, 32)?;
     // Without them, what a native program sends to a veth is lost.
     let _peers = [PassProgram::attach(&client, "eth0")?, PassProgram::attach(&backend, "eth0")?];
-    dual::serve(&backend, |mut stream| stream.write_all(&name(stream.peer_addr()?)), |peer, _| name(peer))?;
+    seen::serve(&backend)?;
     let (manifests, bpffs) = (Manifests::new()?, PrivateBpffs::new()?);
     let [v4, v6] = dual::slices(&[(BACKEND, "other")]);
     manifests.write("web.yaml", &[dual::service(VIP, &[]), v4, v6])?;
@@ -67,11 +67,6 @@ fn an_uplink_without_addresses_serves_with_those_of_the_loopback(setup: Setup) -
     let sent = agent.metric("xdp_agent_events_total", r#"event="redirected""#)?;
     ensure!(sent > 20.0, "{sent} frames were sent on at XDP");
     agent.stop()
-}
-
-/// A client's address; the backend's sockets are of IPv6 for both families.
-fn name(peer: SocketAddr) -> Vec<u8> {
-    peer.ip().to_canonical().to_string().into_bytes()
 }
 
 /// Links a host to the node; both know the way by link-local addresses only.
@@ -102,28 +97,14 @@ fn route(namespace: &Namespace, to: Both, prefix: u8, device: &str, by: Ipv6Addr
     Ok(())
 }
 
-/// Asks each address by TCP and UDP, several times; the backend sees the node's address of the family.
+/// Asks each address, several times; the backend sees the node's address of the family.
 fn ask_all(client: &Namespace, addresses: [IpAddr; 2]) -> Result<()> {
     for to in addresses {
-        let seen: IpAddr = if to.is_ipv4() { NODE.0.into() } else { NODE.1.into() };
         for _ in 0..5 {
-            let mut stream = dual::connect(client, to, ANSWER_TIMEOUT)?;
-            ensure!(read(&mut stream)? == seen.to_string(), "{to} by TCP");
-            let socket = dual::socket(client, to, ANSWER_TIMEOUT)?;
-            socket.send(b"?")?;
-            let mut answer = [0; 64];
-            let len = socket.recv(&mut answer).with_context(|| format!("{to} by UDP"))?;
-            ensure!(answer[..len] == *seen.to_string().as_bytes(), "{to} by UDP");
+            seen::seen_as(client, to, NODE, ANSWER_TIMEOUT)?;
         }
     }
     Ok(())
-}
-
-fn read(stream: &mut TcpStream) -> Result<String> {
-    stream.shutdown(Shutdown::Write)?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer)
 }
 
 /// Problems of families without an address.

@@ -8,6 +8,7 @@ use std::{
 };
 
 use xdp_common::{
+    frame::Packet,
     net::{Address, Family, FlowKey},
     tables::{
         Affinity, AffinityKey, Backend, BackendKey, Config, Device, Entry, Flow, Frontend, FrontendKey,
@@ -303,6 +304,10 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
 
     fn route(self, _ifindex: u32, _src: F::Addr, _dst: F::Addr, _tos: u8, _proto: u8) -> Route {
         Route::Hop { ifindex: UPLINK, dmac: GATEWAY_MAC, smac: UPLINK_MAC, mtu: 1500 }
+    }
+
+    fn source(self, _packet: &Packet<F::Addr>, _ifindex: u32, _dst: F::Addr) -> Option<F::Addr> {
+        None
     }
 
     fn count(self, counter: Counter) {

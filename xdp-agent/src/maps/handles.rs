@@ -122,26 +122,26 @@ impl<V: Pod> Slots<V> {
 }
 
 /// A network with its owner and its value, as the plan has it.
-pub(super) type OwnedNetwork<A> = (u32, Network<A>, u32);
+pub(super) type OwnedNetwork<A, V = u32> = (u32, Network<A>, V);
 
 type TrieKey<A> = lpm_trie::Key<Raw<NetworkKey<A>>>;
 
-/// The networks; prefix lengths in the map count the bits of the owner too.
-pub(super) struct NetworkTrie<A: IpAddress> {
-    map: LpmTrie<MapData, Raw<NetworkKey<A>>, u32>,
+/// Networks; prefix lengths in the map count the bits of the owner too.
+pub(super) struct NetworkTrie<A: IpAddress, V: Pod = u32> {
+    map: LpmTrie<MapData, Raw<NetworkKey<A>>, V>,
     fd: OwnedFd,
     pub(super) capacity: u32,
 }
 
 const OWNER_BITS: u32 = u32::BITS;
 
-impl<A: IpAddress> NetworkTrie<A> {
+impl<A: IpAddress, V: Pod> NetworkTrie<A, V> {
     pub(super) fn of(map: Map) -> anyhow::Result<Self> {
         let (fd, capacity) = (descriptor(&map)?, capacity(&map)?);
         Ok(Self { map: LpmTrie::try_from(map)?, fd, capacity })
     }
 
-    pub(super) fn insert(&mut self, owner: u32, network: Network<A>, value: u32) -> io::Result<()> {
+    pub(super) fn insert(&mut self, owner: u32, network: Network<A>, value: V) -> io::Result<()> {
         self.map.insert(&trie_key(owner, network), value, 0).map_err(io_error)
     }
 
@@ -149,10 +149,11 @@ impl<A: IpAddress> NetworkTrie<A> {
         absent_is_fine(self.map.remove(&trie_key(owner, network)).map_err(io_error))
     }
 
-    pub(super) fn read(&self) -> io::Result<Vec<OwnedNetwork<A>>> {
+    /// All of them; `zero` is any value of the type.
+    pub(super) fn read(&self, zero: V) -> io::Result<Vec<OwnedNetwork<A, V>>> {
         let mut found = Vec::new();
-        let zero = trie_key(0, Network { addr: A::UNSPECIFIED, len: 0 });
-        match batch::walk(&self.fd, (zero, 0u32), |key, value| found.push(network(key, value))) {
+        let first = trie_key(0, Network { addr: A::UNSPECIFIED, len: 0 });
+        match batch::walk(&self.fd, (first, zero), |key, value| found.push(network(key, value))) {
             Err(error) if batch::is_missing(&error) => {
                 let entries = self.map.iter().take(2 * self.capacity as usize);
                 entries.map(|entry| entry.map(|(key, value)| network(key, value)).map_err(io_error)).collect()
@@ -167,7 +168,7 @@ fn trie_key<A: IpAddress>(owner: u32, network: Network<A>) -> TrieKey<A> {
     lpm_trie::Key::new(OWNER_BITS + u32::from(network.len), raw(key))
 }
 
-fn network<A: IpAddress>(key: TrieKey<A>, value: u32) -> OwnedNetwork<A> {
+fn network<A: IpAddress, V>(key: TrieKey<A>, value: V) -> OwnedNetwork<A, V> {
     let (bits, Raw(NetworkKey { owner, addr })) = (key.prefix_len(), key.data());
     // Shorter ones would span owners; nobody writes such.
     let len = bits.saturating_sub(OWNER_BITS) as u8;

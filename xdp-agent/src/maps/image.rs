@@ -1,10 +1,16 @@
 //! The maps that say what is served: one writer.
 
-use std::{collections::HashMap, io, mem::discriminant, ops::Range, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    mem::discriminant,
+    ops::Range,
+    path::Path,
+};
 
 use anyhow::Context;
 use aya::maps::{Map, MapData};
-use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS, MapSpec};
+use xdp_common::tables::{self, Backend, Config, Device, Frontend, FrontendKey, GATE_WORDS, MapSpec, Source};
 
 use super::{
     Raw, batch,
@@ -12,7 +18,7 @@ use super::{
     io_error, raw, zero,
 };
 use crate::{
-    cluster::wanted::IpAddress,
+    cluster::wanted::{IpAddress, Network},
     plan::{Adopted, Change},
 };
 
@@ -22,6 +28,7 @@ pub struct ImageMaps<A: IpAddress> {
     backends: Slots<Raw<Backend<A>>>,
     rings: Slots<u32>,
     networks: NetworkTrie<A>,
+    sources: NetworkTrie<A, Raw<Source<A>>>,
     ingress_gate: Slots<u64>,
     egress_gate: Slots<u64>,
     devices: Hash<u32, Raw<Device<A>>>,
@@ -42,6 +49,7 @@ impl<A: IpAddress> ImageMaps<A> {
             backends: Slots::of(find(&maps.backends)?)?,
             rings: Slots::of(find(&maps.rings)?)?,
             networks: NetworkTrie::of(find(&maps.networks)?)?,
+            sources: NetworkTrie::of(find(&maps.sources)?)?,
             ingress_gate: Slots::of(find(&maps.gate_ingress)?)?,
             egress_gate: Slots::of(find(&maps.gate_egress)?)?,
             devices: Hash::of(find(&maps.devices)?)?,
@@ -88,7 +96,7 @@ impl<A: IpAddress> ImageMaps<A> {
             ingress_gate: self.ingress_gate.read(0)?,
             egress_gate: self.egress_gate.read(0)?,
             rings: self.rings.read(0)?,
-            networks: self.networks.read()?,
+            networks: self.networks.read(0)?,
         })
     }
 
@@ -208,7 +216,7 @@ impl<A: IpAddress> ImageMaps<A> {
     /// # Errors
     /// When the kernel refuses a read or a write.
     pub fn repair_networks(&mut self, wanted: impl Iterator<Item = OwnedNetwork<A>>) -> io::Result<u32> {
-        let there = self.networks.read()?.into_iter();
+        let there = self.networks.read(0)?.into_iter();
         let mut there: HashMap<_, _> =
             there.map(|(owner, network, value)| ((owner, network), value)).collect();
         let mut mended = 0;
@@ -251,6 +259,23 @@ impl<A: IpAddress> ImageMaps<A> {
     /// When the kernel refuses the write.
     pub fn remove_device(&mut self, ifindex: u32) -> io::Result<()> {
         self.devices.remove(&ifindex)
+    }
+
+    /// Writes the addresses of interfaces in several networks: there must be these and no other, as far as there is room.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read or a write.
+    pub fn repair_sources(&mut self, wanted: &BTreeMap<(u32, Network<A>), A>) -> io::Result<()> {
+        let there = self.sources.read(zero())?.into_iter();
+        let mut there: HashMap<_, _> =
+            there.map(|(ifindex, network, Raw(source))| ((ifindex, network), source)).collect();
+        for (key, addr) in wanted.iter().take(self.sources.capacity as usize) {
+            let source = Source { addr: *addr };
+            if there.remove(key) != Some(source) {
+                self.sources.insert(key.0, key.1, raw(source))?;
+            }
+        }
+        there.keys().try_for_each(|(ifindex, network)| self.sources.remove(*ifindex, *network))
     }
 
     /// The interfaces that are in the map.

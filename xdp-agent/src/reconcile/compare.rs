@@ -1,12 +1,11 @@
 //! Mends what differs from the plan, whoever changed it.
 
-use std::{collections::BTreeMap, io};
+use std::io;
 
 use tracing::warn;
-use xdp_common::tables::Device;
 
 use super::{Reconciler, side::Side};
-use crate::cluster::wanted::IpAddress;
+use crate::{cluster::wanted::IpAddress, interfaces::FamilyPicture};
 
 /// Rings are computed anew to be compared, so they are compared less often: at every tenth comparison.
 const RING_COMPARE_EVERY: u32 = 10;
@@ -87,17 +86,17 @@ impl Reconciler {
     }
 
     fn mend(&mut self, step: Step) -> io::Result<u32> {
-        Ok(self.v4.mend(step, &self.picture.v4.devices)? + self.v6.mend(step, &self.picture.v6.devices)?)
+        Ok(self.v4.mend(step, &self.picture.v4)? + self.v6.mend(step, &self.picture.v6)?)
     }
 }
 
 impl<A: IpAddress> Side<A> {
-    fn mend(&mut self, step: Step, devices: &BTreeMap<u32, Device<A>>) -> io::Result<u32> {
+    fn mend(&mut self, step: Step, picture: &FamilyPicture<A>) -> io::Result<u32> {
         let (plan, maps) = (&self.plan, &mut self.maps);
         match step {
             Step::Gates => {
                 let mended = maps.repair_gates(plan.ingress_gate(), plan.egress_gate())?;
-                self.write_devices(devices)?;
+                self.write_devices(picture)?;
                 Ok(mended)
             }
             Step::Frontends => maps.repair_frontends(plan.frontends()),

@@ -8,11 +8,11 @@ use std::{
 
 use tokio::time::Instant;
 use tracing::{debug, warn};
-use xdp_common::tables::Device;
 
 use super::{RETRY_PAUSE, ServiceNames};
 use crate::{
     cluster::wanted::{Delta, IpAddress},
+    interfaces::FamilyPicture,
     maps::ImageMaps,
     metrics::Metrics,
     plan::{Change, InUse, Limits, Plan, Update},
@@ -95,14 +95,16 @@ impl<A: IpAddress> Side<A> {
     }
 
     /// Writes what the interfaces are like.
-    pub(super) fn write_devices(&mut self, wanted: &BTreeMap<u32, Device<A>>) -> io::Result<()> {
+    pub(super) fn write_devices(&mut self, wanted: &FamilyPicture<A>) -> io::Result<()> {
+        // Before the devices that ask for them.
+        self.maps.repair_sources(&wanted.sources)?;
         let there: BTreeMap<_, _> = self.maps.devices()?.into_iter().collect();
-        for (ifindex, device) in wanted {
+        for (ifindex, device) in &wanted.devices {
             if there.get(ifindex) != Some(device) {
                 self.maps.set_device(*ifindex, *device)?;
             }
         }
-        for ifindex in there.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
+        for ifindex in there.keys().filter(|ifindex| !wanted.devices.contains_key(ifindex)) {
             self.maps.remove_device(*ifindex)?;
         }
         Ok(())

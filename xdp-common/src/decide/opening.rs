@@ -220,20 +220,22 @@ pub(super) fn route_new<F: Family, T: Tables<F>>(
 ) -> bool {
     let tag = tag_from(tables, packet.ifindex);
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
-    let out = match route {
-        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } if ifindex != packet.ifindex => {
-            tables.device(ifindex)
-        }
-        Route::Hop { .. } | Route::NoNeighbour { .. } | Route::Kernel => tables.device(packet.ifindex),
-        Route::Local => None,
+    let by = match route {
+        Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => ifindex,
+        Route::Kernel => packet.ifindex,
+        Route::Local => return false,
     };
+    let out = tables.device(by);
     let Some(device) = out else {
-        if route != Route::Local {
-            tables.count(Counter::Event(Event::UnmanagedEgress));
-        }
+        tables.count(Counter::Event(Event::UnmanagedEgress));
         return false;
     };
     flow.src = device.snat;
+    if device.flags & device::SEVERAL != 0
+        && let Some(source) = tables.source(packet, by, flow.dst)
+    {
+        flow.src = source;
+    }
     set_hop(tables, packet.ifindex, route, out, tag, flow);
     true
 }

@@ -128,4 +128,7 @@ pub mod device {
     pub const ETHERNET: u32 = 8;
     /// No XDP program runs on it, so that tc ingress takes what XDP would.
     pub const WITHOUT_XDP: u32 = 16;
+    /// It has addresses in several networks: which one packets get that leave here, their way says
+    /// ([`Tables::source`](super::super::Tables::source)).
+    pub const SEVERAL: u32 = 32;
 }

@@ -94,6 +94,9 @@ per_family! {
     exhausted: EXHAUSTED_V4, EXHAUSTED_V6 = 1 << 10;
     /// Managed interfaces.
     devices: DEVICES_V4, DEVICES_V6 = 256;
+    /// Addresses that packets leaving an interface in several networks are translated to, by the interface and the network of
+    /// the next hop, in IPv6 of the destination.
+    sources: SOURCES_V4, SOURCES_V6 = 1 << 10;
     /// Filter in front of ingress.
     gate_ingress: GATE_INGRESS_V4, GATE_INGRESS_V6 = GATE_WORDS;
     /// Filter in front of egress.

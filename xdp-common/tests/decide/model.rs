@@ -62,7 +62,6 @@ pub(crate) struct Model<F: Family = V4> {
     pub(crate) backends: RefCell<Vec<Backend<F::Addr>>>,
     pub(crate) devices: RefCell<HashMap<u32, Device<F::Addr>>>,
     pub(crate) route: Cell<Route>,
-    /// Where the routing table has something of its own to say.
     pub(crate) routes: RefCell<HashMap<F::Addr, Route>>,
     pub(crate) refuse: Cell<u32>,
     pub(crate) fragments: RefCell<HashMap<FragmentKey<F::Addr>, FragmentPorts>>,
@@ -71,6 +70,8 @@ pub(crate) struct Model<F: Family = V4> {
     pub(crate) asked: RefCell<HashSet<FlowKey<F::Addr>>>,
     /// Single addresses that are in the networks of an owner.
     pub(crate) networks: RefCell<HashSet<(u32, F::Addr)>>,
+    /// Addresses of devices in several networks, by destination.
+    pub(crate) sources: RefCell<HashMap<F::Addr, F::Addr>>,
     pub(crate) affinities: RefCell<HashMap<AffinityKey<F::Addr>, Affinity>>,
     /// Affinity of the frontends that are added from here on.
     pub(crate) affinity_seconds: Cell<u32>,
@@ -176,6 +177,7 @@ impl<F: Family> Model<F> {
             taken: Cell::new(false),
             asked: RefCell::default(),
             networks: RefCell::default(),
+            sources: RefCell::default(),
             affinities: RefCell::default(),
             affinity_seconds: Cell::new(0),
             accounts: RefCell::default(),
@@ -405,6 +407,9 @@ impl<'a, F: Family> Tables<F> for &'a Model<F> {
     }
     fn route(self, _ifindex: u32, _src: F::Addr, dst: F::Addr, _tos: u8, _proto: u8) -> Route {
         self.routes.borrow().get(&dst).copied().unwrap_or(self.route.get())
+    }
+    fn source(self, _packet: &Packet<F::Addr>, _ifindex: u32, dst: F::Addr) -> Option<F::Addr> {
+        self.sources.borrow().get(&dst).copied()
     }
     fn count(self, counter: Counter) {
         *self.counters.borrow_mut().entry(counter.index()).or_default() += 1;

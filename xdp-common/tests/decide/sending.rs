@@ -107,6 +107,21 @@ fn a_device_that_takes_no_redirect_is_reached_by_the_kernel() {
 }
 
 #[test]
+fn the_source_follows_the_way_where_a_device_is_in_several_networks() {
+    for (flags, expected) in [(0, NODE), (device::SEVERAL, [10, 20, 0, 1])] {
+        let model = Model::new();
+        let id = model.backend(REMOTE, TCP, false);
+        model.frontend(VIP, TCP, &[id], 0);
+        model.devices.borrow_mut().get_mut(&UPLINK).unwrap().flags |= flags;
+        model.sources.borrow_mut().insert(REMOTE, [10, 20, 0, 1]);
+        assert_eq!(model.through(&syn(40_000, VIP)).key.src, expected);
+        let elsewhere = model.backend([10, 244, 9, 9], TCP, false);
+        model.frontend(VIP, TCP, &[elsewhere], 0);
+        assert_eq!(model.through(&syn(40_001, VIP)).key.src, NODE, "nothing is said of that way");
+    }
+}
+
+#[test]
 fn a_backend_behind_an_unmanaged_device_keeps_the_clients_address() {
     let model = Model::new();
     let id = model.backend(REMOTE, TCP, false);
