@@ -260,6 +260,7 @@ impl Headers for V4 {
 /// kernel's.
 pub(crate) mod extension {
     pub(crate) const HOP_BY_HOP: u8 = 0;
+    pub(crate) const ROUTING: u8 = 43;
     pub(crate) const FRAGMENT: u8 = 44;
     pub(crate) const DESTINATION: u8 = 60;
 }

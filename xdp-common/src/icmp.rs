@@ -10,9 +10,9 @@ use network_types::{
 
 use crate::{
     answer, checksum,
-    frame::{EXTENSIONS_LEN_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View, dmac},
-    net::{Address, SCTP, TCP, UDP},
-    tunnel,
+    frame::{EXTENSIONS_LEN_MAX, Frame, Packet, TCP_CHECK, UDP_CHECK, View, dmac, extension},
+    net::{Address, SCTP, TCP, UDP, V4, V6},
+    tunnel::{self, Tunnel},
     verdict::{Hop, Rewrite},
 };
 
@@ -153,6 +153,41 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     };
     message.check_at = if has_check { check_at as u8 } else { 0 };
     Found::Error
+}
+
+/// Protocols that may hold TCP, UDP or SCTP, farther behind or out of sight: their frames are left to tc and the kernel.
+const HOLDERS: [u8; 9] = [
+    TCP,
+    UDP,
+    SCTP,
+    extension::HOP_BY_HOP,
+    extension::ROUTING,
+    extension::FRAGMENT,
+    extension::DESTINATION,
+    V4::IN_IP,
+    V6::IN_IP,
+];
+
+/// Reads for whom a frame is, of a protocol that no service has; false for others, and for ICMP, which has answers of its own.
+#[inline(always)] // one caller
+pub fn addressed<F: Icmp, R: Frame + ?Sized>(
+    frame: &R,
+    ifindex: u32,
+    message: &mut Message<F::Addr>,
+) -> bool {
+    let (Some(eth), Some(proto), Some(dst)) =
+        (frame.view::<{ EthHdr::LEN }>(0), frame.view::<1>(IP + F::PROTO), F::destination(frame, IP))
+    else {
+        return false;
+    };
+    let proto = proto.u8(0);
+    if proto == F::ICMP || HOLDERS.contains(&proto) {
+        return false;
+    }
+    message.packet.key.dst = dst;
+    message.packet.dmac = dmac(&eth);
+    message.packet.ifindex = ifindex;
+    true
 }
 
 /// Writes a translation into the frame of an error, with every checksum updated by what has changed (RFC 1624), so that one

@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC, xdp_action, xdp_md};
 use xdp_common::{
     decide::related,
-    frame::Frame,
+    frame::{Frame, Packet},
     icmp::{self, Found, Icmp, Patch},
     verdict::{Action, Counter, Event, Reason},
 };
@@ -23,10 +23,13 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
     let Some((message, translation)) = maps::message::<F>() else { return xdp_action::XDP_PASS };
     let tables = Kernel::<F>::new(frame.context());
     match icmp::parse::<F, _>(frame, frame.ifindex(), message) {
+        Found::Other if icmp::addressed::<F, _>(frame, frame.ifindex(), message) => {
+            unserved(tables, &message.packet)
+        }
         Found::Other => xdp_action::XDP_PASS,
         Found::Echo => {
             if !related::echoes(tables, &message.packet) {
-                return xdp_action::XDP_PASS;
+                return unserved(tables, &message.packet);
             }
             if !may_echo() {
                 count(Counter::Drop(Reason::EchoLimit));
@@ -68,6 +71,14 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
             }
         }
     }
+}
+
+/// A packet that no service takes.
+#[inline(always)] // the rest of a program
+fn unserved<F: Maps>(tables: Kernel<F>, packet: &Packet<F::Addr>) -> u32 {
+    let Some(reason) = related::unserved(tables, packet) else { return xdp_action::XDP_PASS };
+    count(Counter::Drop(reason));
+    xdp_action::XDP_DROP
 }
 
 /// A frame at tc egress that is neither TCP nor UDP.

@@ -76,7 +76,7 @@ const MET: [Counter; 24] = [
 const MET_MUTATED: [Counter; 1] = [Event(E::Malformed)];
 
 /// What must have become of ICMP messages, as no counter tells alone.
-const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 9] = [
+const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 11] = [
     (Sort::ErrorIn, verdict::Action::Transmit, Event(E::Related)),
     (Sort::ErrorIn, verdict::Action::Redirect, Event(E::Related)),
     (Sort::ErrorIn, verdict::Action::Tunnel, Event(E::Related)),
@@ -86,6 +86,12 @@ const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 9] = [
     (Sort::ErrorOut, verdict::Action::Stack, Event(E::Related)),
     (Sort::ErrorOut, verdict::Action::Stack, Event(E::Finished)),
     (Sort::Echo, verdict::Action::Transmit, Event(E::EchoAnswered)),
+    (Sort::Unserved, verdict::Action::Drop(Reason::UnknownPort), Drop(Reason::UnknownPort)),
+    (
+        Sort::Unserved,
+        verdict::Action::Drop(Reason::UnknownServiceAddress),
+        Drop(Reason::UnknownServiceAddress),
+    ),
 ];
 
 /// What must have become of fragments.

@@ -22,6 +22,11 @@ use crate::{family::Family, frames::*, node::*, sctp};
 /// Sequence number of every frame that the builders make.
 const SEQUENCE: u32 = 0x0102_0304;
 
+/// Protocols that no service has (IANA protocol numbers), and those that hold a packet.
+const GRE: u8 = 47;
+const ESP: u8 = 50;
+const IP_IN_IP: u8 = 4;
+const IPV6_IN_IP: u8 = 41;
 /// Time to live of answers.
 const TTL: u8 = 64;
 /// Length of what precedes the quote of an ICMP error.
@@ -242,6 +247,45 @@ fn other_ports_of_a_cluster_ip_are_refused_and_free_addresses_of_a_service_netwo
             node.check("beyond the network", node.entry, &beyond, Action::Pass, &beyond, &unclaimed);
             let far = to([VIP[0], VIP[1] + 1, 0, 1], 81).bytes();
             node.check("another network", node.entry, &far, Action::Pass, &far, &[]);
+        }
+    });
+}
+
+#[test]
+fn protocols_without_services_are_kept_from_their_addresses_and_from_free_ones() {
+    Node::each(|node| {
+        if node.entry == Hook::TcIngress {
+            return;
+        }
+        node.maps.service_address(VIP, frontend::ADDRESS);
+        node.maps.service_network(VIP);
+        node.maps.network(network::SERVICES, VIP, 24, 1);
+        let own = [VIP[0], VIP[1], VIP[2], 99];
+        node.maps.network(network::SERVICES, own, 32, 0);
+        let external = [VIP[0], VIP[1], VIP[2], 98];
+        node.maps.service_address(external, frontend::ECHO);
+        let of = |node: &Node, proto: u8, to| {
+            let mut bytes = node.opener(UDP, 40_000, VIP).with(|frame| frame.dst = (to, 80)).bytes();
+            bytes[if node.family == Family::V4 { 23 } else { 20 }] = proto;
+            bytes
+        };
+        for proto in [GRE, ESP] {
+            for (to, reason) in [(VIP, Reason::UnknownPort), (VIP_TOO, Reason::UnknownServiceAddress)] {
+                let frame = of(node, proto, to);
+                node.check("kept away", node.entry, &frame, Action::Drop, &frame, &[Drop(reason)]);
+                let mut other = frame;
+                other[5] ^= 1;
+                node.check("another station's", node.entry, &other, Action::Pass, &other, &[]);
+            }
+            for to in [own, external, NODE, [VIP[0], VIP[1] + 1, 0, 1]] {
+                let frame = of(node, proto, to);
+                node.check("not ours", node.entry, &frame, Action::Pass, &frame, &[]);
+            }
+        }
+        // What may hold TCP, UDP or SCTP farther behind.
+        for proto in [IP_IN_IP, IPV6_IN_IP] {
+            let frame = of(node, proto, VIP_TOO);
+            node.check("in a tunnel", node.entry, &frame, Action::Pass, &frame, &[]);
         }
     });
 }

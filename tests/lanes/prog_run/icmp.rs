@@ -313,7 +313,6 @@ fn addresses_of_services_answer_echo_requests() {
         let mut cases = vec![
             ("the node's own address", plain.with(|request| request.to = NODE)),
             ("another station's frame", plain.with(|request| request.mac.1 = [2, 0, 0, 0, 0, 0x99])),
-            ("from nobody", plain.with(|request| request.from = [127, 0, 0, 1])),
             ("a timestamp request", plain.with(|request| request.kind = [13, 0])),
             ("an echo request of another code", plain.with(|request| request.kind = [8, 1])),
         ];
@@ -323,12 +322,21 @@ fn addresses_of_services_answer_echo_requests() {
             let sent = sent.bytes();
             node.check(name, node.entry, &sent, Action::Pass, &sent, &[]);
         }
+        // The routing table would send them back where they have come from.
+        let nobodys = plain.with(|request| request.from = [127, 0, 0, 1]).bytes();
+        let dropped = [Drop(Reason::UnknownPort)];
+        node.check("from nobody", node.entry, &nobodys, Action::Drop, &nobodys, &dropped);
+        node.maps.service_network(VIP);
+        node.maps.network(network::SERVICES, VIP, 24, 1);
+        let free = plain.with(|request| request.to = other).bytes();
+        let counts = [Drop(Reason::UnknownServiceAddress)];
+        node.check("to a free address", node.entry, &free, Action::Drop, &free, &counts);
         let sent = plain.bytes();
         node.configure(|config| config.echo = 0);
-        node.check("told not to", node.entry, &sent, Action::Pass, &sent, &[]);
+        node.check("told not to", node.entry, &sent, Action::Drop, &sent, &dropped);
         node.configure(|config| config.echo = 1);
         node.device(node.ifindex, Device { snat: NODE, flags: 0, mtu: 1500, mac: node.mac, zero: [0; 2] });
-        node.check("no way back", node.entry, &sent, Action::Pass, &sent, &[]);
+        node.check("no way back", node.entry, &sent, Action::Drop, &sent, &dropped);
     });
 }
 

@@ -36,7 +36,23 @@ pub(crate) fn expected<F: Hosts + Tunnel>(model: &Model<F>, hook: Hook, from: u3
     match icmp::parse::<F, _>(frame, from, &mut message) {
         Found::Error => error::<F>(model, hook, frame, &message),
         Found::Echo if is_ingress => echo::<F>(model, frame, &message),
+        Found::Other if is_ingress && icmp::addressed::<F, _>(frame, from, &mut message) => {
+            unserved(model, frame, &message)
+        }
         Found::Echo | Found::Other => Expected::left(frame),
+    }
+}
+
+/// A packet that no service takes.
+fn unserved<F: Hosts + Tunnel>(model: &Model<F>, frame: &[u8], message: &Message<F::Addr>) -> Expected {
+    match related::unserved::<F, _>(model, &message.packet) {
+        None => Expected::left(frame),
+        Some(reason) => Expected {
+            action: node::Action::Drop,
+            counts: vec![Counter::Drop(reason)],
+            decided: Some((Sort::Unserved, Action::Drop(reason))),
+            ..Expected::left(frame)
+        },
     }
 }
 
@@ -128,7 +144,7 @@ fn covered<F: Hosts>(frame: &[u8], at: usize, end: usize) -> u16 {
 /// An echo request.
 fn echo<F: Hosts + Tunnel>(model: &Model<F>, frame: &[u8], message: &Message<F::Addr>) -> Expected {
     if !related::echoes::<F, _>(model, &message.packet) {
-        return Expected::left(frame);
+        return unserved(model, frame, message);
     }
     let mut reply = frame.to_vec();
     let (addrs, len) = (addrs_at::<F>(ETHERNET), F::Addr::LEN);

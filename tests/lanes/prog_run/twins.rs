@@ -296,6 +296,8 @@ pub(crate) enum Sort {
     ErrorOut,
     /// An echo request.
     Echo,
+    /// What no service takes.
+    Unserved,
     /// A first fragment that comes in.
     FirstIn,
     /// The same, and others wait for it.

@@ -14,8 +14,8 @@ use crate::{
     gate,
     icmp::{Message, Translation},
     net::{Address, Family, FlowKey},
-    tables::{Flow, FrontendKey, Table, Tables, device, exit, frontend, kind},
-    verdict::{Action, Counter, Event, Hop, Rewrite},
+    tables::{Flow, FrontendKey, Table, Tables, device, exit, frontend, kind, network},
+    verdict::{Action, Counter, Event, Hop, Reason, Rewrite},
 };
 
 /// Decides on an error that has come in.
@@ -142,6 +142,22 @@ pub fn echoes<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> b
         && tables
             .frontend(&at)
             .is_some_and(|address| address.flags & (frontend::ADDRESS | frontend::ECHO) != 0)
+}
+
+/// Why a ping that is not answered, or a packet of a protocol that no service has, is kept from the routing table. What is
+/// addressed to a ClusterIP, or to where there is none, would be sent back by the way it came, again and again.
+#[inline(always)] // one caller
+pub fn unserved<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> Option<Reason> {
+    let at = FrontendKey { addr: packet.key.dst, port: [0; 2], proto: 0, zero: 0 };
+    if !gate::admits_echo(tables, at.addr) || !is_ours(tables, packet) {
+        return None;
+    }
+    match tables.frontend(&at) {
+        Some(address) if address.flags & frontend::ADDRESS != 0 => Some(Reason::UnknownPort),
+        Some(_) => None,
+        None if tables.network(network::SERVICES, at.addr) => Some(Reason::UnknownServiceAddress),
+        None => None,
+    }
 }
 
 /// Whether a frame is for this station: a promiscuous interface picks up others.

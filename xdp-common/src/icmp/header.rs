@@ -45,6 +45,8 @@ pub trait Icmp: Answer {
     fn is_error(kind: u8) -> bool;
     /// Reads an IP header; nothing for later fragments, which have no ports.
     fn read<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Header<Self::Addr>>;
+    /// Reads the destination of an IP header, whatever else it says.
+    fn destination<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Self::Addr>;
     /// Writes an address.
     fn put_addr<P: Patch>(frame: &P, at: usize, addr: Self::Addr);
 }
@@ -93,6 +95,11 @@ impl Icmp for V4 {
             tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
             ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
         })
+    }
+
+    #[inline(always)] // one load
+    fn destination<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<[u8; 4]> {
+        Some(frame.view::<4>(at + offset_of!(Ipv4Hdr, dst_addr))?.quad(0))
     }
 
     #[inline(always)] // one store
@@ -164,6 +171,11 @@ impl Icmp for V6 {
             tos: first[0] << 4 | first[1] >> 4,
             ttl: ip.u8(offset_of!(Ipv6Hdr, hop_limit)),
         })
+    }
+
+    #[inline(always)] // four loads
+    fn destination<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Ip6> {
+        Some(address(&frame.view::<{ Ipv6Hdr::LEN }>(at)?, offset_of!(Ipv6Hdr, dst_addr)))
     }
 
     #[inline(always)] // four stores
