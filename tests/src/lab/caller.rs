@@ -54,10 +54,23 @@ impl std::error::Error for Failed {}
 pub struct Tally {
     /// How many were answered.
     pub answered: u64,
-    /// How many were not.
+    /// How many were not, but for those that were reset.
     pub failed: u64,
-    /// Why the last of those was not.
+    /// How many were reset after they had been accepted.
+    pub reset: u64,
+    /// Why the last that was not answered was not.
     pub why: String,
+}
+
+impl Tally {
+    /// Resets that a kernel may send by itself: see `stay_on_one_cpu` of the caller.
+    const RESETS_MAX: u64 = 1;
+
+    /// Fails unless every connection was answered, as far as the kernel lets them be.
+    pub fn is_whole(&self) -> Result<()> {
+        ensure!(self.failed == 0 && self.reset <= Self::RESETS_MAX, "{self:?}");
+        Ok(())
+    }
 }
 
 impl Caller {
@@ -173,10 +186,10 @@ impl Caller {
     /// Tells how the connections have gone so far.
     pub fn tally(&mut self) -> Result<Tally> {
         let text = self.exchange("tally")??;
-        let mut words = text.splitn(3, ' ');
+        let mut words = text.splitn(4, ' ');
         let mut number = || words.next().unwrap_or_default().parse::<u64>();
-        let (answered, failed) = (number()?, number()?);
-        Ok(Tally { answered, failed, why: words.next().unwrap_or_default().to_string() })
+        let (answered, failed, reset) = (number()?, number()?, number()?);
+        Ok(Tally { answered, failed, reset, why: words.next().unwrap_or_default().to_string() })
     }
 
     /// Accepts connections by the thousand, in turn with other callers at the same address, and sends back what each says.
