@@ -18,6 +18,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_LINK_CREATE: libc::c_long = 28;
@@ -135,6 +136,15 @@ struct ProgramQuery {
     count: u32,
     pad: u32,
     rest: [u64; 4],
+}
+
+#[repr(C)]
+struct Entry {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
 }
 
 #[repr(C)]
@@ -294,6 +304,18 @@ pub fn run_on_frame(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::
 /// Words of `struct __sk_buff`, and the one that holds the interface index (include/uapi/linux/bpf.h).
 const SK_BUFF_WORDS: usize = 48;
 const SK_BUFF_IFINDEX: usize = 10;
+
+/// Removes an entry of a map and writes what it was to `value`, in one step.
+///
+/// # Safety
+/// `key` must be a key of the map, and `value` have room for one of its values, which must be one of the caller's type.
+///
+/// # Errors
+/// `ENOENT` when there is none; `EINVAL` or `ENOTSUPP` where the kernel cannot, for hashes before 5.14.
+pub(crate) unsafe fn map_take(map: BorrowedFd<'_>, key: *const u8, value: *mut u8) -> io::Result<()> {
+    let mut attr = Entry { map_fd: raw(map), pad: 0, key: key as u64, value: value as u64, flags: 0 };
+    bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr).map(drop)
+}
 
 /// Reads or writes entries of a map in one call; returns how many.
 ///

@@ -204,41 +204,12 @@ impl<A: IpAddress> FlowTables<A> {
                 debug!("more flows are over than are removed at a time");
                 break;
             }
-            let removed = self.judge(&key, &seen, clock, timeouts)?;
+            let removed = judge(&mut self.established, &key, &seen, clock, timeouts)?;
             if removed > 0 {
                 look.counts.forget(&key, &seen, removed);
             }
         }
         Ok(look)
-    }
-
-    /// Removes an established pair if it is over, and says how many entries went.
-    fn judge(
-        &mut self,
-        key: &FlowKey<A>,
-        seen: &Flow<A>,
-        clock: u32,
-        timeouts: &Timeouts,
-    ) -> io::Result<u32> {
-        let other_key = opposite(key, seen);
-        // A flow through a tunnel has no other half.
-        let other = if seen.kind == kind::TUNNEL { None } else { self.established.get(&other_key)? };
-        // A pair is judged once, with its forward half.
-        if seen.kind != kind::FORWARD && other.is_some_and(|other| other.kind == kind::FORWARD) {
-            return Ok(0);
-        }
-        // Read again: a packet may have come since the walk.
-        let Some(flow) = self.established.get(key)? else { return Ok(0) };
-        if !expired(&flow, other.as_ref(), key.proto, clock, &limits_of(&flow, timeouts)) {
-            return Ok(0);
-        }
-        // The forward half first: the reply's key is the reservation of the source port.
-        self.established.remove(key)?;
-        if other.is_none_or(|other| opposite(&other_key, &other) != *key) {
-            return Ok(1);
-        }
-        self.established.remove(&other_key)?;
-        Ok(2)
     }
 
     /// Frees new flows that nobody has answered in time; the others are looked at like established ones.
@@ -257,6 +228,70 @@ impl<A: IpAddress> FlowTables<A> {
             }
         }
     }
+}
+
+/// The entries of established flows, as far as their end is concerned.
+trait Entries<A> {
+    /// The entry of a key.
+    fn get(&self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>>;
+    /// Removes an entry, and says what it was.
+    fn take(&mut self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>>;
+    /// Puts one back, unless there is another by now.
+    fn put_back(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> io::Result<()>;
+}
+
+impl<A: IpAddress> Entries<A> for EstablishedTable<A> {
+    fn get(&self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>> {
+        EstablishedTable::get(self, key)
+    }
+
+    fn take(&mut self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>> {
+        EstablishedTable::take(self, key)
+    }
+
+    fn put_back(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> io::Result<()> {
+        EstablishedTable::put_back(self, key, flow)
+    }
+}
+
+/// Removes an established pair if it is over, and says how many entries went.
+fn judge<A: IpAddress>(
+    entries: &mut impl Entries<A>,
+    key: &FlowKey<A>,
+    seen: &Flow<A>,
+    clock: u32,
+    timeouts: &Timeouts,
+) -> io::Result<u32> {
+    let other_key = opposite(key, seen);
+    // A flow through a tunnel has no other half.
+    let other = if seen.kind == kind::TUNNEL { None } else { entries.get(&other_key)? };
+    // A pair is judged once, with its forward half.
+    if seen.kind != kind::FORWARD && other.is_some_and(|other| other.kind == kind::FORWARD) {
+        return Ok(0);
+    }
+    let is_over = |flow: &Flow<A>, other: Option<&Flow<A>>| {
+        expired(flow, other, key.proto, clock, &limits_of(flow, timeouts))
+    };
+    // Read again: a packet may have come since the walk.
+    if !entries.get(key)?.is_some_and(|flow| is_over(&flow, other.as_ref())) {
+        return Ok(0);
+    }
+    // Nor is one removed that has come since that. The forward half first: the reply's key is the reservation of the source port.
+    let Some(taken) = entries.take(key)? else { return Ok(0) };
+    if !is_over(&taken, other.as_ref()) {
+        entries.put_back(key, &taken)?;
+        return Ok(0);
+    }
+    if other.is_none_or(|other| opposite(&other_key, &other) != *key) {
+        return Ok(1);
+    }
+    let Some(other) = entries.take(&other_key)? else { return Ok(1) };
+    if !is_over(&taken, Some(&other)) {
+        entries.put_back(&other_key, &other)?;
+        entries.put_back(key, &taken)?;
+        return Ok(0);
+    }
+    Ok(2)
 }
 
 /// What counts as idle for an established flow. One through a tunnel is established without an answer, so that whoever sends

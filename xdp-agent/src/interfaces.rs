@@ -64,23 +64,27 @@ impl<A> Default for FamilyPicture<A> {
 }
 
 impl<A: IpAddress> FamilyPicture<A> {
-    /// Adds an interface that has an address of the family; the address is the answer.
-    fn add(&mut self, host: &Host, link: &Link, mode: Mode, xmit: Transmit) -> Option<IpAddr> {
-        let address = host.source_address::<A>(link.index)?;
+    /// Adds an interface that has an address of the family; the answer is which ones packets get that leave there.
+    fn add(&mut self, host: &Host, link: &Link, mode: Mode, xmit: Transmit) -> Vec<IpAddr> {
+        let Some(address) = host.source_address::<A>(link.index) else { return Vec::new() };
         let mut device = devices::device(link, address, mode, xmit);
         let sources = host.sources::<A>(link.index);
         if !sources.is_empty() {
             device = devices::in_several(device);
         }
         self.devices.insert(link.index, device);
-        // Interfaces without an address of their own share that of the loopback.
+        let mut addresses = Vec::new();
         for addr in iter::once(address).chain(sources.iter().map(|(_, addr)| *addr)) {
+            if !addresses.contains(&addr.to_ip()) {
+                addresses.push(addr.to_ip());
+            }
+            // Interfaces without an address of their own share that of the loopback.
             if !self.snat.contains(&addr) {
                 self.snat.push(addr);
             }
         }
         self.sources.extend(sources.into_iter().map(|(network, addr)| ((link.index, network), addr)));
-        Some(address.to_ip())
+        addresses
     }
 
     /// Adds what stands for all devices of pods: a pod that reaches itself sees the node's address.
@@ -167,7 +171,7 @@ impl Interfaces {
             let (mode, reason) = (attached.mode, attached.reason.clone());
             let xmit = devices::transmit(link, mode, devices::features(host, link.index));
             let addresses = [picture.v4.add(host, link, mode, xmit), picture.v6.add(host, link, mode, xmit)];
-            let addresses: Vec<String> = addresses.iter().flatten().map(IpAddr::to_string).collect();
+            let addresses: Vec<String> = addresses.concat().iter().map(IpAddr::to_string).collect();
             self.say_once(&name, mode, xmit, !addresses.is_empty());
             picture.status.push(InterfaceStatus { name, ifindex: link.index, mode, reason, xmit, addresses });
         }

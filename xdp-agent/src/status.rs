@@ -82,7 +82,7 @@ pub struct InterfaceStatus {
     pub reason: String,
     /// Whether translated frames may leave here at XDP.
     pub xmit: Transmit,
-    /// Source addresses of translated flows that leave here, one a family.
+    /// Source addresses of translated flows that leave here; of an interface in several networks one for each.
     pub addresses: Vec<String>,
 }
 

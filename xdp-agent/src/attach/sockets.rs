@@ -87,7 +87,7 @@ impl SocketHooks {
         if undoing.is_empty() {
             return;
         }
-        take_off(undoing.split_off(UNDOING).into_iter().rev());
+        take_off(undoing.split_off(UNDOING.min(undoing.len())).into_iter().rev());
         thread::sleep(LAST_ANSWERS);
         take_off(undoing.into_iter().rev());
     }

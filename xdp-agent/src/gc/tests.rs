@@ -113,3 +113,57 @@ fn a_look_is_full_once_it_has_removed_all_that_it_may() {
     let look = |removed| Look { counts: FlowCounts { removed, ..FlowCounts::default() }, ..Look::default() };
     assert!(!look(REMOVALS_MAX as u32 - 1).is_full() && look(REMOVALS_MAX as u32).is_full());
 }
+
+/// Entries into which a packet comes at the moment when one of them is taken.
+#[derive(Default)]
+struct Raced {
+    entries: HashMap<Key, Entry>,
+    comes_for: Option<(Key, u32)>,
+}
+
+impl Entries<[u8; 4]> for Raced {
+    fn get(&self, key: &Key) -> io::Result<Option<Entry>> {
+        Ok(self.entries.get(key).copied())
+    }
+
+    fn take(&mut self, key: &Key) -> io::Result<Option<Entry>> {
+        let found = self.entries.remove(key);
+        Ok(found.map(|flow| match self.comes_for {
+            Some((raced, seen)) if raced == *key => Entry { seen, ..flow },
+            Some(_) | None => flow,
+        }))
+    }
+
+    fn put_back(&mut self, key: &Key, flow: &Entry) -> io::Result<()> {
+        self.entries.entry(*key).or_insert(*flow);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_flow_that_goes_on_while_it_is_removed_is_put_back_whole() {
+    let forward_key = Key { proto: UDP, ..key(CLIENT, FRONTEND, 40_000, 80) };
+    let forward =
+        flow(&forward_key, &Key { proto: UDP, ..key(SNAT, BACKEND, 2000, 8080) }, exit::TRANSMIT, 1000);
+    let reply_key = opposite(&forward_key, &forward);
+    let mut reply = forward;
+    mirror(&forward_key, &forward, kind::REPLY_REMOTE, exit::TRANSMIT, &mut reply);
+    let timeouts = Timeouts::default();
+    let (entries, clock) =
+        (HashMap::from([(forward_key, forward), (reply_key, reply)]), 1000 + timeouts.udp + 1);
+    for (comes_for, removed) in [(None, 2), (Some(forward_key), 0), (Some(reply_key), 0)] {
+        let comes_for = comes_for.map(|key| (key, clock));
+        let mut raced = Raced { entries: entries.clone(), comes_for };
+        let answer = judge(&mut raced, &forward_key, &forward, clock, &timeouts).expect("no kernel refuses");
+        assert_eq!((answer, raced.entries.len()), (removed, 2 - removed as usize), "{comes_for:?}");
+        if let Some((key, seen)) = comes_for {
+            assert_eq!(raced.entries[&key].seen, seen, "as it was when the packet had come");
+        }
+        let mut again = Raced { entries: entries.clone(), comes_for: None };
+        assert_eq!(
+            judge(&mut again, &reply_key, &reply, clock, &timeouts).expect("as above"),
+            0,
+            "judged once"
+        );
+    }
+}

@@ -46,7 +46,12 @@ impl Host {
             }
         };
         for address in &primary {
-            if let (Some(addr), Some(peer)) = (A::from_ip(address.addr), A::from_ip(address.peer)) {
+            // Nobody else is in the network of a single address, as floating ones have.
+            let is_alone =
+                address.peer == address.addr && address.len == if address.addr.is_ipv4() { 32 } else { 128 };
+            if let (Some(addr), Some(peer), false) =
+                (A::from_ip(address.addr), A::from_ip(address.peer), is_alone)
+            {
                 add(Network::of(peer, address.len), addr);
             }
         }
@@ -124,6 +129,8 @@ mod tests {
     #[test]
     fn an_interface_in_one_network_needs_no_choice() {
         assert_eq!(sources::<[u8; 4]>(&["192.0.2.1/24", "192.0.2.9/32", "fd00::1/64"]), [""; 0]);
+        assert_eq!(sources::<[u8; 4]>(&["192.0.2.1/24", "203.0.113.9/32"]), [""; 0], "one that floats");
+        assert_eq!(sources::<Ip6>(&["2001:db8::1/64", "2001:db8:1::9/128"]), [""; 0], "the same");
         assert_eq!(sources::<Ip6>(&["192.0.2.1/24", "10.0.0.1/8", "fd00::1/64"]), [""; 0]);
         assert_eq!(sources::<Ip6>(&[]), [""; 0]);
     }

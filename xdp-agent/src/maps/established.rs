@@ -1,6 +1,9 @@
 //! The table of established flows, as the garbage collection sees it.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use aya::{
     Ebpf,
@@ -9,9 +12,11 @@ use aya::{
 use xdp_common::{net::FlowKey, tables::Flow};
 
 use super::{Raw, batch, descriptor, handles::absent_is_fine, io_error, known::Known, raw, take, zero};
-use crate::cluster::wanted::IpAddress;
+use crate::{bpf::map_take, cluster::wanted::IpAddress};
 
-/// Replaces what is there, and inserts nothing (include/uapi/linux/bpf.h).
+/// Inserts, and replaces nothing (include/uapi/linux/bpf.h).
+const BPF_NOEXIST: u64 = 1;
+/// Replaces what is there, and inserts nothing.
 const BPF_EXIST: u64 = 2;
 
 /// Flows that have been answered.
@@ -87,12 +92,35 @@ impl<A: IpAddress> EstablishedTable<A> {
         absent_is_fine(self.map.insert(raw(*key), raw(*flow), BPF_EXIST).map_err(io_error))
     }
 
-    /// Removes an entry if it is there.
+    /// Removes an entry if it is there, and says what it was; before kernel 5.14 what it was a moment before.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn remove(&mut self, key: &FlowKey<A>) -> io::Result<()> {
-        absent_is_fine(self.map.remove(&raw(*key)).map_err(io_error))
+    pub fn take(&mut self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>> {
+        let (key_raw, mut flow): (_, Raw<Flow<A>>) = (raw(*key), zero());
+        // SAFETY: the map was opened with these types, whose sizes were checked then, and any bytes are a flow.
+        let taken = unsafe { map_take(self.fd.as_fd(), (&raw const key_raw).cast(), (&raw mut flow).cast()) };
+        match taken {
+            Ok(()) => Ok(Some(flow.0)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) if batch::is_missing(&error) => {
+                let found = self.get(key)?;
+                absent_is_fine(self.map.remove(&key_raw).map_err(io_error))?;
+                Ok(found)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts an entry back that was taken, unless there is another by now.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn put_back(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> io::Result<()> {
+        match self.map.insert(raw(*key), raw(*flow), BPF_NOEXIST).map_err(io_error) {
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     fn walk_one_by_one(&self, mut visit: impl FnMut(&FlowKey<A>, &Flow<A>)) -> io::Result<()> {
