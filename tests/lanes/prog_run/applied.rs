@@ -151,6 +151,11 @@ fn answered<F: Hosts + Answer>(
     if packet.is_later_fragment() || l4 > reach {
         return None;
     }
+    // A quote of 16 bytes behind the IP header, of a frame that is shorter than any on a wire.
+    let is_long_quote = is_too_long || (packet.key.proto == UDP && has_options);
+    if is_long_quote && frame.len() < ETHERNET + F::LEN + 16 {
+        return None;
+    }
     if is_too_long {
         let mut out = vec![0; answer::too_big_len::<F>()];
         answer::too_big::<F, _>(&head, mtu, &mut out);
