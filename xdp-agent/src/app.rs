@@ -19,7 +19,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    attach::Attacher,
+    attach::{self, Attacher},
     cgroup::Cgroup,
     cluster::{
         Forwarding,
@@ -118,7 +118,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         interfaces.leave();
         info!("programs stay attached; the next start adopts them");
     } else {
-        interfaces.detach_all().context("cannot take everything off")?;
+        interfaces.detach_all().await.context("cannot take everything off")?;
         info!("programs are off");
     }
     Ok(())
@@ -242,7 +242,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     }
     let keeper = Keeper::new(held, fragments, Arc::clone(&clock))?;
     let (mut reconciler, interfaces, release) =
-        adopt_and_attach(config, parts, attacher, &host, loaded.pins)?;
+        adopt_and_attach(config, parts, attacher, &host, loaded.pins).await?;
     if config.reserve_ports {
         reconciler.reserve_ports(loaded.reserved_ports);
     } else {
@@ -299,7 +299,7 @@ fn summed(accounts: impl Iterator<Item = (ServicePortName, u64, u64)>) -> Vec<(S
 fn load(config: &Config) -> anyhow::Result<(PinDir, Loaded)> {
     let pins = PinDir::open(&config.pin_dir)?;
     if config.fresh {
-        pins.clear().context("cannot remove what an earlier agent has pinned")?;
+        attach::begin_anew(&pins).context("cannot remove what an earlier agent has pinned")?;
     }
     match maps::load(maps::OBJECT, &pins.maps(), &config.sizes) {
         Ok(loaded) => Ok((pins, loaded)),
@@ -354,7 +354,7 @@ async fn serve_health_checks(health: Health, config: Config) {
 }
 
 /// The maps first, then the programs, which pass everything on until the first image is there. What fails is undone.
-fn adopt_and_attach(
+async fn adopt_and_attach(
     config: &Config,
     parts: Parts,
     mut attacher: Attacher,
@@ -375,7 +375,7 @@ fn adopt_and_attach(
         }
     };
     let mut interfaces = Interfaces::new(attacher, config.interfaces.clone());
-    if let Err(error) = interfaces.attach_all() {
+    if let Err(error) = interfaces.attach_all().await {
         drop(pins);
         interfaces.give_up();
         return Err(error);

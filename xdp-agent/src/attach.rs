@@ -129,7 +129,7 @@ impl Attacher {
     ///
     /// # Errors
     /// When an interface refuses for good.
-    pub fn attach_all(&mut self, names: &[String]) -> anyhow::Result<()> {
+    pub async fn attach_all(&mut self, names: &[String]) -> anyhow::Result<()> {
         // Read now: what a start with --fresh has just taken off must not count as somebody else's.
         let host = neighbours::read_host().context("cannot read the interfaces")?;
         for name in names {
@@ -144,7 +144,7 @@ impl Attacher {
             return Err(error);
         }
         let hooks = match &self.cgroup {
-            None => sockets::remove_leftovers(&self.pins).map(|()| sockets::SocketHooks::default()),
+            None => sockets::remove_leftovers(&self.pins).await.map(|()| sockets::SocketHooks::default()),
             Some(cgroup) => sockets::SocketHooks::attach(&mut self.programs, &self.pins, cgroup),
         };
         match hooks {
@@ -222,6 +222,13 @@ impl Attacher {
         let Some(attached) = self.attached.remove(name) else { return };
         for link in attached.links {
             remove_pin(&link.path);
+        }
+    }
+
+    /// Takes off the socket hooks that translate, and lets the last answers come by the others.
+    pub async fn stop_translating(&mut self) {
+        if self.sockets.stop_translating() {
+            sockets::last_answers().await;
         }
     }
 
@@ -366,12 +373,21 @@ impl Attacher {
     }
 }
 
+/// Takes off what agents have left and removes their pins, for a start that wants nothing of them.
+///
+/// # Errors
+/// When a pin cannot be removed.
+pub fn begin_anew(pins: &PinDir) -> anyhow::Result<()> {
+    sockets::stop_leftovers(pins)?;
+    pins.clear()
+}
+
 /// Takes off what agents have left on any interface and removes their pins; no agent runs while `pins` is held.
 ///
 /// # Errors
 /// When a pin cannot be removed.
-pub fn remove_leftovers(pins: &PinDir, kernel: KernelVersion) -> anyhow::Result<()> {
-    sockets::remove_leftovers(pins)?;
+pub async fn remove_leftovers(pins: &PinDir, kernel: KernelVersion) -> anyhow::Result<()> {
+    sockets::remove_leftovers(pins).await?;
     pins.clear()?;
     if kernel < TCX_SINCE {
         let host = neighbours::read_host().context("cannot read the interfaces")?;

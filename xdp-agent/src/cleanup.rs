@@ -13,13 +13,13 @@ use crate::{
 ///
 /// # Errors
 /// When an agent runs there, or something cannot be removed.
-pub fn run(pin_dir: &Path) -> anyhow::Result<()> {
+pub async fn run(pin_dir: &Path) -> anyhow::Result<()> {
     if !pin_dir.exists() {
         info!(pin_dir = %pin_dir.display(), "there is nothing to remove");
         return Ok(());
     }
     preflight::check_privileges()?;
-    attach::remove_leftovers(&PinDir::open(pin_dir)?, KernelVersion::current()?)?;
+    attach::remove_leftovers(&PinDir::open(pin_dir)?, KernelVersion::current()?).await?;
     info!(pin_dir = %pin_dir.display(), "programs are off and pins are removed");
     Ok(())
 }
@@ -28,9 +28,9 @@ pub fn run(pin_dir: &Path) -> anyhow::Result<()> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_node_without_leftovers_is_clean() {
+    #[tokio::test]
+    async fn a_node_without_leftovers_is_clean() {
         let directory = tempfile::tempdir().expect("a directory");
-        run(&directory.path().join("never-made")).expect("nothing to do");
+        run(&directory.path().join("never-made")).await.expect("nothing to do");
     }
 }

@@ -111,8 +111,8 @@ impl Interfaces {
     ///
     /// # Errors
     /// When one refuses; nothing is attached then that was not before.
-    pub fn attach_all(&mut self) -> anyhow::Result<()> {
-        self.attacher.attach_all(&self.names)
+    pub async fn attach_all(&mut self) -> anyhow::Result<()> {
+        self.attacher.attach_all(&self.names).await
     }
 
     /// Follows the kernel's view: forgets interfaces that are gone, and attaches to those that have returned. How many
@@ -192,7 +192,8 @@ impl Interfaces {
     ///
     /// # Errors
     /// When a pin cannot be removed.
-    pub fn detach_all(self) -> anyhow::Result<()> {
+    pub async fn detach_all(mut self) -> anyhow::Result<()> {
+        self.attacher.stop_translating().await;
         self.attacher.detach_all()
     }
 

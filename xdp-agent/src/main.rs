@@ -61,12 +61,13 @@ fn run(args: Args, notes: &[Note]) -> anyhow::Result<()> {
         info!("nothing to prepare");
         return Ok(());
     }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     if args.instead.cleanup {
-        return cleanup::run(&args.programs.pin_dir);
+        return runtime.block_on(cleanup::run(&args.programs.pin_dir));
     }
     let config = Config::resolve(args)?;
     info!(version = xdp_agent::VERSION, ?config, "starting");
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(app::run(config))
+    runtime.block_on(app::run(config))
 }
 
 fn start_logging(args: &LogArgs) -> Result<(), String> {

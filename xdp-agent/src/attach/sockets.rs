@@ -6,7 +6,6 @@ use std::{
     io,
     os::fd::AsFd,
     path::PathBuf,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -39,9 +38,15 @@ const HOOKS: [(&str, AttachType); 11] = [
 /// How many of [`HOOKS`] undo translations.
 const UNDOING: usize = 5;
 
-/// How long these stay when the others have gone, so that who has asked hears the answer by the name it was asked by. Most
-/// answers of a cluster come within milliseconds.
+/// How long these stay when the others have gone, so that who has asked hears the answer by the name it was asked by. Nothing tells
+/// which questions are still open; most answers of a cluster come within milliseconds.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
+
+/// Lets the last answers come; an interrupt ends that.
+pub(super) async fn last_answers() {
+    // Either way it is over.
+    let _ = tokio::time::timeout(LAST_ANSWERS, tokio::signal::ctrl_c()).await;
+}
 
 /// Time before a cgroup that has refused is tried again: what comes before the hook that it refuses is attached for a moment.
 const RETRY_PAUSE: Duration = Duration::from_secs(10);
@@ -81,15 +86,17 @@ impl SocketHooks {
         take_off(std::mem::take(&mut self.links).into_iter().rev().filter(|link| !link.is_adopted));
     }
 
+    /// Takes those off that translate, and says whether there were any.
+    pub(super) fn stop_translating(&mut self) -> bool {
+        let doing = self.links.split_off(UNDOING.min(self.links.len()));
+        let was_translating = !doing.is_empty();
+        take_off(doing.into_iter().rev());
+        was_translating
+    }
+
     /// Takes every hook off; what does a translation goes before what undoes one.
     pub(super) fn detach(&mut self) {
-        let mut undoing = std::mem::take(&mut self.links);
-        if undoing.is_empty() {
-            return;
-        }
-        take_off(undoing.split_off(UNDOING.min(undoing.len())).into_iter().rev());
-        thread::sleep(LAST_ANSWERS);
-        take_off(undoing.into_iter().rev());
+        take_off(std::mem::take(&mut self.links).into_iter().rev());
     }
 }
 
@@ -166,22 +173,27 @@ pub(super) fn is_pin(path: &std::path::Path) -> bool {
 ///
 /// # Errors
 /// When the directories of pins cannot be read.
-pub(super) fn remove_leftovers(pins: &PinDir) -> anyhow::Result<()> {
-    let (undoing, doing): (Vec<_>, Vec<_>) =
-        pins.all_links()?.into_iter().filter(|path| is_pin(path)).partition(|path| {
-            let mut names = HOOKS[..UNDOING].iter().map(|(program, _)| pin_name(program));
-            names.any(|name| path.ends_with(name))
-        });
-    let some_asked = !doing.is_empty();
-    for path in doing {
-        info!(pin = %path.display(), "taking off a socket hook of an earlier agent");
-        release(&path);
+pub(super) async fn remove_leftovers(pins: &PinDir) -> anyhow::Result<()> {
+    if stop_leftovers(pins)? {
+        last_answers().await;
     }
-    if some_asked {
-        thread::sleep(LAST_ANSWERS);
-    }
-    undoing.iter().for_each(release);
+    pins.all_links()?.iter().filter(|path| is_pin(path)).for_each(release);
     Ok(())
+}
+
+/// Takes those off that translate, of the hooks that earlier agents have left, and says whether there were any.
+///
+/// # Errors
+/// When the directories of pins cannot be read.
+pub(super) fn stop_leftovers(pins: &PinDir) -> anyhow::Result<bool> {
+    let undoing: Vec<String> = HOOKS[..UNDOING].iter().map(|(program, _)| pin_name(program)).collect();
+    let mut doing = pins.all_links()?;
+    doing.retain(|path| is_pin(path) && !undoing.iter().any(|name| path.ends_with(name)));
+    for path in &doing {
+        info!(pin = %path.display(), "taking off a socket hook of an earlier agent");
+        release(path);
+    }
+    Ok(!doing.is_empty())
 }
 
 /// Name of the pin of a program's link.
