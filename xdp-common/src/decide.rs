@@ -42,6 +42,19 @@ pub enum Hook {
     Out,
 }
 
+/// Whether frames that a hook sees have come in by an interface that may pick up those for other stations.
+#[inline(always)] // a comparison
+fn is_by_wire(hook: Hook) -> bool {
+    matches!(hook, Hook::Xdp | Hook::Tc | Hook::Fragment)
+}
+
+/// Whether a frame is for another station: a promiscuous interface picks up such. One that is not known yet picks up none, so
+/// that flows go on when it has come back with another index.
+#[inline(never)] // a frame of its own on a stack of 512 bytes
+fn is_for_another<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+    tables.device(packet.ifindex).is_some_and(|entry| entry.mac != packet.dmac)
+}
+
 /// What comes next for a packet whose flow has been looked for.
 ///
 /// The parts that the kernel compiles as calls of their own return this and write the flow through a reference: a BPF
@@ -103,7 +116,7 @@ pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hoo
     }
     let Some(mut work) = tables.work() else { return Verdict::PASS };
     let table = if found.is_some() { Table::Established } else { Table::Embryonic };
-    let mut next = find(tables, packet, table, &mut work);
+    let mut next = find(tables, packet, hook, table, &mut work);
     if next == Next::Embryo && !still_holds(tables, &packet.key, &mut work) {
         // The source port is another flow's by now.
         tables.remove(Table::Embryonic, &packet.key);
@@ -212,6 +225,7 @@ fn verdict<F: Family, T: Tables<F>>(
 fn find<F: Family, T: Tables<F>>(
     tables: T,
     packet: &Packet<F::Addr>,
+    hook: Hook,
     from: Table,
     work: &mut Work<F::Addr>,
 ) -> Next {
@@ -227,7 +241,7 @@ fn find<F: Family, T: Tables<F>>(
         let Some(entry) = tables.flow(table, &packet.key) else { continue };
         work.flow = *entry;
         let flow = &work.flow;
-        if !is_ingress_kind(flow.kind) {
+        if !is_ingress_kind(flow.kind) || (is_by_wire(hook) && is_for_another(tables, packet)) {
             return Next::Pass;
         }
         if is_over(tables, packet, flow) {

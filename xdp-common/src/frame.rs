@@ -357,7 +357,7 @@ pub(crate) fn l4_len_min(proto: u8) -> usize {
 
 #[inline(always)]
 pub(crate) fn dmac<W: View>(eth: &W) -> [u8; 6] {
-    let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
+    let ([d0, d1], [d2, d3, d4, d5]) = (eth.pair(0), eth.quad(2));
     [d0, d1, d2, d3, d4, d5]
 }
 

@@ -130,8 +130,9 @@ impl Remote {
 
     /// What the backend answers to the opener.
     pub(crate) fn answer(&self, node: &Node) -> Frame {
+        let station = if node.from == node.ifindex { node.mac } else { node.mac_too };
         self.opener.with(|frame| {
-            frame.mac = (GATEWAY_MAC, node.mac);
+            frame.mac = (GATEWAY_MAC, station);
             (frame.src, frame.dst) = (self.seen.dst, self.seen.src);
         })
     }

@@ -6,12 +6,17 @@ use xdp_agent_tests::lab::packets::{EXPERIMENTAL, Ends};
 use xdp_common::{
     net::{TCP, UDP},
     verdict::{
-        Counter::{self, Event},
+        Counter::{self, Event, SnatAttempt},
         Event as E,
     },
 };
 
-use crate::{family::Family, frames::*, node::*};
+use crate::{
+    family::Family,
+    frames::*,
+    here::{answer, delivered, restored},
+    node::*,
+};
 
 const MALFORMED: &[Counter] = &[Event(E::Malformed)];
 const UNCLAIMED: &[Counter] = &[Event(E::Unclaimed)];
@@ -130,6 +135,47 @@ fn frames_for_another_station_and_from_impossible_sources_are_not_touched() {
                     ("from broadcast", from([255, 255, 255, 255]), &[], &[]),
                 ],
             );
+        }
+    });
+}
+
+#[test]
+fn frames_of_flows_for_another_station_are_not_touched() {
+    Node::each(|node| {
+        let stray = |node: &Node, name: &str, frame: &Frame| {
+            // From another in its first bytes, or its last.
+            for station in [[6, 0, 0, 0, 0, 9], node.mac.map(|byte| byte ^ 1)] {
+                let bytes = frame.with(|frame| frame.mac.1 = station).bytes();
+                node.check(name, node.entry, &bytes, Action::Pass, &bytes, &[]);
+            }
+        };
+        for proto in [TCP, UDP] {
+            let here = [node.backend(LOCAL, proto, true)];
+            let elsewhere = [node.backend(REMOTE, proto, false)];
+            node.frontend(VIP, proto, &here, 0);
+            node.frontend(VIP_TOO, proto, &elsewhere, 0);
+
+            let opener = node.opener(proto, 40_000, VIP);
+            let data = opener.flags(ACK).payload(b"request");
+            delivered(node, "the opener", &opener, 40_000, &[Event(E::FlowNew), SnatAttempt(0)]);
+            stray(node, "a new flow to here", &data);
+            let answer = answer(node, &opener, 40_000).flags(SYN | ACK);
+            restored(node, "the answer", &opener, &answer);
+            delivered(node, "the handshake's end", &opener.flags(ACK), 40_000, &[Event(E::FlowEstablished)]);
+            stray(node, "a flow to here", &data);
+            delivered(node, "a packet for this one", &data, 40_000, &[]);
+
+            let flow = node.open("a flow", &node.opener(proto, 40_000, VIP_TOO), REMOTE);
+            stray(node, "an answer to a new flow", &flow.answer(node).flags(SYN | ACK));
+            flow.answers(node, "the answer", SYN | ACK, &[]);
+            stray(node, "a new flow to elsewhere", &flow.opener.flags(ACK));
+            flow.sends(node, "the handshake's end", ACK, &[Event(E::FlowEstablished)]);
+            for _ in 0..2 {
+                stray(node, "a flow to elsewhere", &flow.opener.flags(ACK).payload(b"request"));
+                stray(node, "an answer from elsewhere", &flow.answer(node).flags(ACK).payload(b"response"));
+                flow.sends(node, "a packet for this one", ACK, &[]);
+                flow.answers(node, "an answer for this one", ACK, &[]);
+            }
         }
     });
 }

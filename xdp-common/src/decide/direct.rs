@@ -4,7 +4,7 @@
 //! next packet is placed by hash again. So it reserves nothing, and no table that is full drops a packet of it.
 
 use super::{
-    Hook, Next, Origin,
+    Hook, Next, Origin, is_for_another,
     opening::route_new,
     sending::{Way, by_cache, refresh, tag_from},
 };
@@ -171,7 +171,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     table: Table,
     flow: &mut Flow<F::Addr>,
 ) -> Way {
-    if flow.routing != tag_from(tables, packet.ifindex) && refresh(tables, packet, table, flow) {
+    if flow.routing != tag_from(tables, packet) && refresh(tables, packet, table, flow) {
         tables.count(Counter::Event(Event::HopRefreshed));
     }
     if packet.ttl <= 1 || flow.ifindex == 0 {
@@ -198,7 +198,7 @@ pub(super) fn left_by_xdp<F: Family, T: Tables<F>>(
 ) -> Way {
     for table in [Table::Established, Table::Embryonic] {
         let Some(entry) = tables.flow(table, &packet.key) else { continue };
-        if entry.kind != kind::TUNNEL || is_over(tables, packet, &entry) {
+        if entry.kind != kind::TUNNEL || is_over(tables, packet, &entry) || is_for_another(tables, packet) {
             return Way::Pass;
         }
         work.flow = *entry;

@@ -1,7 +1,7 @@
 //! How a flow is opened: frontend, backend, way, source port.
 
 use super::{
-    Hook, Next, direct, is_for_other_node, reply_of,
+    Hook, Next, direct, is_by_wire, is_for_other_node, reply_of,
     sending::{set_hop, tag_from},
 };
 use crate::{
@@ -45,7 +45,7 @@ pub(super) fn open<F: Family, T: Tables<F>>(
     // Nothing is addressed to the key of other nodes' NodePorts.
     let is_unicast = key.src.is_unicast() && key.dst.differs(F::Addr::UNSPECIFIED) != 0;
     // A frame for another station that a promiscuous interface has picked up is not ours.
-    let is_wire = matches!(hook, Hook::Xdp | Hook::Tc | Hook::Fragment);
+    let is_wire = is_by_wire(hook);
     let at_device = if hook == Hook::Pod { device::OF_PODS } else { packet.ifindex };
     let Some(entry) = tables.device(at_device) else { return Next::Pass };
     if (is_wire && entry.mac != packet.dmac) || !is_unicast {
@@ -218,7 +218,7 @@ pub(super) fn route_new<F: Family, T: Tables<F>>(
     packet: &Packet<F::Addr>,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
-    let tag = tag_from(tables, packet.ifindex);
+    let tag = tag_from(tables, packet);
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
     let by = match route {
         Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => ifindex,

@@ -56,7 +56,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
     *flow = *entry;
     // The client may still learn about what it has sent.
     flow.exit &= !exit::RESET;
-    if flow.exit != exit::LOCAL && flow.routing != tag_from(tables, packet.ifindex) {
+    if flow.exit != exit::LOCAL && flow.routing != tag_from(tables, packet) {
         // The answer serves the flow too, whether it is kept or not.
         refresh(tables, packet, table, flow);
     }

@@ -1,6 +1,6 @@
 //! How a packet of a known flow leaves: by the cached next hop, by a new one, or half-translated through the kernel.
 
-use super::{Hook, direct, note_reset};
+use super::{Hook, direct, is_for_another, note_reset};
 use crate::{
     conntrack::{rewrite, translate, translated},
     frame::{Packet, tcp},
@@ -62,11 +62,11 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
     flow: &Flow<F::Addr>,
 ) -> Option<Way> {
     if flow.exit == exit::LOCAL {
-        return Some(Way::Stack);
+        return (!is_for_another(tables, packet)).then_some(Way::Stack);
     }
     // In this order the verifier goes on from here once; in others it follows the rest of the program once more for each family
     // (kernel 6.18).
-    if packet.ttl <= 1 || flow.routing != tag_from(tables, packet.ifindex) || packet.total_len > flow.mtu {
+    if packet.ttl <= 1 || flow.routing != tag_from(tables, packet) || packet.total_len > flow.mtu {
         return None;
     }
     match flow.exit {
@@ -77,16 +77,21 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
     }
 }
 
-/// The routing tag of next hops for packets that come in by an interface. The way out depends on it: what leaves where it
-/// came in is sent otherwise than what leaves elsewhere, and with two uplinks a flow may change between them.
+/// The routing tag of next hops for packets that come in by an interface, for its station. The way out depends on the interface:
+/// what leaves where it came in is sent otherwise than what leaves elsewhere, and with two uplinks a flow may change between them.
+/// And a frame for another station, which a promiscuous interface has picked up, must not go the way of a flow; the last four
+/// bytes of its address tell.
 ///
 /// A number that the tag's steps reach only by chance, and in months; it comes to a flow that has been idle so long, or
-/// has no next hop, and then costs a packet or a bucket of the clock on the kernel's way. One comparison answers for both,
+/// has no next hop, and then costs a packet or a bucket of the clock on the kernel's way. One comparison answers for all,
 /// because the verifier follows each to the end of the program.
-#[inline(always)] // two instructions on the established path
-pub(super) fn tag_from<F: Family, T: Tables<F>>(tables: T, ifindex: u32) -> u32 {
-    // The odd number next to the golden ratio of 2^32 spreads neighbouring indexes (Knuth, volume 3, 6.4).
-    tables.routing_tag().wrapping_add(ifindex.wrapping_mul(0x9e37_79b1))
+#[inline(always)] // a few instructions on the established path
+pub(super) fn tag_from<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> u32 {
+    let [_, _, station @ ..] = packet.dmac;
+    // The odd number next to the golden ratio of 2^64 spreads neighbours over the upper half (Knuth, volume 3, 6.4).
+    let from = u64::from(packet.ifindex) << 32 | u64::from(u32::from_ne_bytes(station));
+    let spread = from.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    tables.routing_tag().wrapping_add((spread >> 32) as u32)
 }
 
 /// Sends a packet on its way off the fast path: asks for the next hop, or takes the slow path; the flow's
@@ -110,7 +115,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         return direct::send(tables, packet, hook, table, flow);
     }
     if hook == Hook::Xdp {
-        if flow.routing != tag_from(tables, packet.ifindex) && refresh(tables, packet, table, flow) {
+        if flow.routing != tag_from(tables, packet) && refresh(tables, packet, table, flow) {
             tables.count(Counter::Event(Event::HopRefreshed));
         }
         if let Some(way) = by_cache(tables, packet, flow) {
@@ -164,7 +169,7 @@ pub(super) fn refresh<F: Family, T: Tables<F>>(
     table: Table,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
-    let tag = tag_from(tables, packet.ifindex);
+    let tag = tag_from(tables, packet);
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
     let out = match route {
         Route::Hop { ifindex, .. } => tables.device(ifindex),

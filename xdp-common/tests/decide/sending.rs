@@ -173,7 +173,8 @@ fn a_flow_that_comes_in_by_another_interface_leaves_by_the_one_its_route_names()
         (OTHER, Action::Redirect),
         (UPLINK, Action::Transmit),
     ] {
-        let verdict = model.xdp(&Packet { ifindex, ..ack(40_000, VIP) });
+        let dmac = model.devices.borrow()[&ifindex].mac;
+        let verdict = model.xdp(&Packet { ifindex, dmac, ..ack(40_000, VIP) });
         assert_eq!((verdict.action, verdict.hop.ifindex), (action, UPLINK), "in by {ifindex}");
     }
     assert_eq!(model.events(Event::HopRefreshed), refreshed + 2, "once for each change");
