@@ -255,7 +255,7 @@ impl Host {
         };
         let addresses = self.addresses.entry(index).or_default();
         let before = addresses.clone();
-        match addresses.iter().position(|other| other.addr == address.addr) {
+        match addresses.iter().position(|other| other.is_same(&address)) {
             Some(at) if kind == rtm::NEWADDR => addresses[at] = address,
             Some(at) => drop(addresses.remove(at)),
             None if kind == rtm::NEWADDR => addresses.push(address),
@@ -281,6 +281,13 @@ pub fn read_policy(requests: &mut Requests) -> Result<bool, Refused> {
 }
 
 impl Address {
+    /// Whether another message is about this address: an interface can have one of IPv4 several times, with other networks
+    /// (`inet_rtm_deladdr` in net/ipv4/devinet.c), but of IPv6 once.
+    fn is_same(&self, other: &Self) -> bool {
+        let is_same_network = (self.len, self.peer) == (other.len, other.peer);
+        self.addr == other.addr && (is_same_network || self.addr.is_ipv6())
+    }
+
     /// Whether packets from it are answered from anywhere: RFC 3927 and RFC 4291 (section 2.5.6) addresses are not routed.
     fn is_global(&self) -> bool {
         let is_link_local = match self.addr {
@@ -374,6 +381,25 @@ mod tests {
             Some([10, 0, 0, 2]),
             "a secondary one is better than none"
         );
+    }
+
+    #[test]
+    fn an_address_that_an_interface_has_twice_goes_when_both_are_gone() {
+        let of_length = |kind, len| {
+            let mut message = address(kind, [192, 0, 2, 1], 0, 0);
+            message.body[1] = len;
+            message
+        };
+        let mut host = Host::default();
+        let source = |host: &Host| host.source_address::<[u8; 4]>(2);
+        // As the length of a prefix is changed without losing the address.
+        host.apply(&of_length(rtm::NEWADDR, 24));
+        host.apply(&of_length(rtm::NEWADDR, 23));
+        assert!(host.apply(&of_length(rtm::DELADDR, 24)).devices);
+        assert_eq!((source(&host), host.own_addresses().len()), (Some([192, 0, 2, 1]), 1));
+        assert!(!host.apply(&of_length(rtm::DELADDR, 22)).devices, "there is none");
+        host.apply(&of_length(rtm::DELADDR, 23));
+        assert_eq!((source(&host), host.own_addresses().len()), (None, 0));
     }
 
     #[test]

@@ -109,3 +109,23 @@ fn an_answer_of_no_known_flow_is_left_to_the_kernel() {
         }
     });
 }
+
+#[test]
+fn flows_that_are_idle_keep_their_ports_while_others_are_free() {
+    let taken_over = maps::name(Event(E::PortTakenOver).index());
+    Node::each(|node| {
+        one_remote(node);
+        for proto in [TCP, UDP] {
+            for port in 40_000..40_500 {
+                node.run(node.entry, &node.opener(proto, port, VIP).bytes());
+            }
+        }
+        node.configure(|config| config.clock += 60);
+        for proto in [TCP, UDP] {
+            for port in 41_000..41_500 {
+                let outcome = node.run(node.entry, &node.opener(proto, port, VIP).bytes());
+                assert!(!outcome.counts.contains(&taken_over), "port {port} of protocol {proto}");
+            }
+        }
+    });
+}

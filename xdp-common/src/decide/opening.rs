@@ -7,7 +7,7 @@ use super::{
 use crate::{
     conntrack::{complete, forget_hop, mirror, opposite, point_back},
     frame::Packet,
-    net::{Address, Family, FlowKey},
+    net::{Address, Family, FlowKey, UDP},
     select,
     tables::{
         Affinity, AffinityKey, BackendKey, Device, Flow, Frontend, FrontendKey, Insertion, Route, Table,
@@ -255,7 +255,8 @@ pub(super) fn reserve<F: Family, T: Tables<F>>(
     while attempt < SNAT_ATTEMPTS_MAX {
         let port = candidate(tables, key, attempt, is_local);
         work.flow.sport = port.to_be_bytes();
-        match claim(tables, key, work) {
+        let idle = if attempt < FREE_ATTEMPTS { u32::MAX } else { EMBRYONIC_SECONDS_MIN };
+        match claim(tables, key, work, idle) {
             Claim::New => {
                 tables.count(Counter::SnatAttempt(attempt));
                 tables.count(Counter::Event(Event::FlowNew));
@@ -310,7 +311,7 @@ pub(super) fn still_holds<F: Family, T: Tables<F>>(
     }
     let (reply_kind, reply_exit) = reply_of(&work.flow);
     mirror(key, &work.flow, reply_kind, reply_exit, &mut work.reply);
-    match claim(tables, key, work) {
+    match claim(tables, key, work, u32::MAX) {
         Claim::New | Claim::Ours | Claim::Refused => true,
         Claim::Taken => false,
     }
@@ -318,8 +319,10 @@ pub(super) fn still_holds<F: Family, T: Tables<F>>(
 
 /// Sets source ports apart from backends, which are chosen by the same hash.
 const PORT_SEED: u32 = 1;
-/// For how long an embryonic flow keeps its source port from others, in seconds after its last packet.
-const EMBRYONIC_SECONDS_MIN: u32 = 3;
+/// Attempts that look for a source port that nobody has; later ones take one from an embryonic flow that has been idle.
+const FREE_ATTEMPTS: u32 = SNAT_ATTEMPTS_MAX / 2;
+/// For how long such a flow keeps its source port from others even then, in seconds after its last packet.
+const EMBRYONIC_SECONDS_MIN: u32 = 10;
 
 /// How the reservation of a source port ended.
 enum Claim {
@@ -334,9 +337,14 @@ enum Claim {
 }
 
 /// Completes both halves for the source port that the flow has, and inserts the reply's. One that is there already is
-/// ours if it leads back to the same client and frontend.
+/// ours if it leads back to the same client and frontend; another's loses it after so many seconds without a packet.
 #[inline(never)] // the verifier follows it once per attempt, with a frame of its own
-fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut Work<F::Addr>) -> Claim {
+fn claim<F: Family, T: Tables<F>>(
+    tables: T,
+    key: &FlowKey<F::Addr>,
+    work: &mut Work<F::Addr>,
+    idle: u32,
+) -> Claim {
     let Work { flow, reply, other_key: reply_key } = work;
     *reply_key = opposite(key, flow);
     complete(key, flow);
@@ -350,8 +358,11 @@ fn claim<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &mut 
             return Claim::Ours;
         }
         // Ours but closed: an older connection of this tuple, over before it was established. Another's: flows that never
-        // got further than one question and its answer must not keep their ports from those that want one.
-        if !is_ours && flow.seen.wrapping_sub(entry.seen) <= EMBRYONIC_SECONDS_MIN {
+        // got further than one question and its answer must not keep all ports from those that want one. But an answered
+        // connection may be one that the established table had no room for.
+        let is_connected = entry.replied != 0 && key.proto != UDP && entry.closing == 0;
+        // An entry may be newer than this packet's look at the clock.
+        if !is_ours && (is_connected || flow.seen.saturating_sub(entry.seen) <= idle) {
             return Claim::Taken;
         }
         let event = if is_ours { Event::FlowRenewed } else { Event::PortTakenOver };
