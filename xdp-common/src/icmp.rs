@@ -40,6 +40,8 @@ pub struct Message<A> {
     pub ports_at: u8,
     /// Offset of its checksum, 0 when the quote is too short for it, the datagram went without, or it is SCTP's.
     pub check_at: u8,
+    /// Whether it says that a packet had no hops left, and so where it was.
+    pub is_time_exceeded: bool,
 }
 
 /// What an ICMP message turned out to be.
@@ -144,6 +146,7 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     message.packet.key.dport = ports.pair(0);
     message.packet.key.proto = quote.proto;
     message.ports_at = ports_at as u8;
+    message.is_time_exceeded = kind == F::HOPS_USED_UP;
     let check_at = if quote.proto == TCP { ports_at + TCP_CHECK } else { ports_at + UDP_CHECK };
     let has_check = match quote.proto {
         TCP => check_at + 2 <= end && frame.view::<{ TCP_CHECK + 2 }>(ports_at).is_some(),
@@ -276,7 +279,13 @@ fn update<P: Frame + Patch>(frame: &P, at: usize, delta: u16) {
 
 impl<A: Address> Message<A> {
     /// A message with nothing in it.
-    pub const ZERO: Self = Self { packet: Packet::ZERO, from: A::UNSPECIFIED, ports_at: 0, check_at: 0 };
+    pub const ZERO: Self = Self {
+        packet: Packet::ZERO,
+        from: A::UNSPECIFIED,
+        ports_at: 0,
+        check_at: 0,
+        is_time_exceeded: false,
+    };
 }
 
 #[cfg(test)]

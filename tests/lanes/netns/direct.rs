@@ -324,6 +324,20 @@ fn a_router_that_has_no_room_for_an_answer_is_heard_by_the_backend(setup: Setup)
     Ok(())
 }
 
+each_mode_of_a_wire!(a_router_on_both_sides_of_a_node_hears_its_own_errors_by_another_name);
+fn a_router_on_both_sides_of_a_node_hears_its_own_errors_by_another_name(setup: Setup) -> Result<()> {
+    let cluster = Cluster::build(setup, "snat")?;
+    cluster.publish(&BACKENDS[..1])?;
+    cluster.router.mtu("node-b", 1_400)?;
+    cluster.nodes[1].mtu("eth0", 1_400)?;
+    for vip in each(VIP) {
+        let mut connection = wait_for("the backend", TIMEOUT, || cluster.connect_to(vip, BACKENDS[0]))?;
+        connection.exchange(&pattern_of(1 << 20)).with_context(|| format!("{vip}"))?;
+    }
+    ensure!(cluster.count(0, "related")? >= 2.0);
+    Ok(())
+}
+
 each_mode_of_a_wire!(a_transfer_goes_on_when_its_node_of_entry_changes_is_killed_or_loses_its_neighbours);
 fn a_transfer_goes_on_when_its_node_of_entry_changes_is_killed_or_loses_its_neighbours(
     setup: Setup,

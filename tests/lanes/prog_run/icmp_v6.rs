@@ -306,12 +306,15 @@ fn errors_about_a_flow_to_elsewhere_reach_both_ends() {
             for has_options in [false, true] {
                 let with = |packet: &Packet| packet.with(|packet| packet.has_options = has_options);
                 let cases = [
-                    ("a router behind", ROUTER, &seen, &about, ROUTER),
+                    ("a router behind", ROUTER, &seen, &about, VIP),
                     ("the backend", REMOTE, &seen, &about, VIP),
                     ("a router before", ROUTER, &restored, &answer, NODE),
                     ("the client", CLIENT, &restored, &answer, NODE),
                 ];
                 for (name, from, quote, translated, source) in cases {
+                    // The name of a hop that traceroute asks for stays.
+                    let is_hop = kind[0] == 3 && name == "a router behind";
+                    let source = if is_hop { from } else { source };
                     let sent = node.error(from, &with(quote), kind, quoted);
                     let expected = node.forwarded(&node.error(source, &with(translated), kind, quoted));
                     let name = format!("protocol {proto}, {kind:?} of {name}, {quoted} bytes");

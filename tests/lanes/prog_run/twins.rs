@@ -243,7 +243,9 @@ impl<F: Hosts + Tunnel> Twins<F> {
                     is_among(dst, &[VIP, VIP_TOO, NODE, NODE_TOO])
                         || (is_tunnelled && is_among(dst, &[OTHER_NODE]))
                 }
-                Hook::TcEgress if is_icmp(frame) => frame.windows(len).any(|part| is_among(part, &BACKENDS)),
+                Hook::TcEgress if is_icmp(frame) => frame
+                    .windows(len)
+                    .any(|part| is_among(part, &BACKENDS) || is_among(part, &[VIP, VIP_TOO, NODE])),
                 Hook::TcEgress => is_among(src, &BACKENDS) || is_among(dst, &BACKENDS),
             }
     }

@@ -20,9 +20,10 @@ use crate::{
 
 /// Decides on an error that has come in.
 ///
-/// Sent on to the client, one that the backend itself sends comes from the service, any other keeps its sender, so that
-/// routers have their names. Sent on to a backend that sees this node as the client, it comes from this node too: the
-/// network may let nothing else through.
+/// Sent on to the client, it comes from the service, whoever has sent it; sent on to a backend that sees this node as the client,
+/// from this node. The network may let nothing else through, and a router on both sides of this node drops what comes back with
+/// its own address. Netfilter does the same (`nf_nat_icmp_reply_translation` in net/netfilter/nf_nat_core.c). But who tells a
+/// client that a packet had no hops left keeps its name: for that traceroute asks, and nothing else depends on it.
 #[inline(always)] // one caller
 pub fn ingress<F: Family, T: Tables<F>>(
     tables: T,
@@ -68,8 +69,9 @@ pub fn ingress<F: Family, T: Tables<F>>(
     }
     out.quote = if action == Action::Tunnel { rewrite(flow) } else { quoted(flow) };
     out.hop = Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex };
-    let is_masqueraded = flow.kind == kind::FORWARD && flow.src.differs(key.src) != 0;
-    let is_renamed = is_masqueraded || message.from.differs(key.src) == 0;
+    let is_translated = flow.kind != kind::TUNNEL && flow.src.differs(key.src) != 0;
+    let is_hop = message.is_time_exceeded && flow.kind != kind::FORWARD;
+    let is_renamed = (is_translated && !is_hop) || message.from.differs(key.src) == 0;
     // The stack drops what comes in from an address of its own; egress renames the sender.
     out.source = if is_renamed && action != Action::Stack { flow.src } else { message.from };
     tables.count(Counter::Event(Event::Related));
@@ -117,8 +119,8 @@ pub fn egress<F: Family, T: Tables<F>>(
     }
     // The quote is as it should be; the sender may not be.
     out.source = match entry.kind {
-        kind::FORWARD if message.from.differs(entry.dst) == 0 => quote.dst,
-        kind::REPLY_REMOTE => quote.dst,
+        kind::FORWARD if message.is_time_exceeded && message.from.differs(entry.dst) != 0 => message.from,
+        kind::FORWARD | kind::REPLY_REMOTE => quote.dst,
         _ => return Action::Pass,
     };
     if out.source.differs(message.from) == 0 {

@@ -31,6 +31,8 @@ pub trait Icmp: Answer {
     const ECHO_REQUEST: u8;
     /// Type of the reply to it.
     const ECHO_REPLY: u8;
+    /// Type of "time exceeded".
+    const HOPS_USED_UP: u8;
     /// Offset of the source address in an IP header; the destination follows.
     const ADDRS: usize;
     /// Offset of the number of what an IP header is followed by.
@@ -60,6 +62,7 @@ pub(super) const ERRORS_V6: [u8; 4] = [1, 2, 3, 4];
 impl Icmp for V4 {
     const ECHO_REQUEST: u8 = 8;
     const ECHO_REPLY: u8 = 0;
+    const HOPS_USED_UP: u8 = ERRORS_V4[1];
     const ADDRS: usize = offset_of!(Ipv4Hdr, src_addr);
     const PROTO: usize = offset_of!(Ipv4Hdr, proto);
     const TTL: usize = offset_of!(Ipv4Hdr, ttl);
@@ -111,6 +114,7 @@ impl Icmp for V4 {
 impl Icmp for V6 {
     const ECHO_REQUEST: u8 = 128;
     const ECHO_REPLY: u8 = 129;
+    const HOPS_USED_UP: u8 = ERRORS_V6[2];
     const ADDRS: usize = offset_of!(Ipv6Hdr, src_addr);
     const PROTO: usize = offset_of!(Ipv6Hdr, next_hdr);
     const TTL: usize = offset_of!(Ipv6Hdr, next_hdr);

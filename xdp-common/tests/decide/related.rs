@@ -18,7 +18,13 @@ const OTHER_NODE: Addr = [192, 168, 70, 20];
 /// An error about a packet, as a router or one of its ends sends it.
 fn about(packet: &Packet<Addr>, from: Addr) -> Message<Addr> {
     let key = packet.key.reversed();
-    Message { packet: Packet { key, ttl: 60, total_len: 56, ..*packet }, from, ports_at: 62, check_at: 0 }
+    Message {
+        packet: Packet { key, ttl: 60, total_len: 56, ..*packet },
+        from,
+        ports_at: 62,
+        check_at: 0,
+        is_time_exceeded: false,
+    }
 }
 
 /// What becomes of an error: the packet that it is about then, and who sends it.
@@ -58,7 +64,8 @@ fn passes(model: &Model, message: &Message<Addr>) -> (Key, Addr) {
         Action::Transmit | Action::Redirect => (quoted, source),
         Action::Stack | Action::Pass => {
             let packet = Packet { key: quoted, ..message.packet };
-            let (_, quoted, source) = leaves(model, &about(&packet, source));
+            let up = Message { is_time_exceeded: message.is_time_exceeded, ..about(&packet, source) };
+            let (_, quoted, source) = leaves(model, &up);
             (quoted, source)
         }
         Action::Tunnel | Action::Drop(_) | Action::Reject(_) => panic!("not of this flow: {action:?}"),
@@ -106,7 +113,10 @@ fn each(check: impl Fn(&Ends, bool)) {
 fn an_error_about_what_one_end_sees_is_told_to_the_other_in_its_own_words() {
     each(|Ends { model, asked, seen, answered, restored }, is_local| {
         let backend = seen.key.dst;
-        assert_eq!(passes(model, &about(seen, ROUTER)), (asked.key, ROUTER), "of a router behind the node");
+        let behind = if is_local { ROUTER } else { VIP };
+        assert_eq!(passes(model, &about(seen, ROUTER)), (asked.key, behind), "of a router behind the node");
+        let hop = Message { is_time_exceeded: true, ..about(seen, ROUTER) };
+        assert_eq!(passes(model, &hop), (asked.key, ROUTER), "that traceroute asks for");
         assert_eq!(passes(model, &about(seen, backend)), (asked.key, VIP), "of the backend");
         let [router, client] = if is_local { [ROUTER, CLIENT] } else { [NODE; 2] };
         assert_eq!(passes(model, &about(restored, ROUTER)), (answered.key, router), "of a router before it");
