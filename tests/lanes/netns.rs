@@ -21,6 +21,8 @@ mod dead_backends;
 mod direct;
 #[path = "netns/dual.rs"]
 mod dual;
+#[path = "netns/equal_ways.rs"]
+mod equal_ways;
 #[path = "netns/explain.rs"]
 mod explain;
 #[path = "netns/fragments.rs"]

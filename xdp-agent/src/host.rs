@@ -7,6 +7,7 @@ use std::{
 
 use crate::netlink::{Message, Refused, Requests, attributes, number_u16, number_u32, string};
 
+mod routes;
 mod sources;
 
 /// rtnetlink message types (include/uapi/linux/rtnetlink.h).
@@ -29,6 +30,8 @@ pub mod rtm {
     pub const NEWROUTE: u16 = 24;
     /// A route is gone.
     pub const DELROUTE: u16 = 25;
+    /// Asks for routes.
+    pub const GETROUTE: u16 = 26;
     /// A neighbour is there or has changed.
     pub const NEWNEIGH: u16 = 28;
     /// A neighbour is gone.
@@ -122,6 +125,8 @@ pub struct Host {
     pub addresses: BTreeMap<u32, Vec<Address>>,
     /// Whether rules of the routing policy look at more than the destination.
     pub has_policy_routing: bool,
+    /// Whether there has been a route whose next hop depends on more than the destination.
+    pub has_several_ways: bool,
     /// What drivers can do at XDP, by interface (see [`crate::netdev`]); `None` on kernels that do not say.
     pub features: Option<BTreeMap<u32, u64>>,
 }
@@ -144,7 +149,10 @@ impl Host {
         let mut host = Self::default();
         // The header of each family's request, zero but for the address family.
         let addresses = FAMILIES.map(|family| (rtm::GETADDR, family, 8));
-        for (kind, family, length) in [(rtm::GETLINK, AF_UNSPEC, 16)].into_iter().chain(addresses) {
+        let routes = FAMILIES.map(|family| (rtm::GETROUTE, family, routes::HEADER_LEN));
+        for (kind, family, length) in
+            [(rtm::GETLINK, AF_UNSPEC, 16)].into_iter().chain(addresses).chain(routes)
+        {
             let mut body = vec![0; length];
             body[0] = family;
             for message in requests.dump(kind, &body)? {
@@ -162,10 +170,13 @@ impl Host {
             rtm::NEWLINK => self.new_link(body).unwrap_or_default(),
             rtm::DELLINK => self.del_link(body).unwrap_or_default(),
             rtm::NEWADDR | rtm::DELADDR => self.address(message.kind, body).unwrap_or_default(),
-            rtm::NEWROUTE | rtm::DELROUTE | rtm::NEWRULE | rtm::DELRULE => Change {
-                routing: body.first().is_some_and(|family| FAMILIES.contains(family)),
-                devices: false,
-            },
+            rtm::NEWROUTE | rtm::DELROUTE | rtm::NEWRULE | rtm::DELRULE => {
+                let routing = body.first().is_some_and(|family| FAMILIES.contains(family));
+                let has_several = routing && message.kind == rtm::NEWROUTE && routes::has_several_ways(body);
+                let devices = has_several && !self.has_several_ways;
+                self.has_several_ways |= has_several;
+                Change { routing, devices }
+            }
             _ => Change::default(),
         }
     }

@@ -340,7 +340,7 @@ impl Reconciler {
 
     /// Tells the datapath whether next hops depend on more than the destination.
     fn note_policy(&mut self, host: &Host) {
-        let policy_routing = u32::from(host.has_policy_routing);
+        let policy_routing = u32::from(host.has_policy_routing || host.has_several_ways);
         if policy_routing != self.config.policy_routing {
             self.config.policy_routing = policy_routing;
             self.write_settings();

@@ -259,8 +259,8 @@ plain! {
         /// 1 when packets that come in by wire get an address of this node as their source whenever their backend is
         /// elsewhere, also where the masquerade rules of Services do not ask for it: their answers could not come back here.
         pub masquerade_wire: u32,
-        /// 1 when rules of the routing policy look at more than the destination: next hops are then not shared between
-        /// flows.
+        /// 1 when rules of the routing policy or routes look at more than the destination: next hops are then not shared
+        /// between flows.
         pub policy_routing: u32,
         /// 1 when echo requests to the addresses of Services are answered.
         pub echo: u32,

@@ -102,6 +102,12 @@ impl TwoBackends {
         self.manifests.write("web.yaml", &[dual::service(VIP, &[]) + spec, v4, v6])
     }
 
+    /// Says that a host behind both serves by UDP and TCP, on another node.
+    pub(crate) fn publish_behind_both(&self, host: Both) -> Result<()> {
+        let [v4, v6] = dual::slices(&[(host, "other")]);
+        self.manifests.write("web.yaml", &[dual::service(VIP, &[]), v4, v6])
+    }
+
     /// Removes Service and endpoints.
     pub(crate) fn unpublish(&self) -> Result<()> {
         self.manifests.remove("web.yaml")

@@ -11,7 +11,9 @@ use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::RouteType;
-use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{
+    LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder, RouteNextHopBuilder,
+};
 
 use super::netns::Namespace;
 use super::{block_on, wait_for};
@@ -168,6 +170,19 @@ impl Namespace {
         };
         block_on(self.netlink().route().add(route).replace().execute())
             .with_context(|| format!("route to {host} via {gateway} in {self:?}"))
+    }
+
+    /// Adds a route of equal ways to one host of IPv4.
+    pub fn route_by_either(&self, host: Ipv4Addr, gateways: &[Ipv4Addr]) -> Result<()> {
+        let hops = gateways.iter().map(|&gateway| {
+            let hop = RouteNextHopBuilder::new_ipv4().via(gateway.into());
+            Ok(hop.with_context(|| format!("{gateway} is no gateway of IPv4"))?.build())
+        });
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(host, 32)
+            .multipath(hops.collect::<Result<Vec<_>>>()?);
+        block_on(self.netlink().route().add(route.build()).execute())
+            .with_context(|| format!("route to {host} via {gateways:?} in {self:?}"))
     }
 
     /// Makes a host unreachable, whatever other routes say, or no more so.

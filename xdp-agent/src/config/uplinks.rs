@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use anyhow::{Context, ensure};
 
 use crate::{
+    host::rtm,
     neighbours,
     netlink::{Message, Protocol, Requests, attributes, number_u16, number_u32},
 };
 
-/// rtnetlink's request for routes, attributes and values (include/uapi/linux/rtnetlink.h).
-const RTM_GETROUTE: u16 = 26;
+/// Attributes and values of routes (include/uapi/linux/rtnetlink.h).
 const RTA_OIF: u16 = 4;
 const RTA_MULTIPATH: u16 = 9;
 const RT_TABLE_MAIN: u8 = 254;
@@ -29,7 +29,7 @@ pub(super) fn names() -> anyhow::Result<Vec<String>> {
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
         let mut body = [0; ROUTE_LEN];
         body[0] = family;
-        let routes = requests.dump(RTM_GETROUTE, &body).context("cannot read the routes; give --iface")?;
+        let routes = requests.dump(rtm::GETROUTE, &body).context("cannot read the routes; give --iface")?;
         found.extend(routes.iter().flat_map(default_links));
     }
     let host = neighbours::read_host().context("cannot read the interfaces")?;
