@@ -225,18 +225,15 @@ impl Attacher {
         }
     }
 
-    /// Takes off the socket hooks that translate, and lets the last answers come by the others.
-    pub async fn stop_translating(&mut self) {
-        if self.sockets.stop_translating() {
-            sockets::last_answers().await;
-        }
-    }
-
-    /// Takes every program off and removes what is pinned.
+    /// Takes every program off and removes what is pinned. The socket hooks that translate go first, and the last answers come by
+    /// the others.
     ///
     /// # Errors
     /// When a pin cannot be removed.
-    pub fn detach_all(mut self) -> anyhow::Result<()> {
+    pub async fn detach_all(mut self) -> anyhow::Result<()> {
+        if self.sockets.stop_translating() {
+            sockets::last_answers().await;
+        }
         self.sockets.detach();
         self.pods.detach(false);
         for (_, attached) in std::mem::take(&mut self.attached) {

@@ -7,7 +7,7 @@ use std::{
 
 use crate::netlink::{Message, Refused, Requests, attributes, number_u16, number_u32, string};
 
-mod routes;
+pub(crate) mod routes;
 mod sources;
 
 /// rtnetlink message types (include/uapi/linux/rtnetlink.h).
@@ -141,26 +141,45 @@ pub struct Change {
 }
 
 impl Host {
-    /// Reads everything.
+    /// Reads links and addresses.
     ///
     /// # Errors
     /// When the kernel refuses a dump.
     pub fn read(requests: &mut Requests) -> Result<Self, Refused> {
         let mut host = Self::default();
-        // The header of each family's request, zero but for the address family.
         let addresses = FAMILIES.map(|family| (rtm::GETADDR, family, 8));
-        let routes = FAMILIES.map(|family| (rtm::GETROUTE, family, routes::HEADER_LEN));
-        for (kind, family, length) in
-            [(rtm::GETLINK, AF_UNSPEC, 16)].into_iter().chain(addresses).chain(routes)
-        {
-            let mut body = vec![0; length];
-            body[0] = family;
-            for message in requests.dump(kind, &body)? {
-                host.apply(&message);
-            }
+        for (kind, family, length) in [(rtm::GETLINK, AF_UNSPEC, 16)].into_iter().chain(addresses) {
+            host.take_in(requests, kind, family, length)?;
         }
-        host.has_policy_routing = read_policy(requests)?;
         Ok(host)
+    }
+
+    /// Reads what next hops depend on: rules, and routes, of which there may be many.
+    ///
+    /// # Errors
+    /// When the kernel refuses a dump.
+    pub fn read_routing(&mut self, requests: &mut Requests) -> Result<(), Refused> {
+        for family in FAMILIES {
+            self.take_in(requests, rtm::GETROUTE, family, routes::HEADER_LEN)?;
+        }
+        self.has_policy_routing = routes::read_policy(requests)?;
+        Ok(())
+    }
+
+    /// Takes a dump in; the header of its request has this length and is zero but for the family.
+    fn take_in(
+        &mut self,
+        requests: &mut Requests,
+        kind: u16,
+        family: u8,
+        length: usize,
+    ) -> Result<(), Refused> {
+        let mut body = vec![0; length];
+        body[0] = family;
+        for message in requests.dump(kind, &body)? {
+            self.apply(&message);
+        }
+        Ok(())
     }
 
     /// Takes a message in.
@@ -275,20 +294,6 @@ impl Host {
         let changed = *addresses != before;
         Some(Change { routing: changed, devices: changed })
     }
-}
-
-/// Whether rules of the routing policy look at more than the destination.
-///
-/// # Errors
-/// When the kernel refuses the dump.
-pub fn read_policy(requests: &mut Requests) -> Result<bool, Refused> {
-    for family in FAMILIES {
-        let rules = requests.dump(rtm::GETRULE, &[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
-        if rules.iter().any(|rule| !looks_at_destination_only(&rule.body)) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 impl Address {

@@ -192,9 +192,8 @@ impl Interfaces {
     ///
     /// # Errors
     /// When a pin cannot be removed.
-    pub async fn detach_all(mut self) -> anyhow::Result<()> {
-        self.attacher.stop_translating().await;
-        self.attacher.detach_all()
+    pub async fn detach_all(self) -> anyhow::Result<()> {
+        self.attacher.detach_all().await
     }
 
     /// Ends a start that failed.

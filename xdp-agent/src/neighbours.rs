@@ -13,7 +13,7 @@ use tokio::{io::unix::AsyncFd, sync::watch};
 use tracing::{debug, warn};
 
 use crate::{
-    host::{FAMILIES, Host, ip_address, read_policy, rtm},
+    host::{FAMILIES, Host, ip_address, routes::read_policy, rtm},
     netdev::{self, Netdev},
     netlink::{
         Events, Heard, Message, Protocol, Refused, Requests, attributes, number_u16, number_u32,
@@ -205,17 +205,23 @@ async fn features_heard(features: Option<&AsyncFd<Events>>) -> io::Result<Heard>
     }
 }
 
-/// Reads the tables as they are.
+/// Reads links and addresses as they are.
 ///
 /// # Errors
 /// When the kernel refuses a dump.
 pub fn read_host() -> io::Result<Host> {
-    Ok(read(&mut Requests::open(Protocol::Route)?, Netdev::find()?)?.0)
+    Ok(read_links(&mut Requests::open(Protocol::Route)?, Netdev::find()?)?)
+}
+
+fn read_links(requests: &mut Requests, netdev: Option<Netdev>) -> Result<Host, Refused> {
+    let mut host = Host::read(requests)?;
+    host.features = netdev.map(Netdev::features).transpose()?;
+    Ok(host)
 }
 
 fn read(requests: &mut Requests, netdev: Option<Netdev>) -> Result<(Host, Neighbours), Refused> {
-    let mut host = Host::read(requests)?;
-    host.features = netdev.map(Netdev::features).transpose()?;
+    let mut host = read_links(requests, netdev)?;
+    host.read_routing(requests)?;
     let mut neighbours = Neighbours::default();
     for family in FAMILIES {
         for message in requests.dump(rtm::GETNEIGH, &[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])? {

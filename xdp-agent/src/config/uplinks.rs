@@ -5,18 +5,19 @@ use std::collections::BTreeSet;
 use anyhow::{Context, ensure};
 
 use crate::{
-    host::rtm,
+    host::{
+        routes::{HEADER_LEN, RTA_MULTIPATH},
+        rtm,
+    },
     neighbours,
     netlink::{Message, Protocol, Requests, attributes, number_u16, number_u32},
 };
 
 /// Attributes and values of routes (include/uapi/linux/rtnetlink.h).
 const RTA_OIF: u16 = 4;
-const RTA_MULTIPATH: u16 = 9;
 const RT_TABLE_MAIN: u8 = 254;
 const RTN_UNICAST: u8 = 1;
-/// Lengths of `struct rtmsg` and `struct rtnexthop`.
-const ROUTE_LEN: usize = 12;
+/// Length of `struct rtnexthop`.
 const HOP_LEN: usize = 8;
 
 /// Names of the interfaces that default routes of the main table leave by, of both families.
@@ -27,7 +28,7 @@ pub(super) fn names() -> anyhow::Result<Vec<String>> {
     let mut requests = Requests::open(Protocol::Route).context("cannot ask for the default route")?;
     let mut found = BTreeSet::new();
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let mut body = [0; ROUTE_LEN];
+        let mut body = [0; HEADER_LEN];
         body[0] = family;
         let routes = requests.dump(rtm::GETROUTE, &body).context("cannot read the routes; give --iface")?;
         found.extend(routes.iter().flat_map(default_links));
@@ -51,7 +52,7 @@ fn default_links(route: &Message) -> Vec<u32> {
         return Vec::new();
     }
     let mut links = Vec::new();
-    for (kind, value) in attributes(body.get(ROUTE_LEN..).unwrap_or_default()) {
+    for (kind, value) in attributes(body.get(HEADER_LEN..).unwrap_or_default()) {
         match kind {
             RTA_OIF => links.extend(number_u32(value, 0)),
             RTA_MULTIPATH => links.extend(hops(value)),

@@ -1,12 +1,13 @@
 //! Whether routes depend on more than the destination.
 
-use crate::netlink::attributes;
+use super::{FAMILIES, looks_at_destination_only, rtm};
+use crate::netlink::{Refused, Requests, attributes};
 
 /// Attributes of routes that have, or may have, several next hops (include/uapi/linux/rtnetlink.h).
-const RTA_MULTIPATH: u16 = 9;
+pub(crate) const RTA_MULTIPATH: u16 = 9;
 const RTA_NH_ID: u16 = 30;
 /// Length of `struct rtmsg`, and where in it the type of service is.
-pub(super) const HEADER_LEN: usize = 12;
+pub(crate) const HEADER_LEN: usize = 12;
 const TOS: usize = 3;
 
 /// Whether the next hop by a route depends on more than the destination: one of several, or one for a type of service.
@@ -14,6 +15,20 @@ pub(super) fn has_several_ways(route: &[u8]) -> bool {
     let mut attributes = attributes(route.get(HEADER_LEN..).unwrap_or_default());
     route.get(TOS).is_some_and(|tos| *tos != 0)
         || attributes.any(|(kind, _)| matches!(kind, RTA_MULTIPATH | RTA_NH_ID))
+}
+
+/// Whether rules of the routing policy look at more than the destination.
+///
+/// # Errors
+/// When the kernel refuses the dump.
+pub(crate) fn read_policy(requests: &mut Requests) -> Result<bool, Refused> {
+    for family in FAMILIES {
+        let rules = requests.dump(rtm::GETRULE, &[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
+        if rules.iter().any(|rule| !looks_at_destination_only(&rule.body)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 #[cfg(test)]
