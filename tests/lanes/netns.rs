@@ -21,8 +21,6 @@ mod dead_backends;
 mod direct;
 #[path = "netns/dual.rs"]
 mod dual;
-#[path = "netns/equal_ways.rs"]
-mod equal_ways;
 #[path = "netns/explain.rs"]
 mod explain;
 #[path = "netns/fragments.rs"]
@@ -95,3 +93,5 @@ mod two_backends;
 mod two_networks;
 #[path = "netns/unnumbered.rs"]
 mod unnumbered;
+#[path = "netns/ways.rs"]
+mod ways;

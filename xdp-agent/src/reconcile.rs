@@ -297,7 +297,14 @@ impl Reconciler {
             tokio::select! {
                 biased;
                 _ = &mut inlets.stop => return interfaces,
-                Ok(()) = inlets.feed.routing.changed() => self.routing_changed(),
+                Ok(()) = inlets.feed.routing.changed() => {
+                    // Flows that ask anew keep the answer, so the datapath has to know of the devices before.
+                    if inlets.feed.host.has_changed().is_ok_and(|is_changed| is_changed) {
+                        let host = Arc::clone(&inlets.feed.host.borrow_and_update());
+                        self.host_changed(&host, &mut interfaces);
+                    }
+                    self.routing_changed();
+                }
                 () = at(self.epoch_at) => self.raise_epoch(),
                 Ok(()) = inlets.feed.host.changed() => {
                     let host = Arc::clone(&inlets.feed.host.borrow_and_update());

@@ -185,6 +185,15 @@ impl Namespace {
             .with_context(|| format!("route to {host} via {gateways:?} in {self:?}"))
     }
 
+    /// Adds a route to one host of IPv4, for packets of one type of service or, with zero, for those without a route of their own.
+    pub fn route_for_service_type(&self, host: Ipv4Addr, service_type: u8, gateway: Ipv4Addr) -> Result<()> {
+        let mut route =
+            RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(host, 32).gateway(gateway).build();
+        route.header.tos = service_type;
+        block_on(self.netlink().route().add(route).execute())
+            .with_context(|| format!("route to {host} for {service_type:#x} via {gateway} in {self:?}"))
+    }
+
     /// Makes a host unreachable, whatever other routes say, or no more so.
     pub fn refuse_way(&self, host: IpAddr, is_refused: bool) -> Result<()> {
         let route = match host {
