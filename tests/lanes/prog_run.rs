@@ -68,6 +68,8 @@ mod renewal;
 mod sctp;
 #[path = "prog_run/slow_path.rs"]
 mod slow_path;
+#[path = "prog_run/spare.rs"]
+mod spare;
 /// The stack that programs take, as the build counts it.
 #[path = "../../xtask/src/stack.rs"]
 mod stack;

@@ -55,7 +55,7 @@ fn reached(way: Way, tx_offload: bool) -> Result<()> {
     let (node, far, pods) = (node?, far?, [first?, second?]);
     for namespace in [&node, &far, &pods[0], &pods[1]] {
         for device in ["all", "default", "lo"] {
-            namespace.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
+            namespace.enable_v6(device)?;
         }
         namespace.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
     }

@@ -21,7 +21,7 @@ const EMPTY: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20);
 fn the_node_reaches_services_of_ipv6_and_sees_their_address() -> Result<()> {
     let world = World::build(WorldOptions { local: 1, remote: 0, ..WorldOptions::default() })?;
     for device in ["all", "lo"] {
-        world.node.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
+        world.node.enable_v6(device)?;
     }
     let lo = world.node.index("lo")?;
     block_on(world.node.netlink().address().add(lo, ENDPOINT.into(), 128).execute())?;

@@ -1,11 +1,15 @@
-//! Whole arrays in one call: a long sequence of frames looks at every counter after each.
+//! Whole maps, whatever they hold. Arrays are read and written in one call: a long sequence of frames looks at every counter
+//! after each.
 
 use std::{
     ffi::c_long,
+    io,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
 /// Commands of bpf(2).
+const BPF_MAP_DELETE_ELEM: c_long = 3;
+const BPF_MAP_GET_NEXT_KEY: c_long = 4;
 const BPF_MAP_LOOKUP_BATCH: c_long = 24;
 const BPF_MAP_UPDATE_BATCH: c_long = 26;
 
@@ -20,6 +24,36 @@ struct Attr {
     map_fd: i32,
     elem_flags: u64,
     flags: u64,
+}
+
+/// The same for one entry.
+#[repr(C)]
+struct EntryAttr {
+    map_fd: u64,
+    key: u64,
+    next_key: u64,
+    flags: u64,
+}
+
+/// Removes every entry of a map whose keys have so many bytes.
+pub(crate) fn remove_all(map: BorrowedFd<'_>, key_size: usize) -> io::Result<()> {
+    let mut key = vec![0u8; key_size];
+    loop {
+        match entry_call(BPF_MAP_GET_NEXT_KEY, map, 0, key.as_mut_ptr()) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(()),
+            first => first?,
+        }
+        entry_call(BPF_MAP_DELETE_ELEM, map, key.as_mut_ptr() as u64, std::ptr::null_mut())?;
+    }
+}
+
+fn entry_call(command: c_long, map: BorrowedFd<'_>, key: u64, next_key: *mut u8) -> io::Result<()> {
+    // The number of the map has 32 bits, and as many zeros behind it.
+    let map_fd = u64::from(map.as_raw_fd().cast_unsigned());
+    let mut attr = EntryAttr { map_fd, key, next_key: next_key as u64, flags: 0 };
+    // SAFETY: the attribute is initialised and outlives the call; keys are null or have the map's size.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attr, size_of::<EntryAttr>()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Reads an array of `entries`, with as many values to an entry as `values` has room for; false where the kernel has no
@@ -52,6 +86,6 @@ fn call(command: c_long, map: BorrowedFd<'_>, keys: *mut u32, values: *mut u64, 
     // as many values of the map's size, and every bit pattern is a value of theirs.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attr, size_of::<Attr>()) };
     // The end of the array comes with its last entry.
-    let is_end = std::io::Error::last_os_error().raw_os_error() == Some(libc::ENOENT);
+    let is_end = io::Error::last_os_error().raw_os_error() == Some(libc::ENOENT);
     (result == 0 || is_end) && attr.count == entries
 }

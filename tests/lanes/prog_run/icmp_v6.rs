@@ -145,7 +145,7 @@ impl Node {
         let mut rings: Array<_, u32> = maps::map(object, &tables::RINGS_V6);
         let mut ingress: Array<_, u64> = maps::map(object, &tables::GATE_INGRESS_V6);
         let mut egress: Array<_, u64> = maps::map(object, &tables::GATE_EGRESS_V6);
-        let mut maps = Typed::<V4>::take(object);
+        let mut maps = Typed::<V4>::of(object);
         maps.config.set(0, Raw(settings(sizes)), 0).expect("the one slot of the settings");
         let device = Device { snat: ip6(NODE), flags: CAPABLE, mtu: 1500, mac, zero: [0; 2] };
         devices.insert(ifindex, Raw(device), 0).expect("room for a device");
@@ -266,7 +266,6 @@ fn network() -> anyhow::Result<(Namespace, Namespace)> {
     node.sysctl("net/ipv6/conf/all/disable_ipv6", "0")?;
     node.sysctl("net/ipv6/conf/default/disable_ipv6", "0")?;
     link::veth(&node, "eth0", &peer, "eth0")?;
-    node.sysctl("net/ipv6/conf/eth0/accept_dad", "0")?;
     node.address("eth0", NODE, 64)?;
     node.static_neighbour_v6("eth0", GATEWAY, GATEWAY_MAC)?;
     node.default_route_v6(GATEWAY)?;

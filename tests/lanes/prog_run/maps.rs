@@ -8,7 +8,7 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, RingBuf, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf, lpm_trie},
     util::nr_cpus,
 };
 use xdp_common::{
@@ -27,6 +27,7 @@ use xdp_common::{
 use crate::{
     batch,
     family::{Addr, Hosts},
+    spare,
 };
 
 /// A plain value of the shared crate as aya wants it.
@@ -121,8 +122,8 @@ pub(crate) struct Typed<F: Hosts> {
 }
 
 impl<F: Hosts> Typed<F> {
-    /// Takes the maps out of an object.
-    pub(crate) fn take(object: &mut Ebpf) -> Self {
+    /// The maps of an object.
+    pub(crate) fn of(object: &Ebpf) -> Self {
         let maps = F::Addr::MAPS;
         let counters_fd = descriptor(object, tables::COUNTERS.name);
         let tags_fd = descriptor(object, maps.tags.name);
@@ -348,18 +349,18 @@ pub(crate) fn name(index: u32) -> String {
 /// The descriptor of an array.
 fn descriptor(object: &Ebpf, name: &str) -> OwnedFd {
     let map = object.map(name).unwrap_or_else(|| panic!("the object has no map {name}"));
-    let (aya::maps::Map::Array(data) | aya::maps::Map::PerCpuArray(data)) = map else {
-        panic!("{name} is another kind of map");
-    };
-    data.fd().as_fd().try_clone_to_owned().expect("a descriptor can be duplicated")
+    spare::descriptor(map).expect("a descriptor can be duplicated")
 }
 
-pub(crate) fn map<T>(object: &mut Ebpf, spec: &tables::MapSpec) -> T
+pub(crate) fn map<T>(object: &Ebpf, spec: &tables::MapSpec) -> T
 where
-    T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>,
+    T: TryFrom<Map, Error = MapError>,
 {
-    let map = object.take_map(spec.name).unwrap_or_else(|| panic!("the object has no map {}", spec.name));
-    T::try_from(map).unwrap_or_else(|error| panic!("{} is another kind of map: {error}", spec.name))
+    let map = object.map(spec.name).unwrap_or_else(|| panic!("the object has no map {}", spec.name));
+    // The object keeps its own descriptor, for the next test.
+    let copy = spare::descriptor(map).and_then(|fd| Ok(Map::from_map_data(MapData::from_fd(fd)?)?));
+    let typed = copy.and_then(|map| Ok(T::try_from(map)?));
+    typed.unwrap_or_else(|error| panic!("{} is another kind of map: {error}", spec.name))
 }
 
 pub(crate) fn open(gate: &mut Array<MapData, u64>, bit: u32) {

@@ -130,8 +130,8 @@ impl Node {
         };
         let ((ifindex, mac), (ifindex_too, mac_too)) = (device("eth0"), device("eth1"));
         let maps: Box<dyn Maps> = match family {
-            Family::V4 => Box::new(Typed::<V4>::take(programs.object())),
-            Family::V6 => Box::new(Typed::<V6>::take(programs.object())),
+            Family::V4 => Box::new(Typed::<V4>::of(programs.object())),
+            Family::V6 => Box::new(Typed::<V6>::of(programs.object())),
         };
         let mut node = Self {
             family,
@@ -375,7 +375,7 @@ fn network(family: Family) -> anyhow::Result<(Namespace, Namespace)> {
     let peer = Namespace::new("prog-peer")?;
     for (name, address) in [("eth0", NODE), ("eth1", NODE_TOO)] {
         link::veth(&node, name, &peer, name)?;
-        node.sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "0")?;
+        node.enable_v6(name)?;
         node.address(name, family.ip(address), family.prefix(24))?;
     }
     node.mtu("eth1", MTU_TOO.into())?;

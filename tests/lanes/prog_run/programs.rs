@@ -14,6 +14,8 @@ use xdp_common::{
     tables::{Mapped, WAYS},
 };
 
+use crate::spare::Spare;
+
 /// Where `cargo xtask build` puts the object when it is told nothing else.
 const BUILT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf");
 /// Slots of the rings, far fewer than the product has: an array is allocated whole.
@@ -64,7 +66,7 @@ impl Action {
 }
 
 /// Sizes of the flow tables.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sizes {
     pub(crate) established: u32,
     pub(crate) buckets: u32,
@@ -92,28 +94,16 @@ pub(crate) fn object() -> PathBuf {
 }
 
 /// The object with maps of its own; a program is loaded when it is first run.
-pub(crate) struct Programs(RefCell<Ebpf>);
+pub(crate) struct Programs(RefCell<Spare>);
 
 impl Programs {
-    /// Opens the object.
+    /// Opens the object, or takes over what an earlier test has left.
     pub(crate) fn open(sizes: Sizes) -> Self {
-        let path = object();
-        let mut loader = EbpfLoader::new();
-        for maps in [<V4 as Family>::Addr::MAPS, <V6 as Family>::Addr::MAPS] {
-            loader
-                .map_max_entries(maps.established.name, sizes.established)
-                .map_max_entries(maps.embryonic.name, sizes.buckets * WAYS)
-                .map_max_entries(maps.tags.name, sizes.buckets)
-                .map_max_entries(maps.rings.name, RING_SLOTS)
-                .map_max_entries(maps.backends.name, BACKENDS_MAX);
-        }
-        let object =
-            loader.load_file(&path).unwrap_or_else(|error| panic!("loading {}: {error}", path.display()));
-        Self(RefCell::new(object))
+        Self(RefCell::new(Spare::take(sizes).unwrap_or_else(|| Spare::new(sizes, load(sizes)))))
     }
 
-    /// The object, to take its maps.
-    pub(crate) fn object(&mut self) -> &mut Ebpf {
+    /// The object, for its maps.
+    pub(crate) fn object(&mut self) -> &Ebpf {
         self.0.get_mut()
     }
 
@@ -138,6 +128,20 @@ impl Programs {
     ) -> Result<(Action, Vec<u8>), ProgramError> {
         run(&mut self.0.borrow_mut(), hook, frame, context)
     }
+}
+
+fn load(sizes: Sizes) -> Ebpf {
+    let path = object();
+    let mut loader = EbpfLoader::new();
+    for maps in [<V4 as Family>::Addr::MAPS, <V6 as Family>::Addr::MAPS] {
+        loader
+            .map_max_entries(maps.established.name, sizes.established)
+            .map_max_entries(maps.embryonic.name, sizes.buckets * WAYS)
+            .map_max_entries(maps.tags.name, sizes.buckets)
+            .map_max_entries(maps.rings.name, RING_SLOTS)
+            .map_max_entries(maps.backends.name, BACKENDS_MAX);
+    }
+    loader.load_file(&path).unwrap_or_else(|error| panic!("loading {}: {error}", path.display()))
 }
 
 fn run(

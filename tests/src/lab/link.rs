@@ -79,10 +79,9 @@ impl Namespace {
         self.change(device, |link| link.up())
     }
 
-    /// Lets a device have addresses of IPv6, usable at once.
+    /// Lets a device have addresses of IPv6.
     pub fn enable_v6(&self, device: &str) -> Result<()> {
-        self.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")?;
-        self.sysctl(&format!("net/ipv6/conf/{device}/accept_dad"), "0")
+        self.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "0")
     }
 
     /// Takes a device down.

@@ -44,6 +44,8 @@ impl Namespace {
         let namespace = Self { name: name.into(), fd: Arc::new(fd), netlink };
         for family in ["all", "default"] {
             namespace.sysctl(&format!("net/ipv6/conf/{family}/disable_ipv6"), "1")?;
+            // Addresses are used at once: duplicates are looked for for a second, and there are none.
+            namespace.sysctl(&format!("net/ipv6/conf/{family}/accept_dad"), "0")?;
             namespace.sysctl(&format!("net/ipv4/conf/{family}/rp_filter"), "0")?;
         }
         namespace.up("lo")?;
