@@ -60,6 +60,8 @@ mod policies;
 mod programs;
 #[path = "prog_run/refusals.rs"]
 mod refusals;
+#[path = "prog_run/relay.rs"]
+mod relay;
 #[path = "prog_run/removed.rs"]
 mod removed;
 #[path = "prog_run/renewal.rs"]

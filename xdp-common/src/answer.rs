@@ -42,6 +42,8 @@ pub trait Answer: Headers {
     const ICMP: u8;
     /// Type and code of "destination unreachable, port unreachable".
     const PORT_UNREACHABLE: [u8; 2];
+    /// Type and code of "destination unreachable, host unreachable", or "address unreachable".
+    const HOST_UNREACHABLE: [u8; 2];
     /// Type and code of "fragmentation needed", or "packet too big".
     const TOO_BIG: [u8; 2];
     /// Type and code of "time to live exceeded in transit", or "hop limit exceeded".
@@ -55,6 +57,7 @@ pub trait Answer: Headers {
 impl Answer for V4 {
     const ICMP: u8 = 1;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const HOST_UNREACHABLE: [u8; 2] = [3, 1];
     const TOO_BIG: [u8; 2] = [3, 4];
     const TIME_EXCEEDED: [u8; 2] = [11, 0];
     const ICMP_PSEUDO_HEADER: bool = false;
@@ -78,6 +81,7 @@ impl Answer for V4 {
 impl Answer for V6 {
     const ICMP: u8 = 58;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const HOST_UNREACHABLE: [u8; 2] = [1, 3];
     const TOO_BIG: [u8; 2] = [2, 0];
     const TIME_EXCEEDED: [u8; 2] = [3, 0];
     const ICMP_PSEUDO_HEADER: bool = true;
@@ -177,6 +181,15 @@ pub fn too_big<F: Answer, W: View>(headers: &W, mtu: u16, out: &mut [u8]) {
     error::<F, W>(headers, what, mtu, F::LEN + 16, Finisher::Nobody, out);
 }
 
+/// The same where the packet has met that on its way in another one; with an `mtu` of 0 it does not reach its host. The Ethernet header is
+/// the caller's to write but for the EtherType, as is that of `headers` to ignore.
+#[inline(always)] // as above
+pub fn relayed<F: Answer, W: View>(headers: &W, mtu: u16, out: &mut [u8]) {
+    let what = if mtu == 0 { F::HOST_UNREACHABLE } else { F::TOO_BIG };
+    error::<F, W>(headers, what, mtu, F::LEN + 16, Finisher::Nobody, out);
+    copy(F::ETHERTYPE.to_be_bytes(), out, 12);
+}
+
 #[inline(always)] // as above
 fn error<F: Answer, W: View>(
     headers: &W,
@@ -239,8 +252,9 @@ fn words(frame: &[u8], from: usize, to: usize) -> u32 {
     sum
 }
 
-#[inline(always)]
-pub(crate) fn copy<const N: usize>(from: [u8; N], out: &mut [u8], at: usize) {
+/// Writes bytes at an offset, as far as there is room.
+#[inline(always)] // offsets must fold
+pub fn copy<const N: usize>(from: [u8; N], out: &mut [u8], at: usize) {
     let mut byte = 0;
     while byte < N && at + byte < out.len() {
         out[at + byte] = from[byte];

@@ -51,6 +51,8 @@ pub enum Found {
     Other,
     /// An error that quotes a TCP, UDP or SCTP packet.
     Error,
+    /// An error that quotes a packet with another one in it ([`tunnel::relay`]).
+    Around,
     /// An echo request.
     Echo,
 }
@@ -90,7 +92,7 @@ pub fn is_plain<F: Icmp, R: Frame + ?Sized>(frame: &R) -> bool {
 
 /// Reads the ICMP message in a frame of the family.
 #[inline(always)] // bounds proofs do not survive a call
-pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut Message<F::Addr>) -> Found {
+pub fn parse<F: Tunnel, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut Message<F::Addr>) -> Found {
     if !is_plain::<F, R>(frame) {
         return Found::Other;
     }
@@ -133,6 +135,9 @@ pub fn parse<F: Icmp, R: Frame + ?Sized>(frame: &R, ifindex: u32, message: &mut 
     let quote_at = at + HEADER;
     let Some(quote) = F::read(frame, quote_at) else { return Found::Other };
     let ports_at = quote_at + quote.len;
+    if quote.proto == F::IN_IP {
+        return Found::Around;
+    }
     // An error goes to the source of what it quotes.
     if (quote.proto != TCP && quote.proto != UDP && quote.proto != SCTP)
         || quote.src.differs(outer.dst) != 0

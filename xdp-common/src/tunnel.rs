@@ -14,12 +14,15 @@ use network_types::{
 };
 
 use crate::{
+    answer::Answer as _,
     checksum,
     frame::{Frame, Packet, View, address, dmac},
     icmp::{Icmp, Patch},
     net::{Address, Family, FlowKey, Ip6, SCTP, TCP, UDP, V4, V6},
     tables::{FrontendKey, Table, Tables, frontend, network},
 };
+
+pub mod relay;
 
 /// Source address of the Ethernet header of a packet that has come out of a tunnel: locally administered (IEEE 802), so that
 /// no card has it.
@@ -45,6 +48,11 @@ pub fn is_marked<W: View>(eth: &W) -> bool {
 pub trait Tunnel: Icmp {
     /// IP protocol number of a packet of the family in another (IANA): 4 and 41.
     const IN_IP: u8;
+    /// The shortest MTU that is believed, in bytes: what every link has (RFC 8200, section 5), of IPv4 what the kernel takes for that
+    /// (`DEFAULT_MIN_PMTU` in net/ipv4/route.c).
+    const MTU_MIN: u16;
+    /// The MTU that an error of this type and code tells, with the word behind its checksum.
+    fn told_mtu(what: [u8; 2], word: [u8; 4]) -> Option<u32>;
     /// Where a packet goes whose header [`Icmp::read`] does not read: a later fragment.
     fn later<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Self::Addr>;
     /// Writes the IP header of a packet that holds one of so many bytes.
@@ -53,6 +61,12 @@ pub trait Tunnel: Icmp {
 
 impl Tunnel for V4 {
     const IN_IP: u8 = 4;
+    const MTU_MIN: u16 = 552;
+
+    #[inline(always)] // a comparison
+    fn told_mtu(what: [u8; 2], word: [u8; 4]) -> Option<u32> {
+        (what == Self::TOO_BIG).then(|| u32::from_be_bytes(word) & 0xffff)
+    }
 
     #[inline(always)] // bounds proofs do not survive a call
     fn later<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<[u8; 4]> {
@@ -78,6 +92,13 @@ impl Tunnel for V4 {
 
 impl Tunnel for V6 {
     const IN_IP: u8 = 41;
+    const MTU_MIN: u16 = 1280;
+
+    #[inline(always)] // a comparison
+    fn told_mtu(what: [u8; 2], word: [u8; 4]) -> Option<u32> {
+        // Its code says nothing (RFC 4443, section 3.2).
+        (what[0] == Self::TOO_BIG[0]).then(|| u32::from_be_bytes(word))
+    }
 
     #[inline(always)] // bounds proofs do not survive a call
     fn later<R: Frame + ?Sized>(frame: &R, at: usize) -> Option<Ip6> {

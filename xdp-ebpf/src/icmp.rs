@@ -1,10 +1,11 @@
 //! ICMP at the hooks: functions of their own beside the path of TCP and UDP, which ends before them.
 
-use aya_ebpf::bindings::{__sk_buff, TC_ACT_UNSPEC, xdp_action, xdp_md};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md};
 use xdp_common::{
-    decide::related,
+    decide::{Hook, related},
     frame::{Frame, Packet},
     icmp::{self, Found, Icmp, Patch},
+    tables::next,
     verdict::{Action, Counter, Event, Reason},
 };
 
@@ -13,7 +14,7 @@ use crate::{
     maps::{self, Kernel, count, may_echo},
     packet::{Wire, XdpFrame},
     skb::TcFrame,
-    xdp::tunnel,
+    xdp::{go_on, tunnel},
 };
 
 /// A frame at XDP that is neither TCP nor UDP.
@@ -27,6 +28,8 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
             unserved(tables, &message.packet)
         }
         Found::Other => xdp_action::XDP_PASS,
+        // It reads the frame anew, with a stack of its own.
+        Found::Around => go_on::<FRAGS, { next::TUNNEL }>(ctx),
         Found::Echo => {
             if !related::echoes(tables, &message.packet) {
                 return unserved(tables, &message.packet);
@@ -40,7 +43,7 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
             xdp_action::XDP_TX
         }
         Found::Error => {
-            let action = related::ingress(tables, message, translation);
+            let action = related::ingress(tables, message, Hook::Xdp, translation);
             if let Action::Drop(_) = action {
                 return xdp_action::XDP_DROP;
             }
@@ -79,6 +82,29 @@ fn unserved<F: Maps>(tables: Kernel<F>, packet: &Packet<F::Addr>) -> u32 {
     let Some(reason) = related::unserved(tables, packet) else { return xdp_action::XDP_PASS };
     count(Counter::Drop(reason));
     xdp_action::XDP_DROP
+}
+
+/// A frame with ICMP at tc ingress.
+#[inline(never)] // as above
+pub(crate) fn tc_ingress<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
+    let frame = &TcFrame::pulled(skb, icmp::REACH);
+    let Some((message, translation)) = maps::message::<F>() else { return TC_ACT_UNSPEC };
+    if icmp::parse::<F, _>(frame, frame.ifindex(), message) != Found::Error {
+        return TC_ACT_UNSPEC;
+    }
+    let tables = Kernel::<F>::new(frame.context());
+    let action = related::ingress(tables, message, Hook::Tc, translation);
+    match action {
+        Action::Pass | Action::Tunnel | Action::Reject(_) => return TC_ACT_UNSPEC,
+        Action::Drop(_) => return TC_ACT_SHOT,
+        Action::Stack | Action::Transmit | Action::Redirect => {}
+    }
+    icmp::translate::<F, _>(frame, message, translation);
+    if action == Action::Stack {
+        return TC_ACT_UNSPEC;
+    }
+    frame.age::<F>(message.packet.ttl, 0);
+    frame.leave_by(translation.hop.ifindex)
 }
 
 /// A frame at tc egress that is neither TCP nor UDP.

@@ -73,10 +73,18 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     match TcFrame::of(skb).ethertype() {
+        V4::ETHERTYPE if is_icmp::<V4>(skb) => icmp::tc_ingress::<V4>(skb),
         V4::ETHERTYPE => tc_ingress_of::<V4>(skb),
+        V6::ETHERTYPE if is_icmp::<V6>(skb) => icmp::tc_ingress::<V6>(skb),
         V6::ETHERTYPE => tc_ingress_of::<V6>(skb),
         _ => TC_ACT_UNSPEC,
     }
+}
+
+/// Whether a frame is one of the few that hold ICMP, which has too little of the stack left behind the path of TCP and UDP.
+#[inline(always)] // one comparison
+fn is_icmp<F: Icmp>(skb: *mut __sk_buff) -> bool {
+    xdp_common::icmp::is_plain::<F, _>(&TcFrame::of(skb))
 }
 
 #[inline(never)] // each family has the stack of 512 bytes to itself

@@ -357,6 +357,13 @@ pub(crate) fn answer_area() -> Option<&'static mut AnswerFrame> {
     if answers.spent <= tables::ANSWERS_PER_PERIOD_MAX { Some(&mut answers.frame) } else { None }
 }
 
+/// The room to put an answer together that is not allotted, because it takes the place of what has come in.
+#[inline(always)] // as above
+pub(crate) fn answer_room() -> Option<&'static mut AnswerFrame> {
+    // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
+    ANSWERS.get_ptr_mut(0).map(|answers| unsafe { &mut (*answers).frame })
+}
+
 /// Takes one from this CPU's allowance of answers to echo requests; whether there was one left.
 #[inline(always)] // as above
 pub(crate) fn may_echo() -> bool {

@@ -64,6 +64,9 @@ pub(crate) trait Wire: Tunnel {
         from: Self::Addr,
         to: Self::Addr,
     ) -> bool;
+    /// [`XdpFrame::relay`] and [`XdpFrame::relayed`], likewise.
+    fn relay(frame: &XdpFrame, mtu: u16, out: &mut AnswerFrame) -> bool;
+    fn relayed(frame: &XdpFrame, hop: Option<&Hop>, out: &mut AnswerFrame) -> bool;
     /// [`sctp::abort`], likewise.
     fn abort<R: Replace>(
         frame: &R,
@@ -130,6 +133,17 @@ macro_rules! wire {
                 to: Self::Addr,
             ) -> bool {
                 frame.tunnel::<Self, { IP + 2 * <Self as Headers>::LEN }>(packet, hop, from, to)
+            }
+
+            #[inline(always)] // as above
+            fn relay(frame: &XdpFrame, mtu: u16, out: &mut AnswerFrame) -> bool {
+                const HEAD: usize = IP + <$family as Headers>::LEN + 16;
+                frame.relay::<Self, HEAD, { answer::too_big_len::<Self>() }>(mtu, out)
+            }
+
+            #[inline(always)] // as above
+            fn relayed(frame: &XdpFrame, hop: Option<&Hop>, out: &mut AnswerFrame) -> bool {
+                frame.relayed::<Self, { answer::too_big_len::<Self>() }>(hop, out)
             }
 
             #[inline(always)] // as above

@@ -205,12 +205,18 @@ impl TcFrame {
         if refused != 0 {
             return TC_ACT_UNSPEC;
         }
-        if let Some(at) = F::IP_CHECK {
-            let _ = self.ctx.l3_csum_replace(F::LEN + at, 0, checksum::TTL_DECREMENT as u64, 0);
-        }
-        self.put(F::LEN + F::TTL_AT, &(packet.ttl - 1));
+        self.age::<F>(packet.ttl, F::LEN);
         tunnel::surround::<F, _>(self, packet, verdict.rewrite.src, verdict.rewrite.dst);
         self.leave_by(verdict.hop.ifindex)
+    }
+
+    /// Takes one from the time to live, of so much, in an IP header that lies so far behind where a frame has it.
+    #[inline(always)] // helper calls
+    pub(crate) fn age<F: Wire>(&self, ttl: u8, behind: usize) {
+        if let Some(at) = F::IP_CHECK {
+            let _ = self.ctx.l3_csum_replace(behind + at, 0, checksum::TTL_DECREMENT as u64, 0);
+        }
+        self.put(behind + F::TTL_AT, &(ttl - 1));
     }
 
     /// Sends the frame to the one or the other side of the interface it is on.

@@ -338,6 +338,21 @@ fn a_router_on_both_sides_of_a_node_hears_its_own_errors_by_another_name(setup: 
     Ok(())
 }
 
+each_mode_of_a_wire!(a_router_that_has_no_room_for_a_packet_to_another_node_is_heard_by_the_client);
+fn a_router_that_has_no_room_for_a_packet_to_another_node_is_heard_by_the_client(setup: Setup) -> Result<()> {
+    let cluster = Cluster::build(setup, "dsr")?;
+    cluster.publish(&BACKENDS[..1])?;
+    cluster.router.mtu("node-b", 1_400)?;
+    cluster.nodes[1].mtu("eth0", 1_400)?;
+    for to in [VIP, at(link_of(0), 2)].map(each).concat() {
+        let before = cluster.count(0, "related")?;
+        let mut connection = wait_for("the backend", TIMEOUT, || cluster.connect_to(to, BACKENDS[0]))?;
+        connection.exchange(&pattern_of(1 << 20)).with_context(|| format!("{to}"))?;
+        ensure!(cluster.count(0, "related")? > before, "{to}: the node of entry has heard no error");
+    }
+    Ok(())
+}
+
 each_mode_of_a_wire!(a_transfer_goes_on_when_its_node_of_entry_changes_is_killed_or_loses_its_neighbours);
 fn a_transfer_goes_on_when_its_node_of_entry_changes_is_killed_or_loses_its_neighbours(
     setup: Setup,

@@ -3,7 +3,7 @@
 //! The far end of the overlay knows no way to the client: only answers to the node's own address come back.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown},
     time::Duration,
 };
@@ -19,7 +19,7 @@ use xdp_agent_tests::lab::{
 };
 
 use crate::{
-    dual::{self, Both, VIP},
+    dual::{self, Both, PORT, TARGET, VIP},
     setup::{Setup, nft},
 };
 
@@ -29,6 +29,8 @@ const NODE: Both = (Ipv4Addr::new(198, 51, 100, 1), Ipv6Addr::new(0x2001, 0xdb8,
 const BELOW: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 70, 1), Ipv4Addr::new(172, 16, 70, 2)];
 const NODE_OVERLAY: Both = (Ipv4Addr::new(10, 244, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1));
 const BACKEND: Both = (Ipv4Addr::new(10, 244, 2, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2));
+/// A Service with a port where nobody listens on its backend.
+const SHUT: Both = (Ipv4Addr::new(10, 96, 0, 11), Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0x11));
 const BODY: usize = 1 << 18;
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -66,6 +68,7 @@ fn an_overlay_is_served_as_it_comes_and_goes(setup: Setup) -> Result<()> {
     world.lay("vx0")?;
     served(&agent)?;
     world.ask_all()?;
+    world.ask_where_nobody_listens()?;
     world.node.delete("vx0")?;
     world.other.delete("vx0")?;
     wait_for("the overlay to be gone", PATIENCE, || {
@@ -187,6 +190,11 @@ impl World {
     fn manifests(&self) -> Result<Manifests> {
         let manifests = Manifests::new()?;
         let [v4, v6] = dual::slices(&[(BACKEND, "other")]);
+        let shut = [dual::service(SHUT, &[]), v4.clone(), v6.clone()].map(|document| {
+            let document = document.replace("web", "shut").replace("type: NodePort", "type: ClusterIP");
+            document.replace(&format!(", nodePort: {PORT}"), "").replace(&TARGET.to_string(), "9")
+        });
+        manifests.write("shut.yaml", &shut)?;
         manifests.write("web.yaml", &[dual::service(VIP, &[]), v4, v6])?;
         Ok(manifests)
     }
@@ -210,6 +218,20 @@ impl World {
     fn ask_all(&self) -> Result<()> {
         for to in dual::each(VIP).into_iter().chain(dual::each(NODE)) {
             self.ask(to).with_context(|| to.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// The backend says so, by the overlay.
+    fn ask_where_nobody_listens(&self) -> Result<()> {
+        for to in dual::each(SHUT) {
+            let socket = dual::socket(&self.client, to, PATIENCE)?;
+            socket.send(b"?")?;
+            let answer = socket.recv(&mut [0]);
+            ensure!(
+                answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused),
+                "{to}: {answer:?}"
+            );
         }
         Ok(())
     }

@@ -76,13 +76,16 @@ const MET: [Counter; 24] = [
 const MET_MUTATED: [Counter; 1] = [Event(E::Malformed)];
 
 /// What must have become of ICMP messages, as no counter tells alone.
-const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 11] = [
+const MET_OF_ERRORS: [(Sort, verdict::Action, Counter); 14] = [
     (Sort::ErrorIn, verdict::Action::Transmit, Event(E::Related)),
     (Sort::ErrorIn, verdict::Action::Redirect, Event(E::Related)),
     (Sort::ErrorIn, verdict::Action::Tunnel, Event(E::Related)),
     (Sort::ErrorIn, verdict::Action::Stack, Event(E::Related)),
     (Sort::ErrorIn, verdict::Action::Stack, Event(E::Untunnelled)),
     (Sort::ErrorIn, verdict::Action::Drop(Reason::UnknownPort), Drop(Reason::UnknownPort)),
+    (Sort::ErrorAround, verdict::Action::Transmit, Event(E::Related)),
+    (Sort::ErrorAround, verdict::Action::Redirect, Event(E::Related)),
+    (Sort::ErrorAround, verdict::Action::Stack, Event(E::Related)),
     (Sort::ErrorOut, verdict::Action::Stack, Event(E::Related)),
     (Sort::ErrorOut, verdict::Action::Stack, Event(E::Finished)),
     (Sort::Echo, verdict::Action::Transmit, Event(E::EchoAnswered)),

@@ -96,6 +96,13 @@ pub(crate) fn too_far(node: &Node, sent: &Frame) -> Vec<u8> {
     error(node, sent, kind, Icmpv6Type::TimeExceeded(icmpv6::TimeExceededCode::HopLimitExceeded), 16)
 }
 
+/// The ICMP error for a packet whose host cannot be reached.
+pub(crate) fn no_host(node: &Node, sent: &Frame) -> Vec<u8> {
+    let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Host);
+    let code = icmpv6::DestUnreachableCode::Address;
+    error(node, sent, kind, Icmpv6Type::DestinationUnreachable(code), 16)
+}
+
 /// An ICMP error that quotes so many bytes behind the IP header.
 fn error(node: &Node, sent: &Frame, kind_v4: Icmpv4Type, kind_v6: Icmpv6Type, quoted: usize) -> Vec<u8> {
     let quote = &sent.bytes()[ETHERNET..][..node.family.header_len() + quoted];

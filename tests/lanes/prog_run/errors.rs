@@ -24,21 +24,22 @@ const OTHERS_V6: [[u8; 2]; 4] = [[0, 0], [5, 0], [129, 0], [137, 0]];
 const QUOTED: [usize; 9] = [8, 8, 16, 18, 20, 48, 1_500, 7, 0];
 
 /// An ICMP message.
-struct Icmp {
-    mac: (Mac, Mac),
-    from: Vec<u8>,
-    to: Vec<u8>,
-    ttl: u8,
+#[derive(Clone)]
+pub(crate) struct Icmp {
+    pub(crate) mac: (Mac, Mac),
+    pub(crate) from: Vec<u8>,
+    pub(crate) to: Vec<u8>,
+    pub(crate) ttl: u8,
     /// Bytes of IP options, or of an extension header.
-    options: usize,
+    pub(crate) options: usize,
     /// Type and code.
-    kind: [u8; 2],
+    pub(crate) kind: [u8; 2],
     /// What follows the checksum.
-    body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Icmp {
-    fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         match <[u8; 4]>::try_from(&self.from[..]) {
             Ok(from) => self.v4(from),
             Err(_) => self.v6(),
@@ -65,7 +66,7 @@ impl Icmp {
             (*next, *units) = (number.0, (self.options.div_ceil(8) - 1) as u8);
         }
         let ip = Ipv6Header {
-            traffic_class: 0xc0,
+            traffic_class: 0,
             flow_label: Ipv6FlowLabel::ZERO,
             payload_length: (options.len() + icmp.len()) as u16,
             next_header: if options.is_empty() { number } else { IpNumber::IPV6_DESTINATION_OPTIONS },
@@ -143,7 +144,7 @@ fn error<F: Hosts + Tunnel>(twins: &mut Twins<F>) -> Option<Icmp> {
         Family::V6 => (&KINDS_V6, &OTHERS_V6),
     };
     let kind = if dice.once_in(30) { dice.of(kinds.1) } else { dice.of(kinds.0) };
-    let mut body = vec![0, 0, 5, 0x14];
+    let mut body = dice.of(&[[0, 0, 5, 0x14], [0, 0, 5, 0x14], [0; 4], [0, 1, 0, 40], [0xff; 4]]).to_vec();
     body.extend(quote(dice, family, seen));
     let (ttl, options) = (dice.of(&[64, 64, 64, 64, 61, 2, 1]), dice.of(&[0, 0, 0, 0, 0, 4, 40]));
     Some(Icmp { mac: (GATEWAY_MAC, mac), from, to, ttl, options, kind, body })

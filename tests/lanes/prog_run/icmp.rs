@@ -3,7 +3,7 @@
 use etherparse::{IpNumber, Ipv4Header};
 use xdp_common::{
     net::{SCTP, TCP, UDP},
-    tables::{ANSWERS_PER_PERIOD_MAX, Device, frontend, network},
+    tables::{ANSWERS_PER_PERIOD_MAX, Device, device, frontend, network},
     tunnel::MARK,
     verdict::{
         Counter::{Drop, Event},
@@ -94,6 +94,29 @@ fn an_error_from_behind_the_node_reaches_the_client_about_its_own_packet() {
                     node.check(&name, node.entry, &sent, Action::Transmit, &seen, &TRANSLATED);
                 }
             }
+        }
+    });
+}
+
+#[test]
+fn an_error_by_a_device_without_xdp_goes_on_from_tc() {
+    Node::each_of(Family::V4, Sizes::default(), |node| {
+        for proto in [TCP, UDP, SCTP] {
+            let flow = established(node, proto);
+            let about = flow.opener.with(|frame| frame.ttl = flow.seen.ttl);
+            let sent = error(node, ROUTER_INSIDE, &flow.seen, [3, 4], 1_500);
+            node.check("behind XDP", Hook::TcIngress, &sent.bytes(), Action::Pass, &sent.bytes(), &[]);
+            let with = |flags| Device { snat: NODE, flags, mtu: 1500, mac: node.mac, zero: [0; 2] };
+            let (before, without) = (with(CAPABLE), with(device::WITHOUT_XDP));
+            node.maps.device(node.ifindex, without);
+            let seen = error(node, VIP, &about, [3, 4], 1_500).with(|error| error.ttl -= 1);
+            let name = format!("protocol {proto}");
+            node.check(&name, Hook::TcIngress, &sent.bytes(), Action::Redirect, &seen.bytes(), &TRANSLATED);
+            // The kernel says so to its sender.
+            let last = sent.with(|error| error.ttl = 1);
+            let seen = error(node, ROUTER_INSIDE, &about, [3, 4], 1_500).with(|error| error.ttl = 1);
+            node.check(&name, Hook::TcIngress, &last.bytes(), Action::Pass, &seen.bytes(), &TRANSLATED);
+            node.maps.device(node.ifindex, before);
         }
     });
 }

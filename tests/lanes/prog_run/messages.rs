@@ -2,15 +2,17 @@
 //! are computed another way than the programs do: a checksum by what has changed of all that it covers.
 
 use xdp_common::{
-    decide::related,
+    decide::{Hook as Decider, related},
+    frame::Packet,
     icmp::{self, Found, Message, Translation},
     net::{Address as _, TCP, UDP},
-    tunnel::Tunnel,
+    tunnel::{Tunnel, relay},
     verdict::{Action, Counter, Event, Verdict},
 };
 
 use crate::{
     applied::{addrs_at, around, ip_check, pair, replace, send, set_ttl},
+    errors::Icmp,
     family::{Family, Hosts},
     frames::{ETHERNET, words_sum},
     model::Model,
@@ -39,7 +41,8 @@ pub(crate) fn expected<F: Hosts + Tunnel>(model: &Model<F>, hook: Hook, from: u3
         Found::Other if is_ingress && icmp::addressed::<F, _>(frame, from, &mut message) => {
             unserved(model, frame, &message)
         }
-        Found::Echo | Found::Other => Expected::left(frame),
+        Found::Around if is_ingress => relayed::<F>(model, from, frame),
+        Found::Around | Found::Echo | Found::Other => Expected::left(frame),
     }
 }
 
@@ -68,7 +71,7 @@ fn error<F: Hosts + Tunnel>(
     let (sort, decided) = match hook {
         Hook::TcEgress => (Sort::ErrorOut, related::egress::<F, _>(model, message, &mut out)),
         Hook::Xdp | Hook::XdpFrags | Hook::TcIngress => {
-            (Sort::ErrorIn, related::ingress::<F, _>(model, message, &mut out))
+            (Sort::ErrorIn, related::ingress::<F, _>(model, message, Decider::Xdp, &mut out))
         }
     };
     let verdict = Verdict { action: decided, rewrite: out.quote, hop: out.hop, mtu: 0 };
@@ -88,6 +91,45 @@ fn error<F: Hosts + Tunnel>(
         frame: after,
         checks: checks::<F>(message),
         decided: Some((sort, decided)),
+        ..Expected::left(&[])
+    }
+}
+
+/// An error that quotes a packet around a client's.
+fn relayed<F: Hosts + Tunnel>(model: &Model<F>, from: u32, frame: &[u8]) -> Expected {
+    let mut packet = Packet::ZERO;
+    let Some(said) = relay::parse::<F, _>(frame, from, &mut packet) else { return Expected::left(frame) };
+    let mut hop = Verdict::<F::Addr>::PASS.hop;
+    let decided = related::relay::<F, _>(model, &packet, &said, &mut hop);
+    if decided == Action::Pass {
+        return Expected::left(frame);
+    }
+    let mac = |at: usize| *frame[at..].first_chunk().expect("a frame has a header");
+    let (to, by) = if decided == Action::Stack { (mac(0), mac(6)) } else { (hop.dmac, hop.smac) };
+    let quote = &frame[relay::inner::<F>()..][..usize::from(F::HEADER_LEN) + 16];
+    let [high, low] = said.mtu.to_be_bytes();
+    let what = match (said.mtu, F::FAMILY) {
+        (0, Family::V4) => [3, 1],
+        (0, Family::V6) => [1, 3],
+        (_, Family::V4) => [3, 4],
+        (_, Family::V6) => [2, 0],
+    };
+    let (client, service) =
+        frame[addrs_at::<F>(relay::inner::<F>())..][..2 * F::Addr::LEN].split_at(F::Addr::LEN);
+    let told = Icmp {
+        mac: (by, to),
+        from: service.to_vec(),
+        to: client.to_vec(),
+        ttl: TTL,
+        options: 0,
+        kind: what,
+        body: [&[0, 0, high, low], quote].concat(),
+    };
+    let verdict = Verdict { action: decided, hop, ..Verdict::<F::Addr>::PASS };
+    Expected {
+        action: action(Hook::Xdp, from, &verdict, false),
+        frame: told.bytes(),
+        decided: Some((Sort::ErrorAround, decided)),
         ..Expected::left(&[])
     }
 }

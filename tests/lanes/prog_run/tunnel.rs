@@ -37,7 +37,7 @@ fn answers_directly(node: &mut Node) {
 }
 
 /// A frontend of each protocol with a backend on another node.
-fn one_on(node: &mut Node, other: Addr) {
+pub(crate) fn one_on(node: &mut Node, other: Addr) {
     answers_directly(node);
     for proto in TRANSPORTS {
         let id = node.backend_on(other, REMOTE, proto);
@@ -46,7 +46,7 @@ fn one_on(node: &mut Node, other: Addr) {
 }
 
 /// A NodePort of each protocol, on this node and all others, with these backends.
-fn node_ports(node: &mut Node, backend: impl Fn(&mut Node, u8) -> u32) {
+pub(crate) fn node_ports(node: &mut Node, backend: impl Fn(&mut Node, u8) -> u32) {
     answers_directly(node);
     for proto in TRANSPORTS {
         let id = backend(node, proto);
@@ -63,7 +63,7 @@ fn around(node: &Node, frame: &[u8], len: usize, tos: u8, from: Addr, to: Addr) 
 }
 
 /// The client's packet as it leaves for the other node, by a way and from an address of ours.
-fn sent_on(node: &Node, sent: &Frame, mac: (Mac, Mac), from: Addr, to: Addr) -> Vec<u8> {
+pub(crate) fn sent_on(node: &Node, sent: &Frame, mac: (Mac, Mac), from: Addr, to: Addr) -> Vec<u8> {
     let inner = sent.with(|frame| (frame.mac, frame.ttl) = (mac, frame.ttl - 1));
     around(node, &inner.bytes(), sent.total_len(), sent.tos, from, to)
 }

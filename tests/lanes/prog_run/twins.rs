@@ -218,11 +218,16 @@ impl<F: Hosts + Tunnel> Twins<F> {
         );
     }
 
-    /// Remembers a packet, as far as anybody would quote it.
+    /// Remembers a packet, or one around it, as far as anybody would quote it.
     fn remember(&mut self, frame: &[u8]) {
-        let Parsed::Packet(packet) = F::read_frame(frame, self.node.from) else { return };
-        let end = (ETHERNET + usize::from(packet.total_len)).min(QUOTED_MAX);
-        let l4 = usize::from(packet.l4_offset) - ETHERNET;
+        let around = match tunnel::parse::<F, _>(frame, self.node.from) {
+            Some(_) => usize::from(F::HEADER_LEN),
+            None => 0,
+        };
+        let inside = [&frame[..ETHERNET], &frame[ETHERNET + around..]].concat();
+        let Parsed::Packet(packet) = F::read_frame(&inside[..], self.node.from) else { return };
+        let end = (ETHERNET + around + usize::from(packet.total_len)).min(QUOTED_MAX);
+        let l4 = around + usize::from(packet.l4_offset) - ETHERNET;
         self.seen.truncate(SEEN_MAX - 1);
         self.seen.insert(0, Seen { packet: frame[ETHERNET..end].to_vec(), l4 });
     }
@@ -294,6 +299,8 @@ pub(crate) struct Seen {
 pub(crate) enum Sort {
     /// An ICMP error that comes in.
     ErrorIn,
+    /// An ICMP error about a packet around a client's.
+    ErrorAround,
     /// An ICMP error that leaves.
     ErrorOut,
     /// An echo request.

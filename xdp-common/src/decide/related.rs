@@ -4,17 +4,18 @@
 //! that packet knows what it was before, and so whom the error concerns. No error makes a flow, ends one or keeps it alive.
 
 use super::{
-    admits,
-    sending::{Way, by_cache, refresh, tag_from},
+    Hook, admits, is_without_xdp,
+    sending::{Way, by_cache, refresh, set_hop, tag_from},
     stray,
 };
 use crate::{
     conntrack::{is_ingress_kind, opposite, rewrite, rewrite_between, translated},
     frame::Packet,
     gate,
-    icmp::{Message, Translation},
+    icmp::{Icmp, Message, Translation},
     net::{Address, Family, FlowKey},
-    tables::{Flow, FrontendKey, Table, Tables, device, exit, frontend, kind, network},
+    tables::{Flow, FrontendKey, Route, Table, Tables, device, exit, frontend, kind, network},
+    tunnel::relay::Relay,
     verdict::{Action, Counter, Event, Hop, Reason, Rewrite},
 };
 
@@ -24,10 +25,13 @@ use crate::{
 /// from this node. The network may let nothing else through, and a router on both sides of this node drops what comes back with
 /// its own address. Netfilter does the same (`nf_nat_icmp_reply_translation` in net/netfilter/nf_nat_core.c). But who tells a
 /// client that a packet had no hops left keeps its name: for that traceroute asks, and nothing else depends on it.
-#[inline(always)] // one caller
+///
+/// At tc that is where XDP has not seen it, and what is sent on goes to the neighbour that the kernel finds.
+#[inline(always)] // one caller per hook
 pub fn ingress<F: Family, T: Tables<F>>(
     tables: T,
     message: &Message<F::Addr>,
+    hook: Hook,
     out: &mut Translation<F::Addr>,
 ) -> Action {
     let packet = &message.packet;
@@ -35,7 +39,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
     if !admits(tables, &tables.config(), packet) {
         return stray(tables, packet).action;
     }
-    if !is_ours(tables, packet) {
+    if !is_ours(tables, packet) || (hook != Hook::Xdp && !is_without_xdp(tables, packet)) {
         return Action::Pass;
     }
     let Some(mut work) = tables.work() else { return Action::Pass };
@@ -63,7 +67,13 @@ pub fn ingress<F: Family, T: Tables<F>>(
     }
     // Left alone where the backend's node cannot be reached from here: the kernel has no use for it.
     let otherwise = if flow.kind == kind::TUNNEL { Way::Pass } else { Way::Stack };
-    let action = by_cache(tables, packet, flow).unwrap_or(otherwise).action();
+    let goes_on = flow.exit != exit::LOCAL && flow.kind != kind::TUNNEL && flow.ifindex != 0;
+    let way = if hook == Hook::Xdp {
+        by_cache(tables, packet, flow)
+    } else {
+        (goes_on && packet.ttl > 1).then_some(Way::Redirect)
+    };
+    let action = way.unwrap_or(otherwise).action();
     if action == Action::Pass {
         return action;
     }
@@ -129,6 +139,44 @@ pub fn egress<F: Family, T: Tables<F>>(
     out.quote = rewrite_between(quote, quote);
     tables.count(Counter::Event(Event::Finished));
     Action::Stack
+}
+
+/// Decides whether the client of a flow through a tunnel is told of an error about the packet around its own, and how that goes there: as
+/// an answer to what it has sent. On the kernel's way that cannot come from an address of this node.
+#[inline(always)] // one caller
+pub fn relay<F: Icmp, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    said: &Relay<F::Addr>,
+    hop: &mut Hop,
+) -> Action {
+    let key = &packet.key;
+    if !gate::admits_ingress(tables, &tables.config(), key) || !is_ours(tables, packet) {
+        return Action::Pass;
+    }
+    let (Some(entry), Some(mut work)) = (known::<F, T>(tables, key), tables.work()) else {
+        return Action::Pass;
+    };
+    if entry.kind != kind::TUNNEL || entry.src.differs(said.from) != 0 || entry.dst.differs(said.to) != 0 {
+        return Action::Pass;
+    }
+    let flow = &mut work.flow;
+    *flow = *entry;
+    let route = tables.route(packet.ifindex, key.dst, key.src, 0, F::ICMP);
+    let out = match route {
+        Route::Hop { ifindex, .. } => tables.device(ifindex),
+        Route::NoNeighbour { .. } | Route::Local | Route::Kernel => None,
+    };
+    set_hop(tables, packet.ifindex, route, out, 0, flow);
+    *hop = Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex };
+    let action = match flow.exit {
+        exit::TRANSMIT => Action::Transmit,
+        exit::REDIRECT => Action::Redirect,
+        _ if tables.network(network::SELF, key.dst) => return Action::Pass,
+        _ => Action::Stack,
+    };
+    tables.count(Counter::Event(Event::Related));
+    action
 }
 
 /// Whether an echo request is to be answered: to the address of a service that is none of the node's own.

@@ -39,7 +39,7 @@ impl Patch for Buffer {
 }
 
 /// Headers of a family, built from their fields; every checksum over the finished bytes.
-trait Build: Icmp {
+trait Build: Tunnel {
     /// An IP header, with options or extension headers, that says its packet is so long.
     fn build(src: Self::Addr, dst: Self::Addr, proto: u8, ttl: u8, extra: u8, payload: usize) -> Vec<u8>;
     fn addr(bytes: [u8; 16]) -> Self::Addr;

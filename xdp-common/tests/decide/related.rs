@@ -2,7 +2,7 @@
 
 use xdp_common::{
     checksum,
-    decide::related,
+    decide::{Hook, related},
     frame::{Packet, tcp},
     icmp::{Message, Translation},
     net::{TCP, UDP, V4},
@@ -50,7 +50,7 @@ fn sent(
 }
 
 fn comes(model: &Model, message: &Message<Addr>) -> (Action, Key, Addr) {
-    sent(|message, out| related::ingress::<V4, _>(model, message, out), message)
+    sent(|message, out| related::ingress::<V4, _>(model, message, Hook::Xdp, out), message)
 }
 
 fn leaves(model: &Model, message: &Message<Addr>) -> (Action, Key, Addr) {
@@ -180,7 +180,7 @@ fn an_error_about_an_answer_of_another_node_goes_there_as_it_is() {
             quote: xdp_common::conntrack::rewrite_between(&answer.key, &answer.key),
             hop: Hop { dmac: [0; 6], smac: [0; 6], ifindex: 0 },
         };
-        let action = related::ingress::<V4, _>(&model, &about(&answer, ROUTER), &mut out);
+        let action = related::ingress::<V4, _>(&model, &about(&answer, ROUTER), Hook::Xdp, &mut out);
         assert_eq!((action, out.quote.src, out.quote.dst), (Action::Tunnel, NODE, OTHER_NODE));
         // Through no second tunnel.
         let mut again = about(&answer, ROUTER);

@@ -2,13 +2,14 @@
 
 use network_types::eth::EthHdr;
 use xdp_common::{
+    answer::{self, AnswerFrame},
     checksum,
     frame::{Frame as _, Packet, View as _},
-    tunnel,
+    tunnel::{self, relay},
     verdict::Hop,
 };
 
-use super::{Wire, XdpFrame};
+use super::{Replace as _, Wire, XdpFrame};
 
 impl XdpFrame {
     /// Puts the packet into another one, addressed to its next hop; false, and the frame as it was, where the driver has left
@@ -37,6 +38,44 @@ impl XdpFrame {
             headers.set_pair(F::LEN + at, checksum::update(check, checksum::TTL_DECREMENT).to_ne_bytes());
         }
         true
+    }
+
+    /// Writes what a client is told of the error at hand, which is about a packet around its own; its Ethernet header is nobody's yet.
+    #[inline(always)]
+    pub(super) fn relay<F: Wire, const HEAD: usize, const ERROR: usize>(
+        &self,
+        mtu: u16,
+        area: &mut AnswerFrame,
+    ) -> bool {
+        let quoted = self.view::<HEAD>(relay::inner::<F>() - EthHdr::LEN);
+        let (Some(quoted), Some(out)) = (quoted, area.first_chunk_mut::<ERROR>()) else { return false };
+        answer::relayed::<F, _>(&quoted, mtu, out);
+        true
+    }
+
+    /// Makes the frame that, on its way to the next hop or up the stack; false, and the frame as it was, where that fails.
+    #[inline(always)]
+    pub(super) fn relayed<F: Wire, const ERROR: usize>(
+        &self,
+        hop: Option<&Hop>,
+        area: &mut AnswerFrame,
+    ) -> bool {
+        let (Some(eth), Some(out)) = (self.view::<{ EthHdr::LEN }>(0), area.first_chunk_mut::<ERROR>())
+        else {
+            return false;
+        };
+        match hop {
+            Some(hop) => {
+                answer::copy(hop.dmac, out, 0);
+                answer::copy(hop.smac, out, 6);
+            }
+            None => {
+                answer::copy(eth.quad(0), out, 0);
+                answer::copy(eth.quad(4), out, 4);
+                answer::copy(eth.quad(8), out, 8);
+            }
+        }
+        self.replace(out)
     }
 
     /// Takes the packet out of the one around it, and marks its frame; false, and the frame as it was, where that fails.
