@@ -37,6 +37,8 @@ mod idle_flows;
 mod ipv6;
 #[path = "netns/layered.rs"]
 mod layered;
+#[path = "netns/lost_addresses.rs"]
+mod lost_addresses;
 #[path = "netns/many_connections.rs"]
 mod many_connections;
 #[path = "netns/neighbours.rs"]

@@ -261,6 +261,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             clock,
             origin,
             config.reset_on_endpoint_removal.then_some(gone),
+            feed.host.clone(),
         ),
         outlets: Outlets { in_use: to_in_use, macs, shared: Arc::clone(&shared), metrics },
         inlets: Inlets { events: told, feed: fresh(feed), in_use, stop: stopped },

@@ -1,8 +1,9 @@
 //! Ends flows that are over, and says what the others still need.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     io,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -21,6 +22,7 @@ use xdp_common::{
 
 use crate::{
     cluster::wanted::{Ip6, IpAddress},
+    host::Host,
     maps::{EmbryonicTable, EstablishedTable, Generations},
     metrics::Metrics,
     neighbours::UsedMacs,
@@ -29,6 +31,7 @@ use crate::{
     status::{FlowCounts, Shared},
 };
 
+mod lost;
 mod removed;
 
 /// Endpoints come and go in bursts; flows are looked at this long after the first of them.
@@ -100,6 +103,8 @@ pub struct Collector {
     origin: Instant,
     /// Says that backends may have gone, where connections to them are to be reset.
     gone: Option<Arc<Notify>>,
+    /// Links and addresses.
+    host: watch::Receiver<Arc<Host>>,
 }
 
 /// Where the results go.
@@ -117,7 +122,7 @@ pub struct Outlets {
 
 impl Collector {
     /// A collector of flows older than `timeouts` by `clock`; `origin` is the zero of the plan's clock. Connections whose backend
-    /// is gone are reset where `gone` tells of that.
+    /// is gone are reset where `gone` tells of that. Translated flows need an address of the `host`.
     pub fn new(
         v4: FlowTables<[u8; 4]>,
         v6: FlowTables<Ip6>,
@@ -125,8 +130,9 @@ impl Collector {
         clock: Arc<AtomicU32>,
         origin: Instant,
         gone: Option<Arc<Notify>>,
+        host: watch::Receiver<Arc<Host>>,
     ) -> Self {
-        Self { v4, v6, timeouts, clock, origin, gone }
+        Self { v4, v6, timeouts, clock, origin, gone, host }
     }
 
     /// Looks and removes, period after period; at once again after a look that removed as much as it may.
@@ -175,8 +181,9 @@ impl Collector {
     pub fn collect(&mut self) -> io::Result<(Look<[u8; 4]>, Look<Ip6>)> {
         let clock = self.clock.load(Ordering::Relaxed);
         let resets = self.gone.is_some();
-        let v4 = self.v4.collect(clock, &self.timeouts, self.origin, resets)?;
-        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin, resets)?))
+        let reachable = lost::reachable(&self.host.borrow());
+        let v4 = self.v4.collect(clock, &self.timeouts, self.origin, resets, &reachable)?;
+        Ok((v4, self.v6.collect(clock, &self.timeouts, self.origin, resets, &reachable)?))
     }
 }
 
@@ -187,17 +194,22 @@ impl<A: IpAddress> FlowTables<A> {
         timeouts: &Timeouts,
         origin: Instant,
         resets: bool,
+        reachable: &BTreeSet<IpAddr>,
     ) -> io::Result<Look<A>> {
         let mut look = Look::default();
-        let mut open = Vec::new();
+        let (mut open, mut lost) = (Vec::new(), Vec::new());
         look.in_use.started_ms = origin.elapsed().as_millis() as u64;
         self.established.walk(|key, flow| {
             look.visit(Place::Established, key, flow, clock, timeouts);
             if resets {
                 open.extend(removed::Open::of(key, flow));
             }
+            if lost::is_lost(key, flow, reachable) {
+                lost.push(*key);
+            }
         })?;
         self.mark(&open)?;
+        self.begin_anew(&lost, reachable)?;
         self.collect_embryonic(&mut look, clock, timeouts);
         for (key, seen) in std::mem::take(&mut look.suspects) {
             if look.is_full() {

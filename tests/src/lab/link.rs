@@ -138,6 +138,17 @@ impl Namespace {
         })
     }
 
+    /// Takes an address from a device.
+    pub fn forget_address(&self, device: &str, address: impl Into<IpAddr>) -> Result<()> {
+        let (index, address) = (self.index(device)?, address.into());
+        let found = self.netlink().address().get().set_link_index_filter(index);
+        let mut found = found.set_address_filter(address).execute();
+        let found = block_on(found.try_next())?;
+        let found = found.with_context(|| format!("{address} is not on {device} in {self:?}"))?;
+        block_on(self.netlink().address().del(found).execute())
+            .with_context(|| format!("taking {address} from {device} in {self:?}"))
+    }
+
     /// Adds a route through a gateway; prefix 0 is the default route.
     pub fn route_via(&self, destination: Ipv4Addr, prefix: u8, gateway: Ipv4Addr) -> Result<()> {
         let route =

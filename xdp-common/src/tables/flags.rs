@@ -48,11 +48,11 @@ pub mod direct {
     pub const NODE_PORTS: u32 = 4;
 }
 
-/// How far a TCP flow has closed.
+/// How far a flow has closed.
 pub mod closing {
     /// This direction has sent FIN.
     pub const FIN: u8 = 1;
-    /// Either direction has sent RST.
+    /// Either direction has sent RST. Of UDP, which has none: the agent has found that no answer comes any more.
     pub const RST: u8 = 2;
 }
 
