@@ -48,6 +48,9 @@ mod mapping;
 mod reserved;
 mod sockets;
 
+/// Inserts, and replaces nothing (include/uapi/linux/bpf.h).
+const BPF_NOEXIST: u64 = 1;
+
 /// A value of a map as the loader wants it.
 #[repr(transparent)]
 #[derive(Clone, Copy)]

@@ -143,10 +143,14 @@ pub struct Sweeper {
     asks_for_pods: Arc<AtomicBool>,
     /// Whether backends may have gone since the last look.
     is_due: bool,
+    /// Whether no sockets have been looked for yet.
+    is_first: bool,
     /// Whether it has been said that pods' namespaces cannot be entered.
     is_refusal_told: bool,
     /// Whether it has been said that sockets cannot be ended.
     is_failure_told: bool,
+    /// Whether it has been said that sockets are out of sight.
+    is_blindness_told: bool,
 }
 
 impl Sweeper {
@@ -159,8 +163,10 @@ impl Sweeper {
             metrics,
             asks_for_pods,
             is_due: true,
+            is_first: true,
             is_refusal_told: false,
             is_failure_told: false,
+            is_blindness_told: false,
         }
     }
 
@@ -195,6 +201,8 @@ impl Sweeper {
     }
 
     fn sweep(&mut self) -> io::Result<()> {
+        // An agent that was killed may have ended what it could not forget any more.
+        let is_first = std::mem::take(&mut self.is_first);
         if self.asks_for_pods.load(Ordering::Relaxed) {
             self.learn_pods()?;
         }
@@ -206,16 +214,20 @@ impl Sweeper {
             return Ok(());
         }
         let began = SystemTime::now();
-        // Before they are ended: a process may connect the same socket again at once.
-        for (cookie, connected) in &stale {
-            self.peers.forget(*cookie, connected)?;
-        }
-        let mut destroyed = 0;
+        let mut ended = HashSet::new();
         let (mut refused, mut failed) = (None, None);
         namespaces::each(|result| match result {
-            Ok(()) => failed = diag::destroy(&stale, &mut destroyed).err().or(failed.take()),
+            Ok(()) => failed = diag::destroy(&stale, &mut ended).err().or(failed.take()),
             Err(error) => refused = Some(error),
         });
+        // Afterwards: what is forgotten when the agent is killed is never ended.
+        let mut unseen = 0;
+        for (cookie, connected) in &stale {
+            let was_there = self.peers.forget(*cookie, connected)?;
+            unseen += usize::from(was_there && !ended.contains(cookie));
+        }
+        let destroyed = ended.len() as u64;
+        self.tell_unseen(unseen, is_first || refused.is_some() || failed.is_some());
         self.tell_refusal(refused);
         if let Some(error) = failed
             && !std::mem::replace(&mut self.is_failure_told, true)
@@ -252,6 +264,18 @@ impl Sweeper {
         self.tell_refusal(refused);
         self.pods.set_v4(&v4)?;
         self.pods.set_v6(&v6)
+    }
+
+    /// Says once that there are sockets that no namespace in sight has, unless it is said why.
+    fn tell_unseen(&mut self, unseen: usize, is_explained: bool) {
+        if unseen > 0 && !is_explained && !std::mem::replace(&mut self.is_blindness_told, true) {
+            warn!(
+                sockets = unseen,
+                "connected UDP sockets of backends that are gone were not found: unless their processes have disconnected them, they \
+                 are in network namespaces out of sight, and notice nothing; show those to the agent (/run/netns of the node, or its \
+                 processes: hostPID)"
+            );
+        }
     }
 
     /// Says once that pods cannot be looked into.

@@ -223,9 +223,18 @@ impl<F: Maps> Sockets<F> for Kernel<F> {
     }
 
     #[inline(always)]
-    fn forget_connected(self, cookie: u64) {
+    fn forget_connected(self, proto: u8, cookie: u64) {
+        if proto == TCP {
+            return tcp_sockets::remove(cookie);
+        }
         // Most have not been told anything.
         let _ = UDP_CONNECTED.remove(cookie);
+    }
+
+    #[inline(always)]
+    fn forget_peer(self, key: &PeerKey) {
+        // Fails where another thread has done so.
+        let _ = UDP_PEERS.remove(key);
     }
 
     #[inline(always)]

@@ -1,8 +1,9 @@
 //! Sockets and the hooks over time: agents that go and come, backends that go.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{Array, Map, MapData};
 use xdp_agent_tests::lab::agent::{Agent, Mode, PIN_DIR};
 use xdp_agent_tests::lab::caller::Caller;
@@ -200,6 +201,29 @@ fn a_connected_udp_socket_learns_that_its_backend_is_gone() -> Result<()> {
     place.wait_until("both to be counted", |place| {
         let destroyed = place.agent.metric("sockets_destroyed", "")?;
         ensure!(destroyed >= 2.0, "{destroyed}");
+        Ok(())
+    })?;
+    place.stop()
+}
+
+#[test]
+fn connected_udp_sockets_of_one_address_and_port_are_all_told() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &[])?;
+    let target = udp_frontends()[0].1;
+    let IpAddr::V4(vip) = target.ip() else { bail!("{target} is of IPv6") };
+    let mapped = SocketAddr::from((vip.to_ipv6_mapped(), target.port()));
+    let endpoints: Vec<_> = place.world.pods.iter().map(Pod::endpoint).collect();
+    place.world.change_endpoints(&place.agent, &endpoints[..1])?;
+    let kinds = [false, true, false, true, true];
+    for (number, is_v6) in kinds.into_iter().enumerate() {
+        let socket = format!("socket{number}");
+        place.pod.open_at(&socket, is_v6, 5999)?;
+        place.pod.connect(&socket, if is_v6 { mapped } else { target })?;
+    }
+    place.world.change_endpoints(&place.agent, &endpoints[1..])?;
+    place.wait_until("all to be told", |place| {
+        let destroyed = place.agent.metric("sockets_destroyed", "")?;
+        ensure!(destroyed == kinds.len() as f64, "{destroyed}");
         Ok(())
     })?;
     place.stop()

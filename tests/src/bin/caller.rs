@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::io::{self, BufRead, Error, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use nix::sched::sched_getcpu;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
 use tokio::net::TcpSocket;
 use xdp_agent_tests::lab::servers::{PatternCheck, UDP_WHOAMI};
 use xdp_agent_tests::lab::{patient, stay_on};
@@ -167,8 +169,13 @@ fn any(target: &SocketAddr) -> SocketAddr {
     }
 }
 
+/// Opens a UDP socket; a port that is named it shares with others.
 fn open(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind(address)?;
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket::socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::setsockopt(&socket, sockopt::ReusePort, &(address.port() != 0))?;
+    socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    let socket = UdpSocket::from(socket);
     socket.set_read_timeout(Some(patient(PATIENCE)))?;
     Ok(socket)
 }

@@ -109,6 +109,11 @@ impl Caller {
         self.plain(&format!("open {socket} {}", if is_v6 { "[::]:0" } else { "0.0.0.0:0" }))
     }
 
+    /// Opens a UDP socket at a port that others may have too.
+    pub fn open_at(&mut self, socket: &str, is_v6: bool, port: u16) -> Result<()> {
+        self.plain(&format!("open {socket} {}:{port}", if is_v6 { "[::]" } else { "0.0.0.0" }))
+    }
+
     /// Connects an open UDP socket.
     pub fn connect(&mut self, socket: &str, target: SocketAddr) -> Result<()> {
         self.plain(&format!("connect {socket} {target}"))

@@ -11,12 +11,12 @@ use aya::{
 };
 use xdp_common::{net::FlowKey, tables::Flow};
 
-use super::{Raw, batch, descriptor, handles::absent_is_fine, io_error, known::Known, raw, take, zero};
+use super::{
+    BPF_NOEXIST, Raw, batch, descriptor, handles::absent_is_fine, io_error, known::Known, raw, take, zero,
+};
 use crate::{bpf::map_take, cluster::wanted::IpAddress};
 
-/// Inserts, and replaces nothing (include/uapi/linux/bpf.h).
-const BPF_NOEXIST: u64 = 1;
-/// Replaces what is there, and inserts nothing.
+/// Replaces what is there, and inserts nothing (include/uapi/linux/bpf.h).
 const BPF_EXIST: u64 = 2;
 
 /// Flows that have been answered.

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -18,8 +18,12 @@ use xdp_common::{
 };
 
 use super::{
-    Layout, Raw, batch, descriptor, handles::Slots, image::open_pinned, io_error, of, raw, take, zero,
+    BPF_NOEXIST, Layout, Raw, batch, descriptor,
+    handles::{Slots, absent_is_fine},
+    image::open_pinned,
+    io_error, of, raw, take, zero,
 };
+use crate::bpf::map_take;
 
 /// Maps that outlive the agent: what sockets have been told has to be undone as long as they live.
 pub(super) const PINNED: [(&MapSpec, Layout); 5] = [
@@ -196,16 +200,36 @@ impl PeerMaps {
         Ok((proto == UDP).then_some(generation))
     }
 
-    /// Forgets what a socket has been told, unless it has been told something else since.
+    /// Forgets what a socket has been told, unless it has been told something else since; whether that was there.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn forget(&mut self, cookie: u64, seen: &Connected) -> io::Result<()> {
-        if self.connected.get(&cookie, 0).is_ok_and(|Raw(now)| now != *seen) {
-            return Ok(());
+    pub fn forget(&mut self, cookie: u64, seen: &Connected) -> io::Result<bool> {
+        let mut taken = zero::<Connected>();
+        // SAFETY: the map was opened with these types, and any bytes are such a value.
+        let result =
+            unsafe { map_take(self.fd.as_fd(), (&raw const cookie).cast(), (&raw mut taken).cast()) };
+        match result {
+            // A process has connected it again meanwhile.
+            Ok(()) if taken.0 != *seen => self.put_back(cookie, taken).map(|()| false),
+            Ok(()) => Ok(true),
+            Err(error) if batch::is_missing(&error) => self.forget_unguarded(cookie, seen),
+            Err(error) => absent_is_fine(Err(error)).map(|()| false),
         }
-        match self.connected.remove(&cookie).map_err(io_error) {
-            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+    }
+
+    /// The same before kernel 5.14, where an entry may have become another by the time that it is removed.
+    fn forget_unguarded(&mut self, cookie: u64, seen: &Connected) -> io::Result<bool> {
+        let is_there = self.connected.get(&cookie, 0).is_ok_and(|Raw(now)| now == *seen);
+        if is_there {
+            absent_is_fine(self.connected.remove(&cookie).map_err(io_error))?;
+        }
+        Ok(is_there)
+    }
+
+    fn put_back(&mut self, cookie: u64, entry: Raw<Connected>) -> io::Result<()> {
+        match self.connected.insert(cookie, entry, BPF_NOEXIST).map_err(io_error) {
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
             Ok(()) | Err(_) => Ok(()),
         }
     }

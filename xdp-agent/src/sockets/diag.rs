@@ -1,6 +1,9 @@
 //! sock_diag: the connected UDP sockets of a network namespace, and their end (include/uapi/linux/inet_diag.h).
 
-use std::{collections::HashMap, io};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+};
 
 use xdp_common::{
     net::{Address, Ip6},
@@ -29,31 +32,37 @@ struct Found {
     port: [u8; 2],
 }
 
-/// Ends the sockets of this thread's namespace, by their cookies, that are still connected to these backends; counts them.
+/// Ends the sockets of this thread's namespace, by their cookies, that are still connected to these backends, and notes them.
 ///
 /// # Errors
 /// When the kernel does not tell of sockets, or has refused to end some; it ends all others first.
-pub(super) fn destroy(wanted: &HashMap<u64, Connected>, ended: &mut u64) -> io::Result<()> {
+pub(super) fn destroy(wanted: &HashMap<u64, Connected>, ended: &mut HashSet<u64>) -> io::Result<()> {
     let mut requests = Requests::open(Protocol::SockDiag)?;
-    let mut failed = Ok(());
-    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let body = request(family, CONNECTED, &[0; ID_LEN]);
-        let found = requests.dump(SOCK_DIAG_BY_FAMILY, &body).map_err(|refused| refused.error)?;
-        for socket in found.iter().filter_map(read) {
-            // One that has been connected again, to what is no Service, is left alone.
-            let is_wanted = |to: &Connected| (to.addr, to.port) == (socket.addr, socket.port);
-            if !wanted.get(&socket.cookie).is_some_and(is_wanted) {
-                continue;
-            }
-            match requests.request(SOCK_DESTROY, 0, &request(socket.family, u32::MAX, &socket.id)) {
-                Ok(_) => *ended += 1,
-                // Closed meanwhile.
-                Err(refused) if refused.error.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(refused) => failed = Err(refused.error),
+    // The kernel looks for a socket by its addresses, and of several with the same ones (SO_REUSEPORT), of which some may be of IPv6
+    // with mapped ones, it finds one.
+    loop {
+        let (before, mut missed, mut failed) = (ended.len(), 0, Ok(()));
+        for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+            let body = request(family, CONNECTED, &[0; ID_LEN]);
+            let found = requests.dump(SOCK_DIAG_BY_FAMILY, &body).map_err(|refused| refused.error)?;
+            for socket in found.iter().filter_map(read) {
+                // One that has been connected again, to what is no Service, is left alone.
+                let is_wanted = |to: &Connected| (to.addr, to.port) == (socket.addr, socket.port);
+                if !wanted.get(&socket.cookie).is_some_and(is_wanted) || ended.contains(&socket.cookie) {
+                    continue;
+                }
+                match requests.request(SOCK_DESTROY, 0, &request(socket.family, u32::MAX, &socket.id)) {
+                    Ok(_) => _ = ended.insert(socket.cookie),
+                    // Closed meanwhile, or behind another.
+                    Err(refused) if refused.error.raw_os_error() == Some(libc::ENOENT) => missed += 1,
+                    Err(refused) => failed = Err(refused.error),
+                }
             }
         }
+        if missed == 0 || ended.len() == before {
+            return failed;
+        }
     }
-    failed
 }
 
 /// `struct inet_diag_req_v2`.

@@ -27,8 +27,10 @@ pub trait Sockets<F: Family>: Tables<F> {
     fn connected(self, proto: u8, cookie: u64) -> Option<Connected>;
     /// Notes what such a socket is told; false when the table refused.
     fn set_connected(self, proto: u8, cookie: u64, connected: &Connected) -> bool;
-    /// Forgets what a UDP socket has been told when it was connected.
-    fn forget_connected(self, cookie: u64);
+    /// Forgets what a socket has been told when it was connected.
+    fn forget_connected(self, proto: u8, cookie: u64);
+    /// Forgets what a UDP socket has been told that names an address with each datagram.
+    fn forget_peer(self, key: &PeerKey);
     /// The address of the pod whose network namespace has this cookie; unspecified while it is not known.
     fn pod_address(self, namespace: u64) -> F::Addr;
 }
@@ -110,8 +112,9 @@ pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Out
         Found::Frontend(found, settings) => (found, settings),
         Found::Other(answer) => {
             // Connected again, now to what is no Service: it may be a backend, whose own name it has to hear.
-            if call.proto == UDP && answer == Answer::Left {
-                tables.forget_connected(call.cookie);
+            if answer == Answer::Left {
+                tables.forget_connected(call.proto, call.cookie);
+                forget_name(tables, call);
             }
             return Outcome { answer, addr: call.addr, port: call.port };
         }
@@ -139,6 +142,15 @@ pub fn connect<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Out
     Outcome { answer: Answer::Translated, addr: backend.addr, port: backend.port }
 }
 
+/// Lets a UDP socket hear a backend by its own name again, by which it calls it now.
+#[inline(always)] // a lookup, which finds nothing for most
+fn forget_name<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) {
+    let back = key(call.cookie, call.addr, call.port, side::BACKEND);
+    if call.proto == UDP && tables.peer(&back).is_some() {
+        tables.forget_peer(&back);
+    }
+}
+
 /// The backend that a socket has met, if it is still one of the frontend's; else 0.
 #[inline(always)] // a lookup
 fn still<F: Family, T: Sockets<F>>(tables: T, met: &Peer, found: &Frontend) -> u32 {
@@ -154,7 +166,12 @@ fn still<F: Family, T: Sockets<F>>(tables: T, met: &Peer, found: &Frontend) -> u
 pub fn send<F: Family, T: Sockets<F>>(tables: T, call: &Call<F::Addr>) -> Outcome<F::Addr> {
     let (found, settings) = match find(tables, call) {
         Found::Frontend(found, settings) => (found, settings),
-        Found::Other(answer) => return Outcome { answer, addr: call.addr, port: call.port },
+        Found::Other(answer) => {
+            if answer == Answer::Left {
+                forget_name(tables, call);
+            }
+            return Outcome { answer, addr: call.addr, port: call.port };
+        }
     };
     let forward = key(call.cookie, call.addr, call.port, side::SERVICE);
     let (mut answer, mut id) = (Answer::Left, 0);

@@ -42,8 +42,11 @@ impl Sockets<V4> for &Model {
         self.sockets.connected.borrow_mut().insert((proto, cookie), *connected);
         true
     }
-    fn forget_connected(self, cookie: u64) {
-        self.sockets.connected.borrow_mut().remove(&(UDP, cookie));
+    fn forget_connected(self, proto: u8, cookie: u64) {
+        self.sockets.connected.borrow_mut().remove(&(proto, cookie));
+    }
+    fn forget_peer(self, key: &PeerKey) {
+        self.sockets.peers.borrow_mut().remove(key);
     }
     fn pod_address(self, namespace: u64) -> Addr {
         self.sockets.pods.borrow().get(&namespace).copied().unwrap_or_default()
@@ -332,13 +335,25 @@ fn a_socket_that_is_connected_and_names_its_peer_too_has_one_backend_until_that_
 }
 
 #[test]
-fn a_udp_socket_that_is_connected_to_a_pod_hears_its_own_name() {
-    let model = node(0);
-    let met = connects(&model, &call(POD, 1, UDP, VIP, 0));
-    assert!(told::<V4, _>(&model, UDP, 1, met.addr, met.port).is_some());
-    let direct = Call { port: met.port, ..call(POD, 1, UDP, met.addr, 0) };
-    assert_eq!(connects(&model, &direct).answer, Answer::Left);
-    assert_eq!(told::<V4, _>(&model, UDP, 1, met.addr, met.port), None);
+fn a_socket_that_calls_a_pod_by_its_own_name_hears_that() {
+    type Says = fn(&Model, &Call<Addr>) -> Outcome<Addr>;
+    let (connects, sends): (Says, Says) = (connects, sends);
+    for (proto, first, then, keeps_its_peer) in [
+        (UDP, connects, connects, false),
+        (UDP, sends, connects, false),
+        (UDP, sends, sends, false),
+        (UDP, connects, sends, true),
+        // One that has been disconnected.
+        (TCP, connects, connects, false),
+    ] {
+        let model = node(0);
+        let met = first(&model, &call(POD, 1, proto, VIP, 0));
+        let name = || told::<V4, _>(&model, proto, 1, met.addr, met.port);
+        assert_eq!(name(), Some((VIP, HTTP)));
+        let direct = Call { port: met.port, ..call(POD, 1, proto, met.addr, 0) };
+        assert_eq!(then(&model, &direct).answer, Answer::Left);
+        assert_eq!(name().is_some(), keeps_its_peer, "protocol {proto}");
+    }
 }
 
 #[test]
