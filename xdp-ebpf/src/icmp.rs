@@ -5,7 +5,6 @@ use xdp_common::{
     decide::{Hook, related},
     frame::{Frame, Packet},
     icmp::{self, Found, Icmp, Patch},
-    tables::next,
     verdict::{Action, Counter, Event, Reason},
 };
 
@@ -14,7 +13,7 @@ use crate::{
     maps::{self, Kernel, count, may_echo},
     packet::{Wire, XdpFrame},
     skb::TcFrame,
-    xdp::{go_on, tunnel},
+    xdp::{OTHER, tunnel},
 };
 
 /// A frame at XDP that is neither TCP nor UDP.
@@ -28,8 +27,8 @@ pub(crate) fn xdp<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) ->
             unserved(tables, &message.packet)
         }
         Found::Other => xdp_action::XDP_PASS,
-        // It reads the frame anew, with a stack of its own.
-        Found::Around => go_on::<FRAGS, { next::TUNNEL }>(ctx),
+        // For the program of tunnels, which has a stack of its own.
+        Found::Around => OTHER,
         Found::Echo => {
             if !related::echoes(tables, &message.packet) {
                 return unserved(tables, &message.packet);

@@ -101,7 +101,7 @@ fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     decided::<F, FRAGS, false>(frame, packet)
 }
 
-/// No action of the kernel's: the frame holds nothing that can be read.
+/// No action of the kernel's: the frame is for another function, or another program.
 pub(crate) const OTHER: u32 = u32::MAX;
 
 #[inline(always)] // as for `ingress`
@@ -119,7 +119,11 @@ fn others_of<F: Maps + Wire + Icmp, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 
         return go_on::<FRAGS, { next::TUNNEL }>(ctx);
     }
     match sctp::xdp::<F, FRAGS>(ctx) {
-        OTHER => icmp::xdp::<F, FRAGS>(ctx),
+        OTHER => {}
+        action => return action,
+    }
+    match icmp::xdp::<F, FRAGS>(ctx) {
+        OTHER => go_on::<FRAGS, { next::TUNNEL }>(ctx),
         action => action,
     }
 }

@@ -1,6 +1,6 @@
 //! Flows of UDP whose source address toward their backend this node has no more, or has on an interface that is down: no answer comes
 //! to them. Their entries are marked, so that the next packet begins anew, from an address that there is. Connections of TCP could not
-//! go on from another.
+//! go on from another. Through a tunnel all can: nothing depends on where it begins, and entries are forgotten.
 
 use std::{collections::BTreeSet, io, net::IpAddr};
 
@@ -22,11 +22,11 @@ pub(super) fn reachable(host: &Host) -> BTreeSet<IpAddr> {
 
 /// Whether a flow is one to mark.
 pub(super) fn is_lost<A: IpAddress>(key: &FlowKey<A>, flow: &Flow<A>, reachable: &BTreeSet<IpAddr>) -> bool {
-    key.proto == UDP
-        && flow.kind == kind::FORWARD
-        && flow.closing == 0
-        && flow.src.differs(key.src) != 0
-        && !reachable.contains(&flow.src.to_ip())
+    let may_move = match flow.kind {
+        kind::FORWARD => key.proto == UDP && flow.closing == 0,
+        kind => kind == kind::TUNNEL,
+    };
+    may_move && flow.src.differs(key.src) != 0 && !reachable.contains(&flow.src.to_ip())
 }
 
 impl<A: IpAddress> FlowTables<A> {
@@ -34,7 +34,12 @@ impl<A: IpAddress> FlowTables<A> {
     pub(super) fn begin_anew(&mut self, lost: &[FlowKey<A>], reachable: &BTreeSet<IpAddr>) -> io::Result<()> {
         for key in lost {
             // Read again: the tuple may be another flow's by now.
-            if let Some(flow) = self.established.get(key)?.filter(|flow| is_lost(key, flow, reachable)) {
+            let Some(flow) = self.established.get(key)?.filter(|flow| is_lost(key, flow, reachable)) else {
+                continue;
+            };
+            if flow.kind == kind::TUNNEL {
+                self.established.take(key)?;
+            } else {
                 self.established.replace(key, &Flow { closing: closing::RST, ..flow })?;
             }
         }
@@ -62,14 +67,17 @@ mod tests {
     }
 
     #[test]
-    fn translated_flows_of_udp_begin_anew_where_no_answer_comes_to_their_address() {
+    fn flows_that_can_begin_anew_where_no_answer_comes_to_their_address() {
         let key = FlowKey { src: [198, 51, 100, 7], proto: UDP, ..FlowKey::ZERO };
         let flow = Flow { kind: kind::FORWARD, src: SNAT, ..Flow::ZERO };
         let (up, down, gone) = (reachable(&host(true)), reachable(&host(false)), reachable(&Host::default()));
         assert!(!is_lost(&key, &flow, &up));
         assert!(is_lost(&key, &flow, &down));
         assert!(is_lost(&key, &flow, &gone));
-        assert!(!is_lost(&FlowKey { proto: TCP, ..key }, &flow, &gone));
+        let tcp = FlowKey { proto: TCP, ..key };
+        assert!(!is_lost(&tcp, &flow, &gone));
+        let tunnelled = Flow { kind: kind::TUNNEL, ..flow };
+        assert!(is_lost(&tcp, &tunnelled, &gone) && !is_lost(&tcp, &tunnelled, &up));
         assert!(!is_lost(&key, &Flow { src: key.src, ..flow }, &gone), "the client's own");
         assert!(!is_lost(&key, &Flow { kind: kind::REPLY_REMOTE, ..flow }, &gone));
         assert!(!is_lost(&key, &Flow { closing: closing::RST, ..flow }, &gone), "once");

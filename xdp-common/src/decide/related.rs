@@ -36,10 +36,13 @@ pub fn ingress<F: Family, T: Tables<F>>(
 ) -> Action {
     let packet = &message.packet;
     let key = &packet.key;
+    if hook != Hook::Xdp && !is_without_xdp(tables, packet) {
+        return Action::Pass;
+    }
     if !admits(tables, &tables.config(), packet) {
         return stray(tables, packet).action;
     }
-    if !is_ours(tables, packet) || (hook != Hook::Xdp && !is_without_xdp(tables, packet)) {
+    if !is_ours(tables, packet) {
         return Action::Pass;
     }
     let Some(mut work) = tables.work() else { return Action::Pass };
