@@ -13,6 +13,7 @@ use xdp_agent::{
 };
 
 fn main() -> ExitCode {
+    abort_on_panic();
     names::look_up_by_files_and_dns();
     let (cli, notes) = Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let args = match cli.command {
@@ -31,6 +32,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Lets no part of the agent go on without another: the dataplane does, and whoever watches over the agent starts it again.
+fn abort_on_panic() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        say(panic);
+        std::process::abort();
+    }));
 }
 
 fn explain(args: &ExplainArgs) -> ExitCode {
