@@ -300,15 +300,13 @@ impl Reconciler {
                 Ok(()) = inlets.feed.routing.changed() => {
                     // Flows that ask anew keep the answer, so the datapath has to know of the devices before.
                     if inlets.feed.host.has_changed().is_ok_and(|is_changed| is_changed) {
-                        let host = Arc::clone(&inlets.feed.host.borrow_and_update());
-                        self.host_changed(&host, &mut interfaces);
+                        self.host_changed(&newest(&mut inlets.feed), &mut interfaces);
                     }
                     self.routing_changed();
                 }
                 () = at(self.epoch_at) => self.raise_epoch(),
                 Ok(()) = inlets.feed.host.changed() => {
-                    let host = Arc::clone(&inlets.feed.host.borrow_and_update());
-                    self.host_changed(&host, &mut interfaces);
+                    self.host_changed(&newest(&mut inlets.feed), &mut interfaces);
                 }
                 _ = seconds.tick() => {
                     if let Some(cgroup) = interfaces.follow_cgroup() {
@@ -396,6 +394,11 @@ impl Reconciler {
     fn now_ms(&self) -> u64 {
         self.told.origin.elapsed().as_millis() as u64
     }
+}
+
+/// Links and addresses as they are now.
+fn newest(feed: &mut Feed) -> Arc<Host> {
+    Arc::clone(&feed.host.borrow_and_update())
 }
 
 /// The source ports to use with the flows of an earlier agent, whose settings were `found`.

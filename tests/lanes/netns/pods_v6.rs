@@ -57,7 +57,6 @@ fn reached(way: Way, tx_offload: bool) -> Result<()> {
         for device in ["all", "default", "lo"] {
             namespace.enable_v6(device)?;
         }
-        namespace.sysctl("net/ipv6/conf/default/accept_dad", "0")?;
     }
     link(&node, "eth0", NODE, &far, FAR, tx_offload)?;
     far.default_route_v6(NODE)?;

@@ -12,7 +12,11 @@ use aya::{
 use xdp_common::{net::FlowKey, tables::Flow};
 
 use super::{
-    BPF_NOEXIST, Raw, batch, descriptor, handles::absent_is_fine, io_error, known::Known, raw, take, zero,
+    BPF_NOEXIST, Raw, batch, descriptor,
+    handles::{absent_is_fine, present_is_fine},
+    io_error,
+    known::Known,
+    raw, take, zero,
 };
 use crate::{bpf::map_take, cluster::wanted::IpAddress};
 
@@ -117,10 +121,7 @@ impl<A: IpAddress> EstablishedTable<A> {
     /// # Errors
     /// When the kernel refuses.
     pub fn put_back(&mut self, key: &FlowKey<A>, flow: &Flow<A>) -> io::Result<()> {
-        match self.map.insert(raw(*key), raw(*flow), BPF_NOEXIST).map_err(io_error) {
-            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
-            Ok(()) | Err(_) => Ok(()),
-        }
+        present_is_fine(self.map.insert(raw(*key), raw(*flow), BPF_NOEXIST).map_err(io_error))
     }
 
     fn walk_one_by_one(&self, mut visit: impl FnMut(&FlowKey<A>, &Flow<A>)) -> io::Result<()> {

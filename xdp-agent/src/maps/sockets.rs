@@ -19,7 +19,7 @@ use xdp_common::{
 
 use super::{
     BPF_NOEXIST, Layout, Raw, batch, descriptor,
-    handles::{Slots, absent_is_fine},
+    handles::{Slots, absent_is_fine, present_is_fine},
     image::open_pinned,
     io_error, of, raw, take, zero,
 };
@@ -211,7 +211,10 @@ impl PeerMaps {
             unsafe { map_take(self.fd.as_fd(), (&raw const cookie).cast(), (&raw mut taken).cast()) };
         match result {
             // A process has connected it again meanwhile.
-            Ok(()) if taken.0 != *seen => self.put_back(cookie, taken).map(|()| false),
+            Ok(()) if taken.0 != *seen => {
+                let put = self.connected.insert(cookie, taken, BPF_NOEXIST).map_err(io_error);
+                present_is_fine(put).map(|()| false)
+            }
             Ok(()) => Ok(true),
             Err(error) if batch::is_missing(&error) => self.forget_unguarded(cookie, seen),
             Err(error) => absent_is_fine(Err(error)).map(|()| false),
@@ -225,13 +228,6 @@ impl PeerMaps {
             absent_is_fine(self.connected.remove(&cookie).map_err(io_error))?;
         }
         Ok(is_there)
-    }
-
-    fn put_back(&mut self, cookie: u64, entry: Raw<Connected>) -> io::Result<()> {
-        match self.connected.insert(cookie, entry, BPF_NOEXIST).map_err(io_error) {
-            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => Err(error),
-            Ok(()) | Err(_) => Ok(()),
-        }
     }
 }
 

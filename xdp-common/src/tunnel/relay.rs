@@ -11,7 +11,7 @@ use crate::{
 /// Length of an ICMP header, behind which the quote begins.
 const HEADER: usize = 8;
 /// How much of the client's packet is quoted to it behind the IP header.
-pub(crate) const QUOTED: usize = 16;
+const QUOTED: usize = 16;
 
 /// What an error says of a packet around a client's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +29,8 @@ pub const fn inner<F: Tunnel>() -> usize {
     IP + F::LEN + HEADER + F::LEN
 }
 
-/// Reads an error that quotes a packet with one of the family in it, and into `packet` what it quotes of that: addresses, ports,
-/// protocol and where the ports are behind the Ethernet header it once had. Station and interface are those of the error's frame.
+/// Reads an error that quotes a packet with one of the family in it, and into `packet` what is asked of that: its key, as it is quoted,
+/// with station and interface of the error's frame.
 ///
 /// Nothing where the quote is too short to tell a client, or a header is not the shortest.
 #[inline(always)] // bounds proofs do not survive a call
@@ -66,9 +66,6 @@ pub fn parse<F: Tunnel, R: Frame + ?Sized>(
     packet.key.zero = [0; 3];
     packet.dmac = dmac(&eth);
     packet.ifindex = ifindex;
-    packet.is_tunnelled = false;
-    packet.l4_offset = (IP + header.len) as u8;
-    packet.tos = header.tos;
     let mtu = F::told_mtu([icmp.u8(0), icmp.u8(1)], icmp.quad(4));
     Some(Relay { from: around.src, to: around.dst, mtu: mtu.map_or(0, |mtu| inside::<F>(mtu)) })
 }
