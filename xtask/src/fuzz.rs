@@ -29,7 +29,9 @@ pub(crate) fn verb(workspace: &Workspace, args: &[String]) -> Result<()> {
     host::can_become_root("fuzz")?;
     build::release_agent(workspace)?;
     let mut command = process::cargo(workspace);
-    command.args(["test", "--release"]).args(test::PROG_RUN).args(["--", "--nocapture", "agreement::"]);
+    // The tests ask the host for every decision, by code that is compiled with them.
+    command.args(["test", "--release", "--config", "profile.release.package.xdp-agent-tests.opt-level=3"]);
+    command.args(test::PROG_RUN).args(["--", "--nocapture", "agreement::"]);
     command.env("XDP_AGENT_FUZZ_FRAMES", asked.frames.to_string());
     command.env("XDP_AGENT_FUZZ_PAIRS", asked.pairs.to_string());
     command.env("XDP_AGENT_FUZZ_ERRORS", asked.errors.to_string());

@@ -63,7 +63,10 @@ const EMULATED: [&str; 14] = [
 ];
 
 /// What follows `cargo test` for the lane prog-run.
-pub(crate) const PROG_RUN: &[&str] = &["--features", "xdp-agent-tests/prog-run", "--test", "prog_run"];
+pub(crate) const PROG_RUN: &[&str] = &["--features", LANES_OF_ROOT, "--test", "prog_run"];
+
+/// The lanes of every run that have a feature. All are asked for whichever is meant, so that what they share is compiled once.
+const LANES_OF_ROOT: &str = "xdp-agent-tests/prog-run,xdp-agent-tests/netns,xdp-agent-tests/kubernetes";
 
 impl Lane {
     fn name(self) -> &'static str {
@@ -83,17 +86,10 @@ impl Lane {
         match self {
             Self::Host => &[],
             Self::ProgRun => PROG_RUN,
-            Self::Netns => {
-                &["--features", "xdp-agent-tests/netns", "--test", "netns", "--", "--test-threads=2"]
+            Self::Netns => &["--features", LANES_OF_ROOT, "--test", "netns", "--", "--test-threads=2"],
+            Self::Kubernetes => {
+                &["--features", LANES_OF_ROOT, "--test", "kubernetes", "--", "--test-threads=2"]
             }
-            Self::Kubernetes => &[
-                "--features",
-                "xdp-agent-tests/kubernetes",
-                "--test",
-                "kubernetes",
-                "--",
-                "--test-threads=2",
-            ],
             Self::Image => &["--features", "xdp-agent-tests/image", "--test", "image"],
             Self::Emulated => &EMULATED,
         }
