@@ -83,6 +83,8 @@ mod slow_path;
 mod sockets;
 #[path = "netns/sockets_over_time.rs"]
 mod sockets_over_time;
+#[path = "netns/sockets_stranded.rs"]
+mod sockets_stranded;
 #[path = "netns/sockets_v6.rs"]
 mod sockets_v6;
 #[path = "netns/the_lab.rs"]

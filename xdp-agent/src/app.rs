@@ -37,7 +37,7 @@ use crate::{
     preflight::{self, KernelVersion, PinDir},
     reconcile::{Inlets, Parts, Reconciler, ServiceNames, SideParts, Told},
     reserved, serve,
-    sockets::{Hooks, Sweeper},
+    sockets::{Hooks, Scope, Sweeper},
     source::{self, Event},
     status::{Health, Heartbeat, NotReady, Shared, SocketStatus, Status, SyncState},
     watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
@@ -185,9 +185,13 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
             Some(hooks.context("cannot tell the socket hooks of the node")?)
         }
     };
-    let sweeper = hooks.as_ref().map(|hooks| {
+    let scope = cgroup.as_ref().map(|cgroup| Scope {
+        cgroup: cgroup.path.clone(),
+        is_node_alone: config.sockets.scope == SocketLb::HostOnly || !config.sockets.pod_devices.is_empty(),
+    });
+    let sweeper = hooks.as_ref().zip(scope).map(|(hooks, scope)| {
         let metrics = metrics::SocketMetrics::add(&mut registries.agent, loaded.socket_counters);
-        (Sweeper::new(loaded.peers, loaded.pods, hooks, metrics), Arc::clone(&hooks.gone))
+        (Sweeper::new(loaded.peers, loaded.pods, hooks, scope, metrics), Arc::clone(&hooks.gone))
     });
     let (clock, gone) = (Arc::new(AtomicU32::new(0)), Arc::new(Notify::new()));
     let parts = Parts {

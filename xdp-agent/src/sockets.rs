@@ -1,5 +1,5 @@
-//! What the agent does for the socket hooks: tells them about the node, and ends what UDP sockets still have with backends
-//! that serve no more.
+//! What the agent does for the socket hooks: tells them about the node, and ends UDP sockets whose peer serves no more, or
+//! never has.
 //!
 //! A UDP socket that a process has connected names no address with its datagrams, so no hook sees them: it would go on
 //! sending to a vanished backend for ever. The kernel lets a socket be aborted through sock_diag, from within its network
@@ -9,6 +9,7 @@
 use std::{
     collections::HashSet,
     io,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -24,7 +25,7 @@ use xdp_common::{
 };
 
 use crate::{
-    cluster::wanted::{Delta, ServicePort, ServicePortName},
+    cluster::wanted::{Delta, Protocol, ServicePort, ServicePortName},
     config::SocketLb,
     maps::{PeerMaps, PodMaps, SocketMaps},
     metrics::SocketMetrics,
@@ -32,8 +33,12 @@ use crate::{
 
 mod diag;
 mod namespaces;
+mod stranded;
 
 pub use namespaces::own_cookie;
+
+use diag::Found;
+use stranded::Served;
 
 /// Endpoints come and go in bursts; sockets are looked at at most this often.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -48,8 +53,10 @@ pub struct Hooks {
     maps: SocketMaps,
     v4: SocketSettings<[u8; 4]>,
     v6: SocketSettings<Ip6>,
-    /// Told when backends may have gone.
+    /// Told when backends may have gone, or frontends come.
     pub gone: Arc<Notify>,
+    /// Whether there may be frontends of UDP that no socket has been looked at for.
+    has_new_frontends: Arc<AtomicBool>,
     /// Service ports that ask for their clients' addresses, by the length of those.
     restricted: HashSet<(ServicePortName, usize)>,
     /// Whether there are any.
@@ -75,6 +82,8 @@ impl Hooks {
             v4: settings(host_namespace, v4_flags),
             v6: settings(host_namespace, flags),
             gone: Arc::default(),
+            // Those of an earlier agent; sockets may have been connected to them while there were no hooks.
+            has_new_frontends: Arc::new(AtomicBool::new(true)),
             restricted: HashSet::new(),
             asks_for_pods: Arc::default(),
         };
@@ -83,11 +92,14 @@ impl Hooks {
         Ok(hooks)
     }
 
-    /// Notes which service ports have source ranges.
+    /// Notes which service ports have source ranges, and whether there may be frontends of UDP that are new.
     pub fn note(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<Ip6>) {
         note(&mut self.restricted, v4);
         note(&mut self.restricted, v6);
         self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
+        if may_have_udp_frontends(v4) || may_have_udp_frontends(v6) {
+            self.has_new_frontends.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Takes the node's primary address of each family and one that serves NodePorts.
@@ -133,10 +145,26 @@ fn note<A>(restricted: &mut HashSet<(ServicePortName, usize)>, delta: &Delta<A>)
     }
 }
 
-/// Ends connected UDP sockets whose backend is gone.
+/// Whether service ports of UDP have changed that are served.
+fn may_have_udp_frontends<A>(delta: &Delta<A>) -> bool {
+    delta.ports.iter().any(|(name, port)| name.protocol == Protocol::Udp && port.is_some())
+}
+
+/// Whose sockets the hooks serve alone: what is connected to a frontend there, nobody else translates.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// The cgroup that carries the hooks.
+    pub cgroup: PathBuf,
+    /// Whether the sockets of pods are left to programs on their devices (`--socket-lb=host-only`, `--pod-iface`).
+    pub is_node_alone: bool,
+}
+
+/// Ends connected UDP sockets whose backend is gone, and those that are connected to a frontend itself.
 #[derive(Debug)]
 pub struct Sweeper {
     peers: PeerMaps,
+    scope: Scope,
+    has_new_frontends: Arc<AtomicBool>,
     pods: PodMaps,
     metrics: SocketMetrics,
     /// Whether there are source ranges that ask for the addresses of pods.
@@ -155,10 +183,12 @@ pub struct Sweeper {
 
 impl Sweeper {
     /// A sweeper over what the hooks have told sockets.
-    pub fn new(peers: PeerMaps, pods: PodMaps, hooks: &Hooks, metrics: SocketMetrics) -> Self {
+    pub fn new(peers: PeerMaps, pods: PodMaps, hooks: &Hooks, scope: Scope, metrics: SocketMetrics) -> Self {
         let asks_for_pods = Arc::clone(&hooks.asks_for_pods);
         Self {
             peers,
+            scope,
+            has_new_frontends: Arc::clone(&hooks.has_new_frontends),
             pods,
             metrics,
             asks_for_pods,
@@ -210,15 +240,30 @@ impl Sweeper {
             return Ok(());
         }
         let stale = self.peers.stale()?;
-        if stale.is_empty() {
+        // Where the cgroup is gone, so are its processes.
+        let served = if self.has_new_frontends.swap(false, Ordering::Relaxed) {
+            Served::below(&self.scope.cgroup).ok()
+        } else {
+            None
+        };
+        if stale.is_empty() && served.is_none() {
             return Ok(());
         }
         let began = SystemTime::now();
         let mut ended = HashSet::new();
         let (mut refused, mut failed) = (None, None);
-        namespaces::each(|result| match result {
-            Ok(()) => failed = diag::destroy(&stale, &mut ended).err().or(failed.take()),
-            Err(error) => refused = Some(error),
+        let mut is_node = true;
+        namespaces::each(|result| {
+            let served = served.as_ref().filter(|_| is_node || !self.scope.is_node_alone);
+            is_node = false;
+            let is_wanted = |socket: &Found| {
+                let is_stale = stale.get(&socket.cookie).is_some_and(|to| socket.is_connected_to(to));
+                is_stale || served.is_some_and(|served| self.is_stranded(served, socket))
+            };
+            match result {
+                Ok(()) => failed = diag::destroy(is_wanted, &mut ended).err().or(failed.take()),
+                Err(error) => refused = Some(error),
+            }
         });
         // Afterwards: what is forgotten when the agent is killed is never ended.
         let mut unseen = 0;
@@ -226,7 +271,8 @@ impl Sweeper {
             let was_there = self.peers.forget(*cookie, connected)?;
             unseen += usize::from(was_there && !ended.contains(cookie));
         }
-        let destroyed = ended.len() as u64;
+        let destroyed = ended.len();
+        let stranded = ended.iter().filter(|cookie| !stale.contains_key(cookie)).count();
         self.tell_unseen(unseen, is_first || refused.is_some() || failed.is_some());
         self.tell_refusal(refused);
         if let Some(error) = failed
@@ -238,16 +284,30 @@ impl Sweeper {
                  CONFIG_INET_UDP_DIAG (module udp_diag) and CONFIG_INET_DIAG_DESTROY"
             );
         }
-        self.metrics.destroyed.inc_by(destroyed);
-        if destroyed > 0 {
-            let took = began.elapsed().unwrap_or_default();
-            info!(sockets = destroyed, ?took, "ended UDP sockets of backends that are gone");
+        self.metrics.destroyed.inc_by(destroyed as u64);
+        let took = began.elapsed().unwrap_or_default();
+        if destroyed > stranded {
+            info!(sockets = destroyed - stranded, ?took, "ended UDP sockets of backends that are gone");
+        }
+        if stranded > 0 {
+            info!(
+                sockets = stranded,
+                ?took,
+                "ended UDP sockets that were connected to Services before the hooks led them to backends"
+            );
         }
         Ok(())
     }
 }
 
 impl Sweeper {
+    /// Whether a socket is connected to a frontend itself, and nobody but the hooks would lead it elsewhere.
+    fn is_stranded(&self, served: &Served, socket: &Found) -> bool {
+        // What the kernel does not tell is not ended.
+        let is_stranded = || self.peers.is_stranded(socket.cookie, socket.addr, socket.port).unwrap_or(false);
+        served.contains(socket.cgroup) && is_stranded()
+    }
+
     /// Learns which address each pod has, for source ranges.
     fn learn_pods(&mut self) -> io::Result<()> {
         let (mut v4, mut v6) = (Vec::new(), Vec::new());

@@ -13,7 +13,7 @@ use xdp_common::{net::FlowKey, tables::Flow};
 
 use super::{
     BPF_NOEXIST, Raw, batch, descriptor,
-    handles::{absent_is_fine, present_is_fine},
+    handles::{absent_is_fine, absent_is_none, present_is_fine},
     io_error,
     known::Known,
     raw, take, zero,
@@ -81,11 +81,7 @@ impl<A: IpAddress> EstablishedTable<A> {
     /// # Errors
     /// When the kernel refuses the read.
     pub fn get(&self, key: &FlowKey<A>) -> io::Result<Option<Flow<A>>> {
-        match self.map.get(&raw(*key), 0).map_err(io_error) {
-            Ok(flow) => Ok(Some(flow.0)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(error),
-        }
+        absent_is_none(self.map.get(&raw(*key), 0))
     }
 
     /// Replaces an entry that is there.

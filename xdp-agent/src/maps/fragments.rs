@@ -14,7 +14,7 @@ use xdp_common::{
     tables::{self, Mapped},
 };
 
-use super::{Raw, io_error, raw, take};
+use super::{Raw, handles::absent_is_none, io_error, raw, take};
 use crate::cluster::wanted::IpAddress;
 
 /// Ports of fragmented packets.
@@ -36,11 +36,7 @@ impl<A: IpAddress> FragmentMap<A> {
     /// # Errors
     /// When the kernel refuses the read.
     pub fn ports(&self, key: &FragmentKey<A>) -> io::Result<Option<FragmentPorts>> {
-        match self.0.get(&raw(*key), 0).map_err(io_error) {
-            Ok(Raw(ports)) => Ok(Some(ports)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(error),
-        }
+        absent_is_none(self.0.get(&raw(*key), 0))
     }
 
     /// Says it in the place of one that has not come.

@@ -4,7 +4,7 @@ use std::{io, ops::Range, os::fd::OwnedFd};
 
 use aya::{
     Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, lpm_trie},
 };
 use xdp_common::tables::NetworkKey;
 
@@ -179,6 +179,15 @@ pub(super) fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
         Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// What a look at an entry has found, or nothing where there is none.
+pub(super) fn absent_is_none<T>(found: Result<Raw<T>, MapError>) -> io::Result<Option<T>> {
+    match found.map_err(io_error) {
+        Ok(Raw(value)) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

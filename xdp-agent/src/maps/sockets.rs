@@ -12,14 +12,17 @@ use aya::{
     maps::{HashMap, MapData, PerCpuArray},
 };
 use xdp_common::{
-    net::{Address, Ip6, UDP},
-    tables::{self, Backend, Connected, MapSpec, Peer, PeerKey, SocketCall, SocketSettings},
+    net::{Address, Ip6, Port, UDP},
+    tables::{
+        self, Backend, Connected, Frontend, FrontendKey, MapSpec, Peer, PeerKey, SocketCall, SocketSettings,
+        frontend,
+    },
     verdict::Reason,
 };
 
 use super::{
     BPF_NOEXIST, Layout, Raw, batch, descriptor,
-    handles::{Slots, absent_is_fine, present_is_fine},
+    handles::{Slots, absent_is_fine, absent_is_none, present_is_fine},
     image::open_pinned,
     io_error, of, raw, take, zero,
 };
@@ -46,7 +49,11 @@ pub struct PeerMaps {
     connected: HashMap<MapData, u64, Raw<Connected>>,
     v4: Slots<Raw<Backend<[u8; 4]>>>,
     v6: Slots<Raw<Backend<Ip6>>>,
+    frontends_v4: Frontends<[u8; 4]>,
+    frontends_v6: Frontends<Ip6>,
 }
+
+type Frontends<A> = HashMap<MapData, Raw<FrontendKey<A>>, Raw<Frontend>>;
 
 /// Addresses of pods by network namespace, for the source ranges.
 pub struct PodMaps {
@@ -149,7 +156,31 @@ impl PeerMaps {
         let fd = descriptor(&connected)?;
         let v4 = Slots::of(open_pinned(dir, &tables::BACKENDS_V4)?)?;
         let v6 = Slots::of(open_pinned(dir, &tables::BACKENDS_V6)?)?;
-        Ok(Self { fd, connected: HashMap::try_from(connected)?, v4, v6 })
+        let frontends_v4 = HashMap::try_from(open_pinned(dir, &tables::FRONTENDS_V4)?)?;
+        let frontends_v6 = HashMap::try_from(open_pinned(dir, &tables::FRONTENDS_V6)?)?;
+        Ok(Self { fd, connected: HashMap::try_from(connected)?, v4, v6, frontends_v4, frontends_v6 })
+    }
+
+    /// Whether a UDP socket is connected to a frontend itself, which the hooks would lead to a backend or refuse. An address of
+    /// the node is left out, unless the port is a NodePort: a process of the node may serve it.
+    ///
+    /// # Errors
+    /// When the kernel refuses a read.
+    pub fn is_stranded(&self, cookie: u64, addr: Ip6, port: Port) -> io::Result<bool> {
+        let v4 = <[u8; 4]>::from_wide(addr);
+        let flags = if v4.wide() == addr {
+            flags_of(&self.frontends_v4, v4, port)?
+        } else {
+            flags_of(&self.frontends_v6, addr, port)?
+        };
+        let is_served = flags
+            .is_some_and(|flags| flags & frontend::NODE_ADDRESS == 0 || flags & frontend::NODE_PORT != 0);
+        if !is_served {
+            return Ok(false);
+        }
+        // A backend can be a frontend itself.
+        let told = absent_is_none(self.connected.get(&cookie, 0))?;
+        Ok(told.is_none_or(|told| (told.addr, told.port) != (addr, port)))
     }
 
     /// Sockets, by their cookies, and the backends that they are connected to and that do not serve any more.
@@ -229,6 +260,12 @@ impl PeerMaps {
         }
         Ok(is_there)
     }
+}
+
+/// The flags of a frontend of UDP.
+fn flags_of<A: Address>(frontends: &Frontends<A>, addr: A, port: Port) -> io::Result<Option<u32>> {
+    let at = FrontendKey { addr, port, proto: UDP, zero: 0 };
+    Ok(absent_is_none(frontends.get(&raw(at), 0))?.map(|found| found.flags))
 }
 
 impl SocketCounters {

@@ -20,7 +20,7 @@ use crate::maps::SocketCounters;
 metrics! {
     /// What is done for the socket hooks.
     pub struct SocketMetrics {
-        /// UDP sockets ended because the backend that they were connected to is gone.
+        /// UDP sockets ended because the backend that they were connected to is gone, or because they were connected to a Service before the hooks led them to one.
         destroyed: Counter = ("sockets_destroyed", Counter::default()),
     }
 }

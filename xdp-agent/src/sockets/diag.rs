@@ -1,16 +1,13 @@
 //! sock_diag: the connected UDP sockets of a network namespace, and their end (include/uapi/linux/inet_diag.h).
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-};
+use std::{collections::HashSet, io};
 
 use xdp_common::{
     net::{Address, Ip6},
     tables::Connected,
 };
 
-use crate::netlink::{Message, Protocol, Requests};
+use crate::netlink::{self, Message, Protocol, Requests};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -20,23 +17,38 @@ const CONNECTED: u32 = 1 << 1;
 const ID_IN_MESSAGE: usize = 4;
 const ID_IN_REQUEST: usize = 8;
 const ID_LEN: usize = 48;
+/// Where the attributes of a message begin, behind `struct inet_diag_msg`.
+const ATTRIBUTES: usize = 72;
+/// `INET_DIAG_CGROUP_ID`, from kernel 5.9.
+const CGROUP_ID: u16 = 21;
 
 /// A connected UDP socket, as the kernel tells of it.
 #[derive(Debug, PartialEq)]
-struct Found {
+pub(super) struct Found {
     family: u8,
     /// Its identity, as the kernel wants it back.
     id: [u8; ID_LEN],
-    cookie: u64,
-    addr: Ip6,
-    port: [u8; 2],
+    pub(super) cookie: u64,
+    /// Address of its peer; one of IPv4 is mapped.
+    pub(super) addr: Ip6,
+    /// Port of its peer.
+    pub(super) port: [u8; 2],
+    /// The cgroup it was made in, where the kernel tells.
+    pub(super) cgroup: Option<u64>,
 }
 
-/// Ends the sockets of this thread's namespace, by their cookies, that are still connected to these backends, and notes them.
+impl Found {
+    /// Whether it still has the peer that it was led to. One that has been connected again, to what is no Service, has another.
+    pub(super) fn is_connected_to(&self, to: &Connected) -> bool {
+        (to.addr, to.port) == (self.addr, self.port)
+    }
+}
+
+/// Ends sockets of this thread's namespace, those that are wanted, and notes them by their cookies.
 ///
 /// # Errors
 /// When the kernel does not tell of sockets, or has refused to end some; it ends all others first.
-pub(super) fn destroy(wanted: &HashMap<u64, Connected>, ended: &mut HashSet<u64>) -> io::Result<()> {
+pub(super) fn destroy(is_wanted: impl Fn(&Found) -> bool, ended: &mut HashSet<u64>) -> io::Result<()> {
     let mut requests = Requests::open(Protocol::SockDiag)?;
     // The kernel looks for a socket by its addresses, and of several with the same ones (SO_REUSEPORT), of which some may be of IPv6
     // with mapped ones, it finds one.
@@ -46,9 +58,7 @@ pub(super) fn destroy(wanted: &HashMap<u64, Connected>, ended: &mut HashSet<u64>
             let body = request(family, CONNECTED, &[0; ID_LEN]);
             let found = requests.dump(SOCK_DIAG_BY_FAMILY, &body).map_err(|refused| refused.error)?;
             for socket in found.iter().filter_map(read) {
-                // One that has been connected again, to what is no Service, is left alone.
-                let is_wanted = |to: &Connected| (to.addr, to.port) == (socket.addr, socket.port);
-                if !wanted.get(&socket.cookie).is_some_and(is_wanted) || ended.contains(&socket.cookie) {
+                if ended.contains(&socket.cookie) || !is_wanted(&socket) {
                     continue;
                 }
                 match requests.request(SOCK_DESTROY, 0, &request(socket.family, u32::MAX, &socket.id)) {
@@ -87,7 +97,10 @@ fn read(message: &Message) -> Option<Found> {
     };
     let cookie = u64::from(u32::from_ne_bytes(id[40..44].try_into().ok()?))
         | u64::from(u32::from_ne_bytes(id[44..48].try_into().ok()?)) << 32;
-    Some(Found { family, id, cookie, addr, port: [id[2], id[3]] })
+    let attributes = message.body.get(ATTRIBUTES..).unwrap_or_default();
+    let cgroup = netlink::attributes(attributes).find(|(kind, _)| *kind == CGROUP_ID);
+    let cgroup = cgroup.and_then(|(_, value)| netlink::number_u64(value, 0));
+    Some(Found { family, id, cookie, addr, port: [id[2], id[3]], cgroup })
 }
 
 #[cfg(test)]
@@ -110,6 +123,7 @@ mod tests {
         let socket = socket.expect("the socket is among them");
         assert_eq!((socket.addr, socket.port), ([127, 0, 0, 1].wide(), peer.port().to_be_bytes()));
         assert_ne!(socket.cookie, 0);
+        assert!(socket.cgroup.is_some(), "kernels of today tell");
         assert_eq!(read(&Message { kind: SOCK_DIAG_BY_FAMILY, body: vec![2; 40] }), None, "too short");
     }
 }
