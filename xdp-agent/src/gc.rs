@@ -210,7 +210,7 @@ impl<A: IpAddress> FlowTables<A> {
         })?;
         self.mark(&open)?;
         self.begin_anew(&lost, reachable)?;
-        self.collect_embryonic(&mut look, clock, timeouts);
+        self.collect_embryonic(&mut look, clock, timeouts, reachable);
         for (key, seen) in std::mem::take(&mut look.suspects) {
             if look.is_full() {
                 debug!("more flows are over than are removed at a time");
@@ -224,8 +224,14 @@ impl<A: IpAddress> FlowTables<A> {
         Ok(look)
     }
 
-    /// Frees new flows that nobody has answered in time; the others are looked at like established ones.
-    fn collect_embryonic(&mut self, look: &mut Look<A>, clock: u32, timeouts: &Timeouts) {
+    /// Frees new flows that nobody has answered in time, or could; the others are looked at like established ones.
+    fn collect_embryonic(
+        &mut self,
+        look: &mut Look<A>,
+        clock: u32,
+        timeouts: &Timeouts,
+        reachable: &BTreeSet<IpAddr>,
+    ) {
         let found = self.embryonic.read();
         let flows: HashMap<FlowKey<A>, Flow<A>> = found.iter().map(|entry| (entry.key, entry.flow)).collect();
         for entry in &found {
@@ -233,7 +239,9 @@ impl<A: IpAddress> FlowTables<A> {
             let other = flows.get(&opposite(&entry.key, &entry.flow)).filter(|_| has_other);
             let is_answered = entry.flow.replied != 0 || other.is_some_and(|other| other.replied != 0);
             let limits = embryonic(timeouts, is_answered);
-            if expired(&entry.flow, other, entry.key.proto, clock, &limits) && self.embryonic.remove(entry) {
+            let is_over = expired(&entry.flow, other, entry.key.proto, clock, &limits)
+                || lost::is_lost(&entry.key, &entry.flow, reachable);
+            if is_over && self.embryonic.remove(entry) {
                 look.counts.removed += 1;
             } else {
                 look.visit(Place::Embryonic, &entry.key, &entry.flow, clock, timeouts);

@@ -86,7 +86,7 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Its MTU in bytes of IP packet.
     pub mtu: u32,
-    /// Whether it is up.
+    /// Whether it is switched on (`IFF_UP`), with a carrier or without.
     pub is_up: bool,
     /// Whether it is the loopback.
     pub is_loopback: bool,
@@ -219,7 +219,7 @@ impl Host {
         let (index, flags) = (number_u32(body, 4)?, number_u32(body, 8)?);
         let mut link = Link {
             index,
-            is_up: flags & libc::IFF_UP as u32 != 0 && flags & libc::IFF_RUNNING as u32 != 0,
+            is_up: flags & libc::IFF_UP as u32 != 0,
             is_loopback: flags & libc::IFF_LOOPBACK as u32 != 0,
             is_ethernet: layer == ARPHRD_ETHER,
             ..Link::default()

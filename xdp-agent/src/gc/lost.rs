@@ -1,13 +1,16 @@
-//! Flows of UDP whose source address toward their backend this node has no more, or has on an interface that is down: no answer comes
-//! to them. Their entries are marked, so that the next packet begins anew, from an address that there is. Connections of TCP could not
-//! go on from another. Through a tunnel all can: nothing depends on where it begins, and entries are forgotten.
+//! Flows of UDP whose source address toward their backend this node has no more, or has on an interface that is switched off: no
+//! answer comes to them. Their entries are marked, so that the next packet begins anew, from an address that there is. Connections of
+//! TCP could not go on from another. Through a tunnel all can: nothing depends on where it begins, and entries are forgotten.
+//!
+//! A carrier that is lost says nothing: it returns, and another interface may receive for the address meanwhile. Netfilter's
+//! masquerading forgets by the same two events (net/netfilter/nf_nat_masquerade.c).
 
 use std::{collections::BTreeSet, io, net::IpAddr};
 
 use tracing::debug;
 use xdp_common::{
     net::{FlowKey, UDP},
-    tables::{Flow, closing, kind},
+    tables::{Flow, closing, exit, kind},
 };
 
 use super::FlowTables;
@@ -26,7 +29,9 @@ pub(super) fn is_lost<A: IpAddress>(key: &FlowKey<A>, flow: &Flow<A>, reachable:
         kind::FORWARD => key.proto == UDP && flow.closing == 0,
         kind => kind == kind::TUNNEL,
     };
-    may_move && flow.src.differs(key.src) != 0 && !reachable.contains(&flow.src.to_ip())
+    // To an endpoint here, what the node itself sends goes by the frontend's address, which is on no interface.
+    let is_masqueraded = flow.exit != exit::BACK && flow.src.differs(key.src) != 0;
+    may_move && is_masqueraded && !reachable.contains(&flow.src.to_ip())
 }
 
 impl<A: IpAddress> FlowTables<A> {
@@ -68,7 +73,7 @@ mod tests {
 
     #[test]
     fn flows_that_can_begin_anew_where_no_answer_comes_to_their_address() {
-        let key = FlowKey { src: [198, 51, 100, 7], proto: UDP, ..FlowKey::ZERO };
+        let key = FlowKey { src: [198, 51, 100, 7], dst: [10, 96, 0, 1], proto: UDP, ..FlowKey::ZERO };
         let flow = Flow { kind: kind::FORWARD, src: SNAT, ..Flow::ZERO };
         let (up, down, gone) = (reachable(&host(true)), reachable(&host(false)), reachable(&Host::default()));
         assert!(!is_lost(&key, &flow, &up));
@@ -79,6 +84,7 @@ mod tests {
         let tunnelled = Flow { kind: kind::TUNNEL, ..flow };
         assert!(is_lost(&tcp, &tunnelled, &gone) && !is_lost(&tcp, &tunnelled, &up));
         assert!(!is_lost(&key, &Flow { src: key.src, ..flow }, &gone), "the client's own");
+        assert!(!is_lost(&key, &Flow { exit: exit::BACK, src: key.dst, ..flow }, &gone), "the frontend's");
         assert!(!is_lost(&key, &Flow { kind: kind::REPLY_REMOTE, ..flow }, &gone));
         assert!(!is_lost(&key, &Flow { closing: closing::RST, ..flow }, &gone), "once");
     }
