@@ -92,7 +92,9 @@ pub(crate) fn tc_ingress<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let tables = Kernel::<F>::new(frame.context());
-    let action = related::ingress(tables, message, Hook::Tc, translation);
+    // A tag that gives a priority alone: XDP has not read it.
+    let hook = if frame.has_tag() { Hook::Fragment } else { Hook::Tc };
+    let action = related::ingress(tables, message, hook, translation);
     match action {
         Action::Pass | Action::Tunnel | Action::Reject(_) => return TC_ACT_UNSPEC,
         Action::Drop(_) => return TC_ACT_SHOT,
@@ -103,6 +105,7 @@ pub(crate) fn tc_ingress<F: Maps + Wire + Icmp>(skb: *mut __sk_buff) -> i32 {
         return TC_ACT_UNSPEC;
     }
     frame.age::<F>(message.packet.ttl, 0);
+    frame.untag();
     frame.leave_by(translation.hop.ifindex)
 }
 

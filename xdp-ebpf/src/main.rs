@@ -83,8 +83,8 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 
 /// Whether a frame is one of the few that hold ICMP, which has too little of the stack left behind the path of TCP and UDP.
 #[inline(always)] // one comparison
-fn is_icmp<F: Icmp>(skb: *mut __sk_buff) -> bool {
-    xdp_common::icmp::is_plain::<F, _>(&TcFrame::of(skb))
+fn is_icmp<F: Icmp + Wire>(skb: *mut __sk_buff) -> bool {
+    xdp_common::icmp::is_plain::<F, _>(&TcFrame::new::<F>(skb))
 }
 
 #[inline(never)] // each family has the stack of 512 bytes to itself

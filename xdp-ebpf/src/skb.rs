@@ -219,6 +219,16 @@ impl TcFrame {
         self.put(behind + F::TTL_AT, &(ttl - 1));
     }
 
+    /// Takes the tag off that gives a priority: it was for this link alone.
+    #[inline(always)]
+    pub(crate) fn untag(&self) {
+        if self.has_tag() {
+            // Failure, for want of memory, leaves the tag on, which says nothing on the next link either.
+            // SAFETY: the context is the verifier's.
+            let _ = unsafe { helpers::bpf_skb_vlan_pop(self.skb()) };
+        }
+    }
+
     /// Sends the frame to the one or the other side of the interface it is on.
     #[inline(always)]
     pub(crate) fn redirect(&self, way: Turn) -> i32 {

@@ -294,6 +294,31 @@ fn a_tag_that_gives_a_priority_alone_is_no_vlan(setup: Setup) -> Result<()> {
     agent.stop()
 }
 
+each_mode!(an_error_with_a_tag_that_gives_a_priority_alone_reaches_the_client);
+fn an_error_with_a_tag_that_gives_a_priority_alone_reaches_the_client(setup: Setup) -> Result<()> {
+    let mut fork = Fork::build(setup.tx_offload)?;
+    let elsewhere = fork.serve("eth0", BACKENDS, false)?;
+    fork.publish(&[elsewhere])?;
+    let agent = fork.start(&["out0", "in0"], setup.mode)?;
+    let wire = PacketSocket::open(&fork.backend, "eth0")?;
+    let socket = fork.client.run(|| UdpSocket::bind((CLIENT, 40_000)))?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    socket.connect((SERVICE, SERVICE_UDP))?;
+    socket.send(b"hello")?;
+    socket.recv(&mut [0; 64]).context("the backend's answer")?;
+    let is_ours =
+        |frame: &[u8]| frame[12..14] == [8, 0] && frame[23] == 17 && frame[30..34] == BACKENDS.octets();
+    let mut captured = std::iter::from_fn(|| wire.receive());
+    let met = captured.find(|captured| is_ours(&captured.frame)).context("what the backend has met")?;
+    let macs = (fork.backend.mac("eth0")?, fork.node.mac("in0")?);
+    let mut error = Ends { mac: macs, ip: (BACKENDS, NODE_INSIDE) }.port_unreachable(&met.frame[14..14 + 28]);
+    error.splice(12..12, [0x81, 0, 0, 0]);
+    wire.send(&error)?;
+    let failed = socket.recv(&mut [0; 64]).err().context("an answer to nothing")?;
+    ensure!(failed.kind() == std::io::ErrorKind::ConnectionRefused, "{failed}");
+    agent.stop()
+}
+
 /// The sum of the pseudo-header of a UDP frame, as a sender leaves it to its device.
 fn pseudo_header(frame: &[u8]) -> u16 {
     let words = frame[26..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));

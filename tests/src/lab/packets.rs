@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result, ensure};
 use etherparse::{
-    ArpHardwareId, ArpOperation, ArpPacket, EtherType, IpNumber, Ipv4Header, NetSlice, PacketBuilder,
-    SlicedPacket, TransportSlice,
+    ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv4Type, IpNumber, Ipv4Header, NetSlice,
+    PacketBuilder, SlicedPacket, TransportSlice, icmpv4::DestUnreachableHeader,
 };
 
 /// A hardware address.
@@ -39,6 +39,12 @@ impl Ends {
     /// Builds a UDP datagram.
     pub fn udp(&self, ports: (u16, u16), payload: &[u8]) -> Vec<u8> {
         write(|frame| self.ipv4().udp(ports.0, ports.1).write(frame, payload))
+    }
+
+    /// Says that nobody listens to a port, quoting a packet.
+    pub fn port_unreachable(&self, packet: &[u8]) -> Vec<u8> {
+        let kind = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::Port);
+        write(|frame| self.ipv4().icmpv4(kind).write(frame, packet))
     }
 
     /// Builds an ICMP echo request.

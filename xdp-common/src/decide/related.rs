@@ -26,7 +26,8 @@ use crate::{
 /// its own address. Netfilter does the same (`nf_nat_icmp_reply_translation` in net/netfilter/nf_nat_core.c). But who tells a
 /// client that a packet had no hops left keeps its name: for that traceroute asks, and nothing else depends on it.
 ///
-/// At tc that is where XDP has not seen it, and what is sent on goes to the neighbour that the kernel finds.
+/// At tc that is where XDP has not seen it, for want of a program or because of its tag, and what is sent on goes to the neighbour
+/// that the kernel finds.
 #[inline(always)] // one caller per hook
 pub fn ingress<F: Family, T: Tables<F>>(
     tables: T,
@@ -36,7 +37,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
 ) -> Action {
     let packet = &message.packet;
     let key = &packet.key;
-    if hook != Hook::Xdp && !is_without_xdp(tables, packet) {
+    if hook == Hook::Tc && !is_without_xdp(tables, packet) {
         return Action::Pass;
     }
     if !admits(tables, &tables.config(), packet) {
