@@ -7,7 +7,7 @@
 //! kernel 6.5), but its iterators are as bound to one namespace, so nothing would be gained but a minimal version.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     path::PathBuf,
     sync::{
@@ -44,8 +44,13 @@ use stranded::Served;
 const PAUSE: Duration = Duration::from_millis(100);
 /// Time between two looks for the addresses of pods, while source ranges ask for them.
 const PODS_PERIOD: Duration = Duration::from_secs(1);
+/// Looks in a row that may fail before sockets that were not ended are given up.
+const LOOKS_MAX: u32 = 3;
 /// Time before a look that failed is repeated.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
+/// A service port and the length of its addresses.
+type OfFamily = (ServicePortName, usize);
 
 /// What the hooks know of the node, kept as it is.
 #[derive(Debug)]
@@ -57,8 +62,10 @@ pub struct Hooks {
     pub gone: Arc<Notify>,
     /// Whether there may be frontends of UDP that no socket has been looked at for.
     has_new_frontends: Arc<AtomicBool>,
-    /// Service ports that ask for their clients' addresses, by the length of those.
-    restricted: HashSet<(ServicePortName, usize)>,
+    /// Frontends of UDP, by service port and the length of their addresses.
+    frontends: HashMap<OfFamily, Vec<(Ip6, u16)>>,
+    /// Service ports that ask for their clients' addresses.
+    restricted: HashSet<OfFamily>,
     /// Whether there are any.
     pub asks_for_pods: Arc<AtomicBool>,
 }
@@ -84,6 +91,7 @@ impl Hooks {
             gone: Arc::default(),
             // Those of an earlier agent; sockets may have been connected to them while there were no hooks.
             has_new_frontends: Arc::new(AtomicBool::new(true)),
+            frontends: HashMap::new(),
             restricted: HashSet::new(),
             asks_for_pods: Arc::default(),
         };
@@ -97,9 +105,16 @@ impl Hooks {
         note(&mut self.restricted, v4);
         note(&mut self.restricted, v6);
         self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
-        if may_have_udp_frontends(v4) || may_have_udp_frontends(v6) {
+        // Both are noted, whatever the first says.
+        if note_frontends(&mut self.frontends, v4) | note_frontends(&mut self.frontends, v6) {
             self.has_new_frontends.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Has all sockets looked at again that may be connected to a frontend: hooks have come back, or frontends were written late.
+    pub fn look_again(&self) {
+        self.has_new_frontends.store(true, Ordering::Relaxed);
+        self.gone.notify_one();
     }
 
     /// Takes the node's primary address of each family and one that serves NodePorts.
@@ -145,9 +160,20 @@ fn note<A>(restricted: &mut HashSet<(ServicePortName, usize)>, delta: &Delta<A>)
     }
 }
 
-/// Whether service ports of UDP have changed that are served.
-fn may_have_udp_frontends<A>(delta: &Delta<A>) -> bool {
-    delta.ports.iter().any(|(name, port)| name.protocol == Protocol::Udp && port.is_some())
+/// Notes the frontends of UDP, and says whether any is new.
+fn note_frontends<A: Address>(frontends: &mut HashMap<OfFamily, Vec<(Ip6, u16)>>, delta: &Delta<A>) -> bool {
+    let mut is_any_new = false;
+    for (name, port) in delta.ports.iter().filter(|(name, _)| name.protocol == Protocol::Udp) {
+        let of_family = (name.clone(), size_of::<A>());
+        let Some(port) = port else {
+            frontends.remove(&of_family);
+            continue;
+        };
+        let now: Vec<_> = port.frontends.iter().map(|at| (at.addr.wide(), at.port)).collect();
+        let before = frontends.insert(of_family, now.clone()).unwrap_or_default();
+        is_any_new |= now.iter().any(|frontend| !before.contains(frontend));
+    }
+    is_any_new
 }
 
 /// Whose sockets the hooks serve alone: what is connected to a frontend there, nobody else translates.
@@ -173,6 +199,8 @@ pub struct Sweeper {
     is_due: bool,
     /// Whether no sockets have been looked for yet.
     is_first: bool,
+    /// Looks in a row at which sockets could not be ended.
+    failed_looks: u32,
     /// Whether it has been said that pods' namespaces cannot be entered.
     is_refusal_told: bool,
     /// Whether it has been said that sockets cannot be ended.
@@ -194,6 +222,7 @@ impl Sweeper {
             asks_for_pods,
             is_due: true,
             is_first: true,
+            failed_looks: 0,
             is_refusal_told: false,
             is_failure_told: false,
             is_blindness_told: false,
@@ -240,12 +269,9 @@ impl Sweeper {
             return Ok(());
         }
         let stale = self.peers.stale()?;
-        // Where the cgroup is gone, so are its processes.
-        let served = if self.has_new_frontends.swap(false, Ordering::Relaxed) {
-            Served::below(&self.scope.cgroup).ok()
-        } else {
-            None
-        };
+        // Where the cgroup is gone, so are its processes; the hooks come back with it, and are looked for again.
+        let has_new_frontends = self.has_new_frontends.swap(false, Ordering::Relaxed);
+        let served = if has_new_frontends { Served::below(&self.scope.cgroup).ok() } else { None };
         if stale.is_empty() && served.is_none() {
             return Ok(());
         }
@@ -265,9 +291,14 @@ impl Sweeper {
                 Err(error) => refused = Some(error),
             }
         });
-        // Afterwards: what is forgotten when the agent is killed is never ended.
+        // Afterwards: what is forgotten is never ended, should the agent be killed or a look fail.
+        self.failed_looks = if failed.is_some() { self.failed_looks + 1 } else { 0 };
+        let is_repeated = (1..LOOKS_MAX).contains(&self.failed_looks);
         let mut unseen = 0;
         for (cookie, connected) in &stale {
+            if is_repeated && !ended.contains(cookie) {
+                continue;
+            }
             let was_there = self.peers.forget(*cookie, connected)?;
             unseen += usize::from(was_there && !ended.contains(cookie));
         }
@@ -275,7 +306,8 @@ impl Sweeper {
         let stranded = ended.iter().filter(|cookie| !stale.contains_key(cookie)).count();
         self.tell_unseen(unseen, is_first || refused.is_some() || failed.is_some());
         self.tell_refusal(refused);
-        if let Some(error) = failed
+        if let Some(error) = &failed
+            && !is_repeated
             && !std::mem::replace(&mut self.is_failure_told, true)
         {
             warn!(
@@ -296,7 +328,13 @@ impl Sweeper {
                 "ended UDP sockets that were connected to Services before the hooks led them to backends"
             );
         }
-        Ok(())
+        match failed {
+            Some(error) if is_repeated => {
+                self.has_new_frontends.fetch_or(has_new_frontends, Ordering::Relaxed);
+                Err(error)
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 }
 
@@ -350,5 +388,55 @@ impl Sweeper {
                  the node, or its processes)"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::wanted::{DesiredFrontend, Endpoint, FrontendKind, Masquerade, Policy};
+
+    #[test]
+    fn frontends_are_new_once_and_endpoints_never() {
+        let name = |protocol| ServicePortName {
+            namespace: "default".to_owned(),
+            service: "dns".to_owned(),
+            port: "dns".to_owned(),
+            protocol,
+        };
+        let frontend = |port| DesiredFrontend {
+            addr: [10, 96, 0, 10],
+            port,
+            kind: FrontendKind::ClusterIp,
+            external: Policy::Cluster,
+            internal: Policy::Cluster,
+            masquerade: Masquerade::default(),
+            is_restricted: false,
+            is_node_address: false,
+        };
+        let endpoint = Endpoint { addr: [10, 244, 0, 1], port: 53, local: true, node: [0; 4] };
+        let port = |protocol, ports: &[u16], cluster: &[Endpoint<[u8; 4]>]| ServicePort {
+            name: name(protocol),
+            frontends: ports.iter().copied().map(frontend).collect(),
+            cluster: cluster.to_vec(),
+            local: Vec::new(),
+            serving: Vec::new(),
+            any_endpoint: !cluster.is_empty(),
+            affinity_seconds: 0,
+            sources: Vec::new(),
+        };
+        let mut known = HashMap::new();
+        let mut is_new = |protocol, port: Option<ServicePort<[u8; 4]>>| {
+            let ports = [(name(protocol), port.map(Arc::new))].into();
+            note_frontends(&mut known, &Delta { ports, networks: None })
+        };
+        let udp = Protocol::Udp;
+        assert!(!is_new(Protocol::Tcp, Some(port(Protocol::Tcp, &[53], &[]))), "nothing is ended of TCP");
+        assert!(is_new(udp, Some(port(udp, &[53], &[]))));
+        assert!(!is_new(udp, Some(port(udp, &[53], &[endpoint]))));
+        assert!(is_new(udp, Some(port(udp, &[53, 54], &[endpoint]))));
+        assert!(!is_new(udp, Some(port(udp, &[54], &[endpoint]))));
+        assert!(!is_new(udp, None));
+        assert!(is_new(udp, Some(port(udp, &[54], &[endpoint]))));
     }
 }

@@ -142,6 +142,9 @@ fn hooks_follow_a_cgroup_that_is_removed_and_made_again() -> Result<()> {
     })?;
     let again = parent.child("pods")?;
     let of_pod = again.child("pod")?;
+    let mut early = Caller::start(binary(), &world.pod("local-1")?.namespace, &of_pod)?;
+    early.open("socket", false)?;
+    early.connect("socket", udp_frontends()[0].1)?;
     wait_for("the hooks to return", ANSWERS_TIMEOUT, || {
         ensure!(shown()?["cgroup"].as_str().map(Into::into) == Some(path.clone()));
         Ok(())
@@ -151,10 +154,17 @@ fn hooks_follow_a_cgroup_that_is_removed_and_made_again() -> Result<()> {
         ensure!(now["warning"].is_null(), "{now}");
         Ok(())
     })?;
+    wait_for("a socket that was connected before to be told", ANSWERS_TIMEOUT, || {
+        match early.ask("socket")? {
+            // Connected when the hooks were there already.
+            Ok(_) => Ok(()),
+            told => told_of_its_end(told),
+        }
+    })?;
     let mut pod = Caller::start(binary(), &world.pod("local-1")?.namespace, &of_pod)?;
     pod.http(http_frontends()[0].1)??;
     agent.stop()?;
-    drop((pod, of_pod, again));
+    drop((pod, early, of_pod, again));
     Ok(())
 }
 

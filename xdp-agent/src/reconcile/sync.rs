@@ -12,6 +12,7 @@ use crate::{
     },
     host::Host,
     preflight,
+    sockets::Hooks,
     source::Event,
     status::SyncState,
 };
@@ -95,7 +96,10 @@ impl Reconciler {
             self.told.metrics.map_write_failures.inc();
             warn!(%error, "cannot tell the socket hooks of the node; trying again with the next change");
         }
-        if may_be_gone {
+        if may_be_gone && v4.is_empty() && v6.is_empty() {
+            // What had waited for room.
+            hooks.look_again();
+        } else if may_be_gone {
             hooks.gone.notify_one();
         }
     }
@@ -111,6 +115,7 @@ impl Reconciler {
     pub(super) fn retry(&mut self) {
         self.v4.retry(&self.told.metrics);
         self.v6.retry(&self.told.metrics);
+        self.hooks.iter().for_each(Hooks::look_again);
         self.note_written(None);
         self.publish();
     }
