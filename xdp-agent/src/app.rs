@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     os::fd::OwnedFd,
     sync::{Arc, atomic::AtomicU32},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
@@ -19,7 +19,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    attach::{self, Attacher},
+    attach::Attacher,
     cgroup::Cgroup,
     cluster::{
         Forwarding,
@@ -43,6 +43,8 @@ use crate::{
     watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
+/// How long a start with `--fresh` waits for its maps to be filled, before programs use them.
+const FILL_MAX: Duration = Duration::from_secs(15);
 /// Events of a source that wait for the writer of the maps; then the source waits.
 const EVENTS_MAX: usize = 64;
 
@@ -133,7 +135,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     preflight::check_interfaces(&config.interfaces, &host)?;
     preflight::warn_of_settings(&config.interfaces, &host);
     let (mut registries, metrics, kube_proxy) = metrics::Registries::new();
-    let (events, told) = mpsc::channel(EVENTS_MAX);
+    let (events, mut told) = mpsc::channel(EVENTS_MAX);
     // Files that cannot be read end the start here, before anything is touched.
     let source = open_source(config, events, &mut registries.agent).await?;
     let health_of_watch = match &source {
@@ -246,7 +248,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     }
     let keeper = Keeper::new(held, fragments, Arc::clone(&clock))?;
     let (mut reconciler, interfaces, release) =
-        adopt_and_attach(config, parts, attacher, &host, loaded.pins).await?;
+        adopt_and_attach(config, parts, attacher, &host, loaded.pins, &mut told).await?;
     if config.reserve_ports {
         reconciler.reserve_ports(loaded.reserved_ports);
     } else {
@@ -304,7 +306,10 @@ fn summed(accounts: impl Iterator<Item = (ServicePortName, u64, u64)>) -> Vec<(S
 fn load(config: &Config) -> anyhow::Result<(PinDir, Loaded)> {
     let pins = PinDir::open(&config.pin_dir)?;
     if config.fresh {
-        attach::begin_anew(&pins).context("cannot remove what an earlier agent has pinned")?;
+        pins.set_maps_aside()?;
+    } else {
+        // Of a start with --fresh that was killed.
+        pins.drop_aside()?;
     }
     match maps::load(maps::OBJECT, &pins.maps(), &config.sizes) {
         Ok(loaded) => Ok((pins, loaded)),
@@ -365,13 +370,20 @@ async fn adopt_and_attach(
     mut attacher: Attacher,
     host: &Host,
     pins: NewPins,
+    events: &mut mpsc::Receiver<Event>,
 ) -> anyhow::Result<(Reconciler, Interfaces, OwnedFd)> {
-    let result = attacher.load_programs().and_then(|()| {
+    let result = async {
+        attacher.load_programs()?;
         let mut reconciler = Reconciler::new(parts).context("cannot read the maps")?;
         reconciler.start(host);
+        if config.fresh {
+            // Until then the programs of an earlier agent serve, if there are any.
+            reconciler.fill(events, FILL_MAX).await;
+            attacher.begin_anew()?;
+        }
         Ok((reconciler, attacher.release_program()?))
-    });
-    let (mut reconciler, release) = match result {
+    };
+    let (mut reconciler, release) = match result.await {
         Ok(ready) => ready,
         Err(error) => {
             drop(pins);

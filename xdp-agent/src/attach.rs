@@ -67,6 +67,8 @@ pub struct Attacher {
     sockets: sockets::SocketHooks,
     pods: pods::PodDevices,
     overlays: overlays::Overlays,
+    /// Whether modes are chosen anew where an earlier agent has programs, and its maps go.
+    begins_anew: bool,
 }
 
 /// A tc program, the name of its pins before the index of the interface, and where it goes.
@@ -91,7 +93,18 @@ impl Attacher {
         let sockets = sockets::SocketHooks::default();
         let pods = pods::PodDevices::new(pods);
         let overlays = overlays::Overlays::new(are_overlays_followed);
-        Self { programs, pins, mode, kernel, attached: BTreeMap::new(), cgroup, sockets, pods, overlays }
+        let attached = BTreeMap::new();
+        Self { programs, pins, mode, kernel, attached, cgroup, sockets, pods, overlays, begins_anew: false }
+    }
+
+    /// Has nothing kept of an earlier agent but the links, whose programs are replaced in one step; those of interfaces are
+    /// made anew, by the mode that is chosen now.
+    ///
+    /// # Errors
+    /// When a pin cannot be moved.
+    pub fn begin_anew(&mut self) -> anyhow::Result<()> {
+        self.begins_anew = true;
+        self.pins.take_links_of_other_layouts()
     }
 
     /// Gives the programs that every interface needs to the kernel, before anything is attached.
@@ -130,7 +143,6 @@ impl Attacher {
     /// # Errors
     /// When an interface refuses for good.
     pub async fn attach_all(&mut self, names: &[String]) -> anyhow::Result<()> {
-        // Read now: what a start with --fresh has just taken off must not count as somebody else's.
         let host = neighbours::read_host().context("cannot read the interfaces")?;
         for name in names {
             let result = host.link(name).context("the interface is gone").and_then(|link| self.attach(link));
@@ -158,6 +170,9 @@ impl Attacher {
         self.follow_pods(&host);
         self.tell_pods();
         self.remove_orphans();
+        if std::mem::take(&mut self.begins_anew) {
+            self.pins.drop_aside()?;
+        }
         Ok(())
     }
 
@@ -191,7 +206,13 @@ impl Attacher {
         let result = self.attach_tc(link, &programs, &mut links).and_then(|()| {
             let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
             let path = self.pin("xdp", link);
-            xdp::attach(&mut self.programs, link, self.mode, found, &path)
+            xdp::attach(
+                &mut self.programs,
+                link,
+                self.mode,
+                found.map(|found| (found, !self.begins_anew)),
+                &path,
+            )
         });
         let (xdp, mode, reason) = match result {
             Ok(attached) => attached,
@@ -308,6 +329,10 @@ impl Attacher {
         } else {
             programs::is_on_interface(link, info.program)?
         };
+        if !is_here && self.begins_anew {
+            take_off(std::iter::once(PinnedLink { link: found, path, is_adopted: true }));
+            return Ok(None);
+        }
         ensure!(
             is_here,
             "{} belongs to an interface of another network namespace; give each agent its own --pin-dir",
@@ -368,15 +393,6 @@ impl Attacher {
             }
         }
     }
-}
-
-/// Takes off what agents have left and removes their pins, for a start that wants nothing of them.
-///
-/// # Errors
-/// When a pin cannot be removed.
-pub fn begin_anew(pins: &PinDir) -> anyhow::Result<()> {
-    sockets::stop_leftovers(pins)?;
-    pins.clear()
 }
 
 /// Takes off what agents have left on any interface and removes their pins; no agent runs while `pins` is held.

@@ -117,6 +117,10 @@ pub fn raise_memlock(kernel: KernelVersion) {
     }
 }
 
+/// Where maps are pinned below the directory of their layout, and those of an earlier agent during a start with `--fresh`.
+const MAPS: &str = "maps";
+const ASIDE: &str = "maps-of-an-earlier-agent";
+
 /// The directory of pins, held by one agent at a time.
 #[derive(Debug)]
 pub struct PinDir {
@@ -176,34 +180,77 @@ impl PinDir {
         Ok(links?.concat())
     }
 
+    /// Sets the maps of earlier agents aside, of every layout, so that new ones are made; the programs that are attached
+    /// keep them.
+    ///
+    /// # Errors
+    /// When a directory cannot be renamed.
+    pub fn set_maps_aside(&self) -> anyhow::Result<()> {
+        self.drop_aside()?;
+        for version in self.versions()? {
+            let maps = version.join(MAPS);
+            if maps.exists() {
+                let aside = version.join(ASIDE);
+                fs::rename(&maps, &aside).with_context(|| format!("cannot set {} aside", maps.display()))?;
+            }
+        }
+        let maps = self.maps();
+        fs::create_dir_all(&maps).with_context(|| format!("cannot make {}", maps.display()))
+    }
+
+    /// Removes the pins of maps that were set aside.
+    ///
+    /// # Errors
+    /// When a pin cannot be removed.
+    pub fn drop_aside(&self) -> anyhow::Result<()> {
+        for version in self.versions()? {
+            let aside = version.join(ASIDE);
+            remove_maps(&aside)?;
+            let _ = fs::remove_dir(aside);
+        }
+        Ok(())
+    }
+
+    /// Takes the links of other layouts for those of this one, which are replaced where they are; of two in one place the
+    /// other goes.
+    ///
+    /// # Errors
+    /// When a pin cannot be moved.
+    pub fn take_links_of_other_layouts(&self) -> anyhow::Result<()> {
+        let links = self.links();
+        for path in self.all_links()?.into_iter().filter(|path| !path.starts_with(&links)) {
+            let Some(name) = path.file_name() else { continue };
+            let own = links.join(name);
+            if own.exists() {
+                take_off(&path)?;
+            } else {
+                fs::rename(&path, own).with_context(|| format!("cannot move {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the programs of every pinned link off and removes every pin, of every layout; maps that nobody holds any more
     /// go with them.
     ///
     /// # Errors
     /// When a pin cannot be removed.
     pub fn clear(&self) -> anyhow::Result<()> {
-        for path in self.all_links()? {
-            // Without this the program stays for as long as the kernel takes to notice.
-            if let Err(error) = Link::open(&path).and_then(|link| link.detach()) {
-                debug!(pin = %path.display(), %error, "a pinned link was not detached");
-            }
-            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-        }
-        for version in self.versions()? {
-            reserved::release(&version.join("maps"));
-            for path in pins_in(&version.join("maps"))? {
-                fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-            }
-        }
-        Ok(())
+        self.all_links()?.iter().try_for_each(|path| take_off(path))?;
+        self.drop_aside()?;
+        self.versions()?.iter().try_for_each(|version| remove_maps(&version.join(MAPS)))
     }
 
-    /// Removes the directories, as far as they are empty.
+    /// Removes the directories, as far as they are empty. Maps that were set aside, for a start that has failed, are in their
+    /// place again.
     pub fn remove(&self) {
         // What somebody else has put there stays, and its directory with it.
         for version in self.versions().unwrap_or_default() {
-            for dir in [version.join("maps"), version.join("links"), version] {
-                let _ = fs::remove_dir(dir);
+            let _ = fs::remove_dir(version.join(MAPS));
+            if fs::rename(version.join(ASIDE), version.join(MAPS)).is_err() {
+                for dir in [version.join("links"), version] {
+                    let _ = fs::remove_dir(dir);
+                }
             }
         }
         let _ = fs::remove_dir(&self.path);
@@ -218,6 +265,24 @@ impl PinDir {
         });
         Ok(versions)
     }
+}
+
+/// Takes a pinned link's program off and removes the pin.
+fn take_off(path: &Path) -> anyhow::Result<()> {
+    // Without this the program stays for as long as the kernel takes to notice.
+    if let Err(error) = Link::open(path).and_then(|link| link.detach()) {
+        debug!(pin = %path.display(), %error, "a pinned link was not detached");
+    }
+    fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+/// Removes the pins of maps, and what they say of the node.
+fn remove_maps(dir: &Path) -> anyhow::Result<()> {
+    reserved::release(dir);
+    for path in pins_in(dir)? {
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn pins_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {

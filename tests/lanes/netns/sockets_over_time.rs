@@ -66,6 +66,37 @@ fn an_agent_stopped_with_keep_leaves_its_hooks_serving_and_cleanup_removes_them(
 }
 
 #[test]
+fn a_start_with_fresh_fails_no_connection_whatever_the_layout_was() -> Result<()> {
+    let mut place = Place::start(WorldOptions::default(), &["--keep"])?;
+    for caller in [&mut place.pod, &mut place.node] {
+        caller.hammer(http_frontends()[0].1)?;
+    }
+    wait_answered(&mut place)?;
+    let Place { mut agent, mut pod, mut node, mut options, cgroup, world, _cgroups } = place;
+    options.extra.push("--fresh".into());
+    let dir = |layout: u32| format!("{PIN_DIR}/v{layout}");
+    for layout in [LAYOUT_VERSION, LAYOUT_VERSION - 1] {
+        agent.stop()?;
+        world.bpffs.run(|| std::fs::rename(dir(LAYOUT_VERSION), dir(layout)))??;
+        agent = Agent::start(&world.node, &world.bpffs, &options)?;
+        more(&mut pod)?;
+        more(&mut node)?;
+        let links = world.bpffs.list(&links())?;
+        ensure!(links.iter().filter(|link| link.starts_with("socket-")).count() == 11, "{links:?}");
+        let of_layout = world.bpffs.list(&dir(LAYOUT_VERSION))?;
+        ensure!(of_layout.iter().all(|dir| dir == "maps" || dir == "links"), "{of_layout:?}");
+    }
+    let left = ["maps", "links"].map(|pins| world.bpffs.list(&format!("{}/{pins}", dir(LAYOUT_VERSION - 1))));
+    ensure!(left.iter().flatten().all(Vec::is_empty), "{left:?}");
+    for caller in [&mut pod, &mut node] {
+        caller.tally()?.is_whole()?;
+    }
+    agent.stop()?;
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
 fn an_agent_without_socket_hooks_takes_those_of_an_earlier_one_off() -> Result<()> {
     let place = Place::start(WorldOptions::default(), &["--keep"])?;
     let Place { agent, mut pod, node, mut options, cgroup, world, _cgroups } = place;

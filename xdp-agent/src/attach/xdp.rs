@@ -39,7 +39,7 @@ pub(crate) const OF_BONDS: &str =
 const PLAIN: &str = "xdp_ingress";
 const FRAGS: &str = "xdp_ingress_frags";
 
-/// Attaches to an interface, or takes over the link that an earlier agent has left on it.
+/// Attaches to an interface, or takes over the link that an earlier agent has left on it, if that may stay.
 ///
 /// # Errors
 /// When no allowed mode is taken.
@@ -47,10 +47,10 @@ pub(super) fn attach(
     programs: &mut Programs,
     link: &Link,
     choice: ModeChoice,
-    found: Option<bpf::Link>,
+    found: Option<(bpf::Link, bool)>,
     path: &Path,
 ) -> anyhow::Result<(PinnedLink, Mode, String)> {
-    if let Some(found) = found {
+    if let Some((found, may_stay)) = found {
         let is_generic = link.xdp.attached == XDP_ATTACHED_SKB;
         let is_allowed = match choice {
             ModeChoice::Auto => is_generic || link.kind != BOND,
@@ -59,7 +59,7 @@ pub(super) fn attach(
             // A program of a card is bound to it when it is loaded, and is not replaced.
             ModeChoice::Offload => false,
         };
-        if is_allowed {
+        if may_stay && is_allowed {
             let (mode, reason) = adopt(programs, link, &found, is_generic)?;
             return Ok((
                 PinnedLink { link: found, path: path.to_path_buf(), is_adopted: true },
@@ -67,7 +67,7 @@ pub(super) fn attach(
                 reason,
             ));
         }
-        info!(interface = %link.name, "taking the program of an earlier agent off, for another mode");
+        info!(interface = %link.name, "taking the program of an earlier agent off, to choose the mode anew");
         std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
         found.detach().context("cannot take the program of an earlier agent off")?;
     } else {

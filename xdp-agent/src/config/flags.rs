@@ -216,7 +216,7 @@ pub struct ProgramArgs {
         require_equals = true, default_missing_value = "true", default_value = "false", hide_default_value = true)]
     pub keep: bool,
 
-    /// Remove the programs and maps of an earlier agent before starting; its flows end.
+    /// Begin with maps and modes of its own in place of an earlier agent's, which serve until then; its flows end.
     #[arg(long, env = "XDP_AGENT_FRESH", value_name = "BOOL", value_parser = switch, num_args = 0..=1,
         require_equals = true, default_missing_value = "true", default_value = "false", hide_default_value = true)]
     pub fresh: bool,

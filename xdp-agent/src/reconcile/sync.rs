@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::{Needs, Reconciler};
@@ -49,6 +50,19 @@ impl Reconciler {
             }
         }
         self.sync();
+    }
+
+    /// Fills the maps before any program uses them, as far as the source tells of all objects within a time.
+    pub async fn fill(&mut self, events: &mut mpsc::Receiver<Event>, at_most: Duration) {
+        let mut taken = Vec::with_capacity(EVENTS_MAX);
+        let told = async {
+            while !self.is_complete && events.recv_many(&mut taken, EVENTS_MAX).await > 0 {
+                self.take_events(&mut taken);
+            }
+        };
+        if tokio::time::timeout(at_most, told).await.is_err() {
+            warn!("the objects are not known yet; attaching without them");
+        }
     }
 
     /// Takes what is known of this node.
