@@ -97,6 +97,38 @@ fn a_start_with_fresh_fails_no_connection_whatever_the_layout_was() -> Result<()
 }
 
 #[test]
+fn a_start_with_fresh_that_fails_leaves_the_earlier_agents_maps_to_the_next() -> Result<()> {
+    let place = Place::start(WorldOptions::default(), &["--keep"])?;
+    let Place { agent, mut pod, node, mut options, cgroup, world, _cgroups } = place;
+    pod.http(http_frontends()[0].1)??;
+    agent.stop()?;
+    let pins = || -> Result<[Vec<String>; 3]> {
+        let dir = format!("{PIN_DIR}/v{LAYOUT_VERSION}");
+        Ok([
+            world.bpffs.list(&dir)?,
+            world.bpffs.list(&format!("{dir}/maps"))?,
+            world.bpffs.list(&format!("{dir}/links"))?,
+        ])
+    };
+    let before = pins()?;
+    options.extra.push("--fresh".into());
+    // Enough for what comes before the maps, not for them.
+    options.files_max = Some(40);
+    let ended = Agent::refuse(&world.node, &world.bpffs, &options)?;
+    ensure!(ended.log.contains("Too many open files") && ended.log.contains("BPF"), "{}", ended.log);
+    ensure!(!ended.status.success() && pins()? == before, "{:?}, {:?}:\n{}", before, pins()?, ended.log);
+    pod.http(http_frontends()[0].1)??;
+    options.extra.pop();
+    options.files_max = None;
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    ensure!(agent.log().contains("adopting the maps of an earlier agent"), "{}", agent.log());
+    pod.http(http_frontends()[0].1)??;
+    agent.stop()?;
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
+#[test]
 fn an_agent_without_socket_hooks_takes_those_of_an_earlier_one_off() -> Result<()> {
     let place = Place::start(WorldOptions::default(), &["--keep"])?;
     let Place { agent, mut pod, node, mut options, cgroup, world, _cgroups } = place;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -92,6 +93,8 @@ pub struct AgentOptions {
     pub extra: Vec<String>,
     /// What the process may do.
     pub privileges: Privileges,
+    /// How many files it may have open, if not as many as others.
+    pub files_max: Option<u64>,
 }
 
 impl AgentOptions {
@@ -106,6 +109,7 @@ impl AgentOptions {
             cgroup: None,
             extra: Vec::new(),
             privileges: Privileges::All,
+            files_max: None,
         }
     }
 
@@ -130,6 +134,16 @@ impl AgentOptions {
             Privileges::All => {}
             Privileges::Documented => keep_capabilities(&mut command, &DOCUMENTED),
             Privileges::None => keep_capabilities(&mut command, &[]),
+        }
+        if let Some(files) = self.files_max {
+            let limit = libc::rlimit { rlim_cur: files, rlim_max: files };
+            // SAFETY: between fork and exec there is one system call.
+            unsafe {
+                command.pre_exec(move || match libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                });
+            }
         }
         Ok(command)
     }
@@ -314,7 +328,6 @@ fn target_directory() -> Result<PathBuf> {
 ///
 /// Another user would not do: the binary may lie in a directory that only its owner can enter.
 fn keep_capabilities(command: &mut Command, kept: &'static [libc::c_ulong]) {
-    use std::os::unix::process::CommandExt;
     // SAFETY: prctl is a plain system call, allowed between fork and exec.
     unsafe {
         command.pre_exec(move || {
