@@ -18,7 +18,7 @@ use crate::{
     devices::Mode,
     host::Link,
     neighbours,
-    preflight::{KernelVersion, PinDir},
+    preflight::{self, KernelVersion, PinDir},
 };
 
 pub mod legacy;
@@ -206,13 +206,7 @@ impl Attacher {
         let result = self.attach_tc(link, &programs, &mut links).and_then(|()| {
             let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
             let path = self.pin("xdp", link);
-            xdp::attach(
-                &mut self.programs,
-                link,
-                self.mode,
-                found.map(|found| (found, !self.begins_anew)),
-                &path,
-            )
+            xdp::attach(&mut self.programs, link, self.mode, found, !self.begins_anew, &path)
         });
         let (xdp, mode, reason) = match result {
             Ok(attached) => attached,
@@ -330,7 +324,7 @@ impl Attacher {
             programs::is_on_interface(link, info.program)?
         };
         if !is_here && self.begins_anew {
-            take_off(std::iter::once(PinnedLink { link: found, path, is_adopted: true }));
+            preflight::take_off(&path)?;
             return Ok(None);
         }
         ensure!(

@@ -99,6 +99,8 @@ pub struct Plan<A> {
     unclaimed: HashSet<FrontendKey<A>>,
     /// Whether everything wanted was known once, so that what nobody has claimed may go.
     is_complete: bool,
+    /// Whether frontends of UDP have come that nobody has asked about.
+    has_new_udp_frontends: bool,
 }
 
 impl<A: IpAddress> Plan<A> {
@@ -148,6 +150,7 @@ impl<A: IpAddress> Plan<A> {
             adopted,
             unclaimed,
             is_complete: false,
+            has_new_udp_frontends: false,
         }
     }
 
@@ -237,6 +240,11 @@ impl<A: IpAddress> Plan<A> {
     /// Service ports that are served.
     pub fn services(&self) -> usize {
         self.services.len()
+    }
+
+    /// Whether frontends of UDP have come since this was last asked, with the maps of a previous agent counted as known.
+    pub fn take_new_udp_frontends(&mut self) -> bool {
+        std::mem::take(&mut self.has_new_udp_frontends)
     }
 
     /// Every frontend as it should be, with the addresses as such; there must be no other.

@@ -117,9 +117,16 @@ pub fn raise_memlock(kernel: KernelVersion) {
     }
 }
 
-/// Where maps are pinned below the directory of their layout, and those of an earlier agent during a start with `--fresh`.
+/// What is pinned where, below the directory of a layout.
+const LINKS: &str = "links";
 const MAPS: &str = "maps";
+/// The maps of an earlier agent, during a start with `--fresh`.
 const ASIDE: &str = "maps-of-an-earlier-agent";
+
+/// The directory of the current layout, below that of pins.
+fn of_layout() -> String {
+    format!("v{}", xdp_common::tables::LAYOUT_VERSION)
+}
 
 /// The directory of pins, held by one agent at a time.
 #[derive(Debug)]
@@ -131,7 +138,7 @@ pub struct PinDir {
 
 /// Where maps of the current layout are pinned below a directory of pins.
 pub fn maps_dir(pin_dir: &Path) -> PathBuf {
-    pin_dir.join(format!("v{}/maps", xdp_common::tables::LAYOUT_VERSION))
+    pin_dir.join(of_layout()).join(MAPS)
 }
 
 impl PinDir {
@@ -141,9 +148,8 @@ impl PinDir {
     /// When it is on another file system, or another agent holds it.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         check_pin_dir(path)?;
-        let version = format!("v{}", xdp_common::tables::LAYOUT_VERSION);
-        let path_of_version = path.join(version);
-        for dir in [path_of_version.join("maps"), path_of_version.join("links")] {
+        let path_of_version = path.join(of_layout());
+        for dir in [path_of_version.join(MAPS), path_of_version.join(LINKS)] {
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         }
         let lock = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
@@ -167,7 +173,7 @@ impl PinDir {
 
     /// Where links are pinned.
     pub fn links(&self) -> PathBuf {
-        self.path.join(format!("v{}/links", xdp_common::tables::LAYOUT_VERSION))
+        self.path.join(of_layout()).join(LINKS)
     }
 
     /// The pins of links of every layout that there has been.
@@ -176,7 +182,7 @@ impl PinDir {
     /// When a directory cannot be read.
     pub fn all_links(&self) -> anyhow::Result<Vec<PathBuf>> {
         let links: Result<Vec<_>, _> =
-            self.versions()?.iter().map(|version| pins_in(&version.join("links"))).collect();
+            self.versions()?.iter().map(|version| pins_in(&version.join(LINKS))).collect();
         Ok(links?.concat())
     }
 
@@ -248,7 +254,7 @@ impl PinDir {
         for version in self.versions().unwrap_or_default() {
             let _ = fs::remove_dir(version.join(MAPS));
             if fs::rename(version.join(ASIDE), version.join(MAPS)).is_err() {
-                for dir in [version.join("links"), version] {
+                for dir in [version.join(LINKS), version] {
                     let _ = fs::remove_dir(dir);
                 }
             }
@@ -268,7 +274,10 @@ impl PinDir {
 }
 
 /// Takes a pinned link's program off and removes the pin.
-fn take_off(path: &Path) -> anyhow::Result<()> {
+///
+/// # Errors
+/// When the pin cannot be removed.
+pub fn take_off(path: &Path) -> anyhow::Result<()> {
     // Without this the program stays for as long as the kernel takes to notice.
     if let Err(error) = Link::open(path).and_then(|link| link.detach()) {
         debug!(pin = %path.display(), %error, "a pinned link was not detached");

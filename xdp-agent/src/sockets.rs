@@ -7,7 +7,7 @@
 //! kernel 6.5), but its iterators are as bound to one namespace, so nothing would be gained but a minimal version.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     io,
     path::PathBuf,
     sync::{
@@ -25,7 +25,7 @@ use xdp_common::{
 };
 
 use crate::{
-    cluster::wanted::{Delta, Protocol, ServicePort, ServicePortName},
+    cluster::wanted::{Delta, ServicePort, ServicePortName},
     config::SocketLb,
     maps::{PeerMaps, PodMaps, SocketMaps},
     metrics::SocketMetrics,
@@ -49,9 +49,6 @@ const LOOKS_MAX: u32 = 3;
 /// Time before a look that failed is repeated.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
-/// A service port and the length of its addresses.
-type OfFamily = (ServicePortName, usize);
-
 /// What the hooks know of the node, kept as it is.
 #[derive(Debug)]
 pub struct Hooks {
@@ -62,10 +59,8 @@ pub struct Hooks {
     pub gone: Arc<Notify>,
     /// Whether there may be frontends of UDP that no socket has been looked at for.
     has_new_frontends: Arc<AtomicBool>,
-    /// Frontends of UDP, by service port and the length of their addresses.
-    frontends: HashMap<OfFamily, Vec<(Ip6, u16)>>,
-    /// Service ports that ask for their clients' addresses.
-    restricted: HashSet<OfFamily>,
+    /// Service ports that ask for their clients' addresses, by the length of those.
+    restricted: HashSet<(ServicePortName, usize)>,
     /// Whether there are any.
     pub asks_for_pods: Arc<AtomicBool>,
 }
@@ -91,7 +86,6 @@ impl Hooks {
             gone: Arc::default(),
             // Those of an earlier agent; sockets may have been connected to them while there were no hooks.
             has_new_frontends: Arc::new(AtomicBool::new(true)),
-            frontends: HashMap::new(),
             restricted: HashSet::new(),
             asks_for_pods: Arc::default(),
         };
@@ -100,18 +94,14 @@ impl Hooks {
         Ok(hooks)
     }
 
-    /// Notes which service ports have source ranges, and whether there may be frontends of UDP that are new.
+    /// Notes which service ports have source ranges.
     pub fn note(&mut self, v4: &Delta<[u8; 4]>, v6: &Delta<Ip6>) {
         note(&mut self.restricted, v4);
         note(&mut self.restricted, v6);
         self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
-        // Both are noted, whatever the first says.
-        if note_frontends(&mut self.frontends, v4) | note_frontends(&mut self.frontends, v6) {
-            self.has_new_frontends.store(true, Ordering::Relaxed);
-        }
     }
 
-    /// Has all sockets looked at again that may be connected to a frontend: hooks have come back, or frontends were written late.
+    /// Has all sockets looked at again that may be connected to a frontend: hooks have come back, or frontends of UDP are new.
     pub fn look_again(&self) {
         self.has_new_frontends.store(true, Ordering::Relaxed);
         self.gone.notify_one();
@@ -136,6 +126,12 @@ impl Hooks {
     }
 }
 
+/// Whether a look is to be repeated, after so many in a row that have failed.
+fn is_repeated(failed_looks: &mut u32, has_failed: bool) -> bool {
+    *failed_looks = if has_failed { *failed_looks + 1 } else { 0 };
+    (1..LOOKS_MAX).contains(failed_looks)
+}
+
 fn settings<A: Address>(host_namespace: u64, flags: u32) -> SocketSettings<A> {
     SocketSettings { host_namespace, node: A::UNSPECIFIED, node_ports: A::UNSPECIFIED, flags, zero: [0; 4] }
 }
@@ -158,22 +154,6 @@ fn note<A>(restricted: &mut HashSet<(ServicePortName, usize)>, delta: &Delta<A>)
             restricted.remove(&of_family);
         }
     }
-}
-
-/// Notes the frontends of UDP, and says whether any is new.
-fn note_frontends<A: Address>(frontends: &mut HashMap<OfFamily, Vec<(Ip6, u16)>>, delta: &Delta<A>) -> bool {
-    let mut is_any_new = false;
-    for (name, port) in delta.ports.iter().filter(|(name, _)| name.protocol == Protocol::Udp) {
-        let of_family = (name.clone(), size_of::<A>());
-        let Some(port) = port else {
-            frontends.remove(&of_family);
-            continue;
-        };
-        let now: Vec<_> = port.frontends.iter().map(|at| (at.addr.wide(), at.port)).collect();
-        let before = frontends.insert(of_family, now.clone()).unwrap_or_default();
-        is_any_new |= now.iter().any(|frontend| !before.contains(frontend));
-    }
-    is_any_new
 }
 
 /// Whose sockets the hooks serve alone: what is connected to a frontend there, nobody else translates.
@@ -292,8 +272,7 @@ impl Sweeper {
             }
         });
         // Afterwards: what is forgotten is never ended, should the agent be killed or a look fail.
-        self.failed_looks = if failed.is_some() { self.failed_looks + 1 } else { 0 };
-        let is_repeated = (1..LOOKS_MAX).contains(&self.failed_looks);
+        let is_repeated = is_repeated(&mut self.failed_looks, failed.is_some());
         let mut unseen = 0;
         for (cookie, connected) in &stale {
             if is_repeated && !ended.contains(cookie) {
@@ -394,49 +373,12 @@ impl Sweeper {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::wanted::{DesiredFrontend, Endpoint, FrontendKind, Masquerade, Policy};
 
     #[test]
-    fn frontends_are_new_once_and_endpoints_never() {
-        let name = |protocol| ServicePortName {
-            namespace: "default".to_owned(),
-            service: "dns".to_owned(),
-            port: "dns".to_owned(),
-            protocol,
-        };
-        let frontend = |port| DesiredFrontend {
-            addr: [10, 96, 0, 10],
-            port,
-            kind: FrontendKind::ClusterIp,
-            external: Policy::Cluster,
-            internal: Policy::Cluster,
-            masquerade: Masquerade::default(),
-            is_restricted: false,
-            is_node_address: false,
-        };
-        let endpoint = Endpoint { addr: [10, 244, 0, 1], port: 53, local: true, node: [0; 4] };
-        let port = |protocol, ports: &[u16], cluster: &[Endpoint<[u8; 4]>]| ServicePort {
-            name: name(protocol),
-            frontends: ports.iter().copied().map(frontend).collect(),
-            cluster: cluster.to_vec(),
-            local: Vec::new(),
-            serving: Vec::new(),
-            any_endpoint: !cluster.is_empty(),
-            affinity_seconds: 0,
-            sources: Vec::new(),
-        };
-        let mut known = HashMap::new();
-        let mut is_new = |protocol, port: Option<ServicePort<[u8; 4]>>| {
-            let ports = [(name(protocol), port.map(Arc::new))].into();
-            note_frontends(&mut known, &Delta { ports, networks: None })
-        };
-        let udp = Protocol::Udp;
-        assert!(!is_new(Protocol::Tcp, Some(port(Protocol::Tcp, &[53], &[]))), "nothing is ended of TCP");
-        assert!(is_new(udp, Some(port(udp, &[53], &[]))));
-        assert!(!is_new(udp, Some(port(udp, &[53], &[endpoint]))));
-        assert!(is_new(udp, Some(port(udp, &[53, 54], &[endpoint]))));
-        assert!(!is_new(udp, Some(port(udp, &[54], &[endpoint]))));
-        assert!(!is_new(udp, None));
-        assert!(is_new(udp, Some(port(udp, &[54], &[endpoint]))));
+    fn looks_that_fail_are_repeated_for_a_while() {
+        let mut failed_looks = 0;
+        let looks =
+            [true, true, true, true, false, true].map(|failed| is_repeated(&mut failed_looks, failed));
+        assert_eq!(looks, [true, true, false, false, false, true]);
     }
 }

@@ -82,7 +82,7 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 }
 
 /// Whether a frame is one of the few that hold ICMP, which has too little of the stack left behind the path of TCP and UDP.
-#[inline(always)] // one comparison
+#[inline(always)] // two comparisons, and a pull that the path of TCP and UDP finds done
 fn is_icmp<F: Icmp + Wire>(skb: *mut __sk_buff) -> bool {
     xdp_common::icmp::is_plain::<F, _>(&TcFrame::new::<F>(skb))
 }

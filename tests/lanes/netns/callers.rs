@@ -141,6 +141,27 @@ pub(crate) fn told_of_its_end(asked: Result<Answer, Failed>) -> Result<()> {
     Ok(())
 }
 
+/// Connects a socket again that was ended, and asks; the answer has to bear the target's name.
+pub(crate) fn answer_once_connected_again(
+    caller: &mut Caller,
+    socket: &str,
+    target: SocketAddr,
+) -> Result<Answer> {
+    caller.connect(socket, target)?;
+    // Where the first error was that the socket has no peer any more, the kernel's own one is still to come; and what an old
+    // backend has answered meanwhile is still in the socket's queue, by that one's own address.
+    let answer = match caller.ask(socket)? {
+        Ok(answer) => answer,
+        Err(failed) if [libc::ECONNABORTED, 0].contains(&failed.errno) => caller.ask(socket)??,
+        Err(failed) => return Err(failed.into()),
+    };
+    ensure!(
+        answer.from == target,
+        "{answer:?} instead of {target}: what the socket was told last is forgotten"
+    );
+    Ok(answer)
+}
+
 pub(crate) fn refused<T: std::fmt::Debug>(
     what: &str,
     errno: i32,

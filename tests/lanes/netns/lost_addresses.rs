@@ -1,6 +1,9 @@
 //! Addresses of the node that go while flows come from them.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::{IpAddr, UdpSocket},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use xdp_agent_tests::lab::wait_for;
@@ -8,7 +11,7 @@ use xdp_agent_tests::lab::wait_for;
 use crate::{
     dual,
     setup::Setup,
-    two_backends::{Place, TwoBackends, VIP, at},
+    two_backends::{Place, Talk, TwoBackends, VIP, at},
 };
 
 /// The agent looks every ten seconds.
@@ -20,16 +23,65 @@ fn flows_of_udp_begin_anew_when_the_node_has_their_address_no_more(setup: Setup)
     let world = TwoBackends::build(setup, Place::Elsewhere)?;
     world.publish(&[0])?;
     let agent = world.start_agent(&[])?;
-    let [v4, v6] = dual::each(VIP).map(|to| dual::socket(&world.client, to, ANSWER_TIMEOUT));
-    let sockets = [v4?, v6?];
-    let ask = |number: usize| -> Result<()> {
-        sockets[number].send(b"?")?;
-        sockets[number].recv(&mut [0]).map(drop).with_context(|| format!("no answer to socket {number}"))
-    };
-    for number in [0, 1, 0, 1] {
-        ask(number)?;
+    let sockets = sockets(&world)?;
+    for socket in [&sockets, &sockets].into_iter().flatten() {
+        ask(socket)?;
     }
-    // The network has another address for the node; backends know it without a gateway.
+    renumber(&world)?;
+    for socket in &sockets {
+        // The client does not pause.
+        wait_for("the flow to begin anew", LIMIT, || ask(socket))?;
+        for _ in 0..3 {
+            ask(socket)?;
+        }
+    }
+    let renewed = agent.metric("xdp_agent_events_total", r#"event="flow_renewed""#)?;
+    ensure!(renewed >= 2.0, "{renewed} flows were renewed");
+    agent.stop()
+}
+
+/// Connections of TCP that leave no room for established flows, and the smallest map that the agent accepts for those.
+const CONNECTIONS: usize = 40;
+const SMALLEST: &str = "64";
+
+each_mode!(flows_of_udp_that_find_no_room_to_be_established_begin_anew_too, false);
+fn flows_of_udp_that_find_no_room_to_be_established_begin_anew_too(setup: Setup) -> Result<()> {
+    let world = TwoBackends::build(setup, Place::Elsewhere)?;
+    world.publish(&[0])?;
+    let agent = world.start_agent(&["--max-established", SMALLEST])?;
+    let mut connections = Vec::new();
+    for to in dual::each(VIP).into_iter().cycle().take(2 * CONNECTIONS) {
+        let mut connection = Talk::tcp(&world.client, to)?;
+        ensure!(connection.ask()? == 0);
+        connections.push(connection);
+    }
+    let sockets = sockets(&world)?;
+    let refused = || agent.metric("xdp_agent_events_total", r#"event="established_full""#);
+    let before = refused()?;
+    for socket in [&sockets, &sockets].into_iter().flatten() {
+        ask(socket)?;
+    }
+    ensure!(refused()? == before + 2.0, "there was room");
+    renumber(&world)?;
+    for socket in &sockets {
+        wait_for("the flow to begin anew", LIMIT, || ask(socket))?;
+    }
+    agent.stop()
+}
+
+/// A socket of the client for each family.
+fn sockets(world: &TwoBackends) -> Result<[UdpSocket; 2]> {
+    let [v4, v6] = dual::each(VIP).map(|to| dual::socket(&world.client, to, ANSWER_TIMEOUT));
+    Ok([v4?, v6?])
+}
+
+fn ask(socket: &UdpSocket) -> Result<()> {
+    socket.send(b"?")?;
+    socket.recv(&mut [0]).map(drop).with_context(|| format!("no answer to {socket:?}"))
+}
+
+/// Gives the node other addresses in a backend's network, which knows them without a gateway.
+fn renumber(world: &TwoBackends) -> Result<()> {
     let (before, after) = (at(0, 1), at(0, 9));
     for (old, new, prefix) in
         [(IpAddr::from(before.0), IpAddr::from(after.0), 24), (before.1.into(), after.1.into(), 64)]
@@ -37,15 +89,6 @@ fn flows_of_udp_begin_anew_when_the_node_has_their_address_no_more(setup: Setup)
         world.node.forget_address("in0", old)?;
         world.node.address("in0", new, prefix)?;
     }
-    // Sooner or later they ask who has the old one.
-    world.backends[0].flush_neighbours()?;
-    for number in [0, 1] {
-        // The client does not pause.
-        wait_for("the flow to begin anew", LIMIT, || ask(number))?;
-        for _ in 0..3 {
-            ask(number)?;
-        }
-    }
-    ensure!(agent.metric("xdp_agent_events_total", r#"event="flow_renewed""#)? >= 2.0);
-    agent.stop()
+    // Sooner or later the backend asks who has the old one.
+    world.backends[0].flush_neighbours().map(drop)
 }

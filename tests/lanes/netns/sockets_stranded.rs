@@ -9,7 +9,7 @@ use xdp_agent_tests::lab::manifests::Service;
 use xdp_agent_tests::lab::servers::UDP_PORT;
 use xdp_agent_tests::lab::world::{CLUSTER_IP, SERVICE_UDP, World, WorldOptions, udp_frontends};
 
-use crate::callers::{Place, binary, told_of_its_end};
+use crate::callers::{Place, answer_once_connected_again, binary, told_of_its_end};
 
 #[test]
 fn sockets_that_were_connected_before_the_hooks_are_told() -> Result<()> {
@@ -32,7 +32,7 @@ fn sockets_that_were_connected_before_the_hooks_are_told() -> Result<()> {
         for target in targets {
             let socket = target.to_string();
             told_of_its_end(caller.ask(&socket)?).context(socket.clone())?;
-            answers_once_connected_again(caller, &socket, target)?;
+            answer_once_connected_again(caller, &socket, target)?;
         }
     }
     // Whose addresses lead where they say, and whom the hooks do not serve.
@@ -56,7 +56,7 @@ fn a_socket_that_was_connected_before_its_service_was_there_is_told() -> Result<
     place.world.manifests.write("late.yaml", &[late.yaml(), late.slice_yaml(&endpoints)])?;
     ended(&mut place, 1)?;
     told_of_its_end(place.pod.ask("early")?)?;
-    answers_once_connected_again(&mut place.pod, "early", target)?;
+    answer_once_connected_again(&mut place.pod, "early", target)?;
     place.stop()
 }
 
@@ -104,17 +104,5 @@ fn ended(place: &mut Place, sockets: usize) -> Result<()> {
 fn is_silent(caller: &mut Caller, socket: &str) -> Result<()> {
     let failed = caller.ask(socket)?.err().context("somebody answers")?;
     ensure!(failed.errno == libc::EAGAIN, "{failed}");
-    Ok(())
-}
-
-fn answers_once_connected_again(caller: &mut Caller, socket: &str, target: SocketAddr) -> Result<()> {
-    caller.connect(socket, target)?;
-    // Where the first error was that the socket has no peer any more, the kernel's own one is still to come.
-    let answer = match caller.ask(socket)? {
-        Ok(answer) => answer,
-        Err(failed) if failed.errno == libc::ECONNABORTED => caller.ask(socket)??,
-        Err(failed) => return Err(failed.into()),
-    };
-    ensure!(answer.from == target, "{answer:?} instead of {target}");
     Ok(())
 }

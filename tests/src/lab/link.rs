@@ -243,20 +243,21 @@ impl Namespace {
             .with_context(|| format!("route {destination}/{prefix} dev {device} in {self:?}"))
     }
 
-    /// Removes every learned IPv4 neighbour and returns how many there were.
+    /// Removes every learned neighbour and returns how many there were.
     pub fn flush_neighbours(&self) -> Result<usize> {
-        let entries = self.netlink().neighbours().get().set_address_family(AddressFamily::Inet).execute();
-        let entries = block_on(entries.try_collect::<Vec<_>>())?;
         let mut removed = 0;
-        for entry in entries {
-            if matches!(
-                entry.header.state,
-                NeighbourState::Noarp | NeighbourState::Permanent | NeighbourState::None
-            ) {
-                continue;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let entries = self.netlink().neighbours().get().set_address_family(family).execute();
+            for entry in block_on(entries.try_collect::<Vec<_>>())? {
+                if matches!(
+                    entry.header.state,
+                    NeighbourState::Noarp | NeighbourState::Permanent | NeighbourState::None
+                ) {
+                    continue;
+                }
+                // The kernel may have dropped the entry since it was listed: the aim is reached either way.
+                removed += usize::from(block_on(self.netlink().neighbours().del(entry).execute()).is_ok());
             }
-            // The kernel may have dropped the entry since it was listed: the aim is reached either way.
-            removed += usize::from(block_on(self.netlink().neighbours().del(entry).execute()).is_ok());
         }
         Ok(removed)
     }

@@ -5,18 +5,18 @@
 use std::{
     io,
     os::fd::AsFd,
-    path::PathBuf,
+    path::Path,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
 use tracing::{debug, info, warn};
 
-use super::{Attacher, PinnedLink, Programs, remove_pin, take_off};
+use super::{Attacher, PinnedLink, Programs, take_off};
 use crate::{
     bpf::{self, AttachType},
     cgroup::{self, Cgroup, Fate},
-    preflight::PinDir,
+    preflight::{self, PinDir},
 };
 
 /// Programs and where each is attached, in the order in which they are: what undoes a translation ([`UNDOING`] of them) comes
@@ -165,7 +165,7 @@ pub(super) fn load(programs: &mut Programs) -> anyhow::Result<()> {
 }
 
 /// Whether a pin is that of a socket hook.
-pub(super) fn is_pin(path: &std::path::Path) -> bool {
+pub(super) fn is_pin(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX))
 }
 
@@ -177,7 +177,7 @@ pub(super) async fn remove_leftovers(pins: &PinDir) -> anyhow::Result<()> {
     if stop_leftovers(pins)? {
         last_answers().await;
     }
-    pins.all_links()?.iter().filter(|path| is_pin(path)).for_each(release);
+    pins.all_links()?.iter().filter(|path| is_pin(path)).for_each(|path| release(path));
     Ok(())
 }
 
@@ -238,7 +238,7 @@ fn attach(
 }
 
 /// A link that an earlier agent has pinned for this very cgroup; one for another cgroup is taken off.
-fn adopted(path: &PathBuf, cgroup: &Cgroup) -> anyhow::Result<Option<bpf::Link>> {
+fn adopted(path: &Path, cgroup: &Cgroup) -> anyhow::Result<Option<bpf::Link>> {
     let found = match bpf::Link::open(path) {
         Ok(found) => found,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -253,9 +253,8 @@ fn adopted(path: &PathBuf, cgroup: &Cgroup) -> anyhow::Result<Option<bpf::Link>>
     Ok(None)
 }
 
-fn release(path: &PathBuf) {
-    if let Err(error) = bpf::Link::open(path).and_then(|link| link.detach()) {
-        debug!(pin = %path.display(), %error, "the link was gone already");
+fn release(path: &Path) {
+    if let Err(error) = preflight::take_off(path) {
+        warn!(error = format!("{error:#}"), "cannot remove a pin");
     }
-    remove_pin(path);
 }

@@ -47,10 +47,11 @@ pub(super) fn attach(
     programs: &mut Programs,
     link: &Link,
     choice: ModeChoice,
-    found: Option<(bpf::Link, bool)>,
+    found: Option<bpf::Link>,
+    may_stay: bool,
     path: &Path,
 ) -> anyhow::Result<(PinnedLink, Mode, String)> {
-    if let Some((found, may_stay)) = found {
+    if let Some(found) = found {
         let is_generic = link.xdp.attached == XDP_ATTACHED_SKB;
         let is_allowed = match choice {
             ModeChoice::Auto => is_generic || link.kind != BOND,

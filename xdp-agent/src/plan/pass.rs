@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use xdp_common::tables::{ACCOUNTS_V4, Frontend, FrontendKey, network::sources_of};
+use xdp_common::{
+    net::UDP,
+    tables::{ACCOUNTS_V4, Frontend, FrontendKey, network::sources_of},
+};
 
 use super::{
     Change, Owner, Placed, Plan, gate_bits,
@@ -164,6 +167,7 @@ impl<A: IpAddress> Plan<A> {
             Entry::Vacant(free) => {
                 gate_bits(&key, &value).into_iter().for_each(|bit| self.ingress.need(bit));
                 free.insert(Placed { value, owner });
+                self.has_new_udp_frontends |= key.proto == UDP;
             }
             Entry::Occupied(mut taken) => {
                 let before = taken.insert(Placed { value, owner });

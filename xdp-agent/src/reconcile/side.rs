@@ -94,6 +94,11 @@ impl<A: IpAddress> Side<A> {
         self.pending.is_empty()
     }
 
+    /// Whether frontends of UDP are in the maps that were not when this was last asked.
+    pub(super) fn take_new_udp_frontends(&mut self) -> bool {
+        self.is_written() && self.plan.take_new_udp_frontends()
+    }
+
     /// Writes what the interfaces are like.
     pub(super) fn write_devices(&mut self, wanted: &FamilyPicture<A>) -> io::Result<()> {
         // Before the devices that ask for them.

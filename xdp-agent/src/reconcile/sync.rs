@@ -110,10 +110,7 @@ impl Reconciler {
             self.told.metrics.map_write_failures.inc();
             warn!(%error, "cannot tell the socket hooks of the node; trying again with the next change");
         }
-        if may_be_gone && v4.is_empty() && v6.is_empty() {
-            // What had waited for room.
-            hooks.look_again();
-        } else if may_be_gone {
+        if may_be_gone {
             hooks.gone.notify_one();
         }
     }
@@ -129,13 +126,16 @@ impl Reconciler {
     pub(super) fn retry(&mut self) {
         self.v4.retry(&self.told.metrics);
         self.v6.retry(&self.told.metrics);
-        self.hooks.iter().for_each(Hooks::look_again);
         self.note_written(None);
         self.publish();
     }
 
     /// Notes that nothing waits any more, unless something does.
     fn note_written(&mut self, took: Option<Duration>) {
+        // Both are asked, whatever the first says.
+        if self.v4.take_new_udp_frontends() | self.v6.take_new_udp_frontends() {
+            self.hooks.iter().for_each(Hooks::look_again);
+        }
         if self.is_complete && self.v4.is_written() && self.v6.is_written() {
             self.first_image = None;
             self.backlog.written(took);

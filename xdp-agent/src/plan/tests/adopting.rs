@@ -85,3 +85,26 @@ fn a_ring_whose_slots_are_not_what_they_should_be_is_made_anew() {
     let mut node = Node { plan: Plan::adopt(LIMITS, model.adopted()), ports: Ports::new() };
     assert_eq!(node.lines(before, 0), ["ring 211+211", "frontend 10.96.0.1 service 1 ring 211+211 flags 2"]);
 }
+
+#[test]
+fn frontends_of_udp_are_new_once_and_endpoints_do_not_make_them_new() {
+    let udp = |n, endpoints: &[u8]| {
+        let mut port = simple::<V4>(n, endpoints);
+        port.name.protocol = Protocol::Udp;
+        port
+    };
+    let mut node = Node::new(LIMITS);
+    let is_new = |node: &mut Node<V4>, ports: &[ServicePort<V4>]| {
+        node.wish(ports.to_vec(), 0);
+        node.plan.take_new_udp_frontends()
+    };
+    assert!(!is_new(&mut node, &[simple(1, &[1])]), "of TCP");
+    assert!(is_new(&mut node, &[udp(2, &[])]));
+    assert!(!is_new(&mut node, &[udp(2, &[])]));
+    assert!(!is_new(&mut node, &[udp(2, &[1])]));
+    assert!(is_new(&mut node, &[udp(2, &[1]), udp(3, &[1])]));
+    assert!(!is_new(&mut node, &[udp(3, &[1])]));
+    assert!(is_new(&mut node, &[udp(2, &[1]), udp(3, &[1])]), "it has come back");
+    let (mut node, _) = taken_over(LIMITS, &[udp(2, &[1])]);
+    assert!(!is_new(&mut node, &[udp(2, &[1])]), "of a previous agent");
+}
