@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     os::fd::OwnedFd,
+    pin::pin,
     sync::{Arc, atomic::AtomicU32},
     time::{Duration, Instant},
 };
@@ -13,7 +14,7 @@ use std::{
 use anyhow::{Context, ensure};
 use prometheus_client::registry::Registry;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc, oneshot, watch},
 };
 use tracing::{debug, error, info, warn};
@@ -43,8 +44,8 @@ use crate::{
     watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
-/// How long a start with `--fresh` waits for its maps to be filled, before programs use them.
-const FILL_MAX: Duration = Duration::from_secs(15);
+/// How long a start with `--fresh` waits for the source to tell of all objects before it says so.
+const FILL_PATIENCE: Duration = Duration::from_secs(5);
 /// Events of a source that wait for the writer of the maps; then the source waits.
 const EVENTS_MAX: usize = 64;
 
@@ -74,6 +75,34 @@ enum Source {
     Kubernetes { watch: Watch },
 }
 
+/// What asks the agent to end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?,
+            terminate: signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?,
+        })
+    }
+
+    /// Waits for one, and gives its name.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+        }
+    }
+}
+
+/// A start that was asked to end before it took over from an earlier agent.
+#[derive(Debug, thiserror::Error)]
+#[error("stopping by {0}; what an earlier agent has left stays as it was")]
+struct Stopped(&'static str);
+
 /// Runs until SIGINT or SIGTERM.
 ///
 /// # Errors
@@ -88,9 +117,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     preflight::check_privileges()?;
     preflight::raise_memlock(kernel);
     // Signals from here on end the agent by its own way out.
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let running = start(&config, kernel).await?;
+    let mut signals = Signals::new()?;
+    let running = match start(&config, kernel, &mut signals).await {
+        Ok(running) => running,
+        Err(error) if error.is::<Stopped>() => {
+            info!("{error}");
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
     let Running { reconciler, interfaces, collector, outlets, inlets, heartbeat, follower, .. } = running;
     let writer = tokio::spawn(reconciler.run(inlets, interfaces, heartbeat));
     tokio::spawn(collector.run(outlets));
@@ -108,10 +143,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     drop(running.not_ready);
     info!("programs are attached");
-    tokio::select! {
-        _ = interrupt.recv() => info!(signal = "SIGINT", "stopping"),
-        _ = terminate.recv() => info!(signal = "SIGTERM", "stopping"),
-    }
+    info!(signal = signals.next().await, "stopping");
     drop(running.source);
     // Sending fails when the writer is gone, which the join below reports.
     let _ = running.stop.send(());
@@ -126,7 +158,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running> {
+async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) -> anyhow::Result<Running> {
     let origin = Instant::now();
     let servers = serve::Servers::open(&config.listen).await?;
     let (macs, used_macs) = watch::channel(UsedMacs::default());
@@ -248,7 +280,7 @@ async fn start(config: &Config, kernel: KernelVersion) -> anyhow::Result<Running
     }
     let keeper = Keeper::new(held, fragments, Arc::clone(&clock))?;
     let (mut reconciler, interfaces, release) =
-        adopt_and_attach(config, parts, attacher, &host, loaded.pins, &mut told).await?;
+        adopt_and_attach(config, parts, attacher, &host, loaded.pins, &mut told, signals).await?;
     if config.reserve_ports {
         reconciler.reserve_ports(loaded.reserved_ports);
     } else {
@@ -305,11 +337,9 @@ fn summed(accounts: impl Iterator<Item = (ServicePortName, u64, u64)>) -> Vec<(S
 /// The maps, at their pins; a refusal leaves no empty directories behind.
 fn load(config: &Config) -> anyhow::Result<(PinDir, Loaded)> {
     let pins = PinDir::open(&config.pin_dir)?;
+    pins.take_maps_back()?;
     if config.fresh {
         pins.set_maps_aside()?;
-    } else {
-        // Of a start with --fresh that was killed.
-        pins.drop_aside()?;
     }
     match maps::load(maps::OBJECT, &pins.maps(), &config.sizes) {
         Ok(loaded) => Ok((pins, loaded)),
@@ -371,14 +401,16 @@ async fn adopt_and_attach(
     host: &Host,
     pins: NewPins,
     events: &mut mpsc::Receiver<Event>,
+    signals: &mut Signals,
 ) -> anyhow::Result<(Reconciler, Interfaces, OwnedFd)> {
     let result = async {
         attacher.load_programs()?;
         let mut reconciler = Reconciler::new(parts).context("cannot read the maps")?;
         reconciler.start(host);
         if config.fresh {
-            // Until then the programs of an earlier agent serve, if there are any.
-            reconciler.fill(events, FILL_MAX).await;
+            if attacher.follows_another()? {
+                fill(&mut reconciler, events, signals).await?;
+            }
             attacher.begin_anew()?;
         }
         Ok((reconciler, attacher.release_program()?))
@@ -401,6 +433,23 @@ async fn adopt_and_attach(
     reconciler.devices(&mut interfaces, host);
     pins.keep();
     Ok((reconciler, interfaces, release))
+}
+
+/// Fills the maps before any program uses them. An earlier agent's programs serve until then, however long it takes.
+async fn fill(
+    reconciler: &mut Reconciler,
+    events: &mut mpsc::Receiver<Event>,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
+    let mut filled = pin!(reconciler.fill(events));
+    if tokio::time::timeout(FILL_PATIENCE, &mut filled).await.is_ok() {
+        return Ok(());
+    }
+    warn!("the objects are not known yet; until they are, the earlier agent's programs serve");
+    tokio::select! {
+        () = filled => Ok(()),
+        signal = signals.next() => Err(Stopped(signal).into()),
+    }
 }
 
 async fn follow(follower: Follower) {

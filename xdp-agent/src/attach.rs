@@ -97,6 +97,14 @@ impl Attacher {
         Self { programs, pins, mode, kernel, attached, cgroup, sockets, pods, overlays, begins_anew: false }
     }
 
+    /// Whether programs of an earlier agent are attached, of whatever layout.
+    ///
+    /// # Errors
+    /// When the directory of pins cannot be read.
+    pub fn follows_another(&self) -> anyhow::Result<bool> {
+        self.pins.all_links().map(|links| !links.is_empty())
+    }
+
     /// Has nothing kept of an earlier agent but the links, whose programs are replaced in one step; those of interfaces are
     /// made anew, by the mode that is chosen now.
     ///

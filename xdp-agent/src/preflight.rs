@@ -192,7 +192,6 @@ impl PinDir {
     /// # Errors
     /// When a directory cannot be renamed.
     pub fn set_maps_aside(&self) -> anyhow::Result<()> {
-        self.drop_aside()?;
         for version in self.versions()? {
             let maps = version.join(MAPS);
             if maps.exists() {
@@ -202,6 +201,23 @@ impl PinDir {
         }
         let maps = self.maps();
         fs::create_dir_all(&maps).with_context(|| format!("cannot make {}", maps.display()))
+    }
+
+    /// Gives maps their place again that were set aside for a start that was killed, in place of its own: what is attached
+    /// uses them, unless the start was about to end.
+    ///
+    /// # Errors
+    /// When a pin cannot be removed or moved.
+    pub fn take_maps_back(&self) -> anyhow::Result<()> {
+        for version in self.versions()? {
+            let (maps, aside) = (version.join(MAPS), version.join(ASIDE));
+            if aside.exists() {
+                remove_maps(&maps)?;
+                let _ = fs::remove_dir(&maps);
+                fs::rename(&aside, &maps).with_context(|| format!("cannot move {} back", aside.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the pins of maps that were set aside.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions};
 use xdp_agent_tests::lab::clients::whoami_once;
 use xdp_agent_tests::lab::load::{Kind, Load};
 use xdp_agent_tests::lab::world::{WorldOptions, http_frontends, udp_frontends};
@@ -62,6 +63,45 @@ fn traffic_flows_while_the_api_server_is_gone_and_the_agent_starts_again() -> Re
         agent.metric("watch_failures", "service")? > 0.0,
         "an agent without an API server runs, and says so"
     );
+    site.server.back()?;
+    agent.wait_ready()?;
+    wait_answered(&loads)?;
+    all_answered(loads)?;
+    agent.stop()
+}
+
+#[test]
+fn a_start_with_fresh_without_an_api_server_leaves_the_earlier_agents_programs_serving() -> Result<()> {
+    let mut site = serving()?;
+    let mut options = site.options()?;
+    options.extra.push("--keep".into());
+    let start =
+        |site: &Site, options: &AgentOptions| Agent::spawn(&site.world.node, &site.world.bpffs, options);
+    let mut agent = start(&site, &options)?;
+    agent.wait_ready()?;
+    let loads = start_loads(&site);
+    wait_answered(&loads)?;
+    agent.stop()?;
+    site.server.go()?;
+    options.extra.push("--fresh".into());
+    // One is killed while it waits, the next is stopped.
+    for is_killed in [true, false] {
+        let agent = start(&site, &options)?;
+        wait_for("the agent to miss the objects", APPLY_TIMEOUT, || {
+            ensure!(agent.log().contains("the earlier agent's programs serve"), "it says {}", agent.log());
+            Ok(())
+        })?;
+        wait_answered(&loads)?;
+        if is_killed { agent.kill() } else { agent.stop() }?;
+        wait_answered(&loads)?;
+    }
+    options.extra.pop();
+    let mut agent = start(&site, &options)?;
+    wait_for("the agent to adopt", APPLY_TIMEOUT, || {
+        ensure!(agent.log().contains("adopting the maps of an earlier agent"), "it says {}", agent.log());
+        Ok(())
+    })?;
+    wait_answered(&loads)?;
     site.server.back()?;
     agent.wait_ready()?;
     wait_answered(&loads)?;

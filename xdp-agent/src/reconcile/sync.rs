@@ -52,16 +52,11 @@ impl Reconciler {
         self.sync();
     }
 
-    /// Fills the maps before any program uses them, as far as the source tells of all objects within a time.
-    pub async fn fill(&mut self, events: &mut mpsc::Receiver<Event>, at_most: Duration) {
+    /// Takes what the source tells until it has told of all objects, and fills the maps.
+    pub async fn fill(&mut self, events: &mut mpsc::Receiver<Event>) {
         let mut taken = Vec::with_capacity(EVENTS_MAX);
-        let told = async {
-            while !self.is_complete && events.recv_many(&mut taken, EVENTS_MAX).await > 0 {
-                self.take_events(&mut taken);
-            }
-        };
-        if tokio::time::timeout(at_most, told).await.is_err() {
-            warn!("the objects are not known yet; attaching without them");
+        while !self.is_complete && events.recv_many(&mut taken, EVENTS_MAX).await > 0 {
+            self.take_events(&mut taken);
         }
     }
 
