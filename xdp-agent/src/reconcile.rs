@@ -310,7 +310,7 @@ impl Reconciler {
                 }
                 _ = seconds.tick() => {
                     if let Some(cgroup) = interfaces.follow_cgroup() {
-                        self.hooks.iter().for_each(Hooks::look_again);
+                        self.hooks.iter().for_each(|hooks| hooks.note_attached(cgroup.is_some()));
                         self.told.shared.update(|status| status.sockets = status.sockets.clone().on(cgroup));
                     }
                     if interfaces.are_due() {

@@ -14,7 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::Notify;
@@ -46,6 +46,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PODS_PERIOD: Duration = Duration::from_secs(1);
 /// Looks in a row that may fail before sockets that were not ended are given up.
 const LOOKS_MAX: u32 = 3;
+/// How long sockets that are connected to a frontend itself have, once nobody else can connect to it: beside kube-proxy a question
+/// may be on its way.
+const GRACE: Duration = Duration::from_secs(2);
 /// Time before a look that failed is repeated.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -59,6 +62,8 @@ pub struct Hooks {
     pub gone: Arc<Notify>,
     /// Whether there may be frontends of UDP that no socket has been looked at for.
     has_new_frontends: Arc<AtomicBool>,
+    /// Whether a cgroup carries the hooks: elsewhere nobody is to be sent to a frontend.
+    are_attached: Arc<AtomicBool>,
     /// Service ports that ask for their clients' addresses, by the length of those.
     restricted: HashSet<(ServicePortName, usize)>,
     /// Whether there are any.
@@ -86,6 +91,7 @@ impl Hooks {
             gone: Arc::default(),
             // Those of an earlier agent; sockets may have been connected to them while there were no hooks.
             has_new_frontends: Arc::new(AtomicBool::new(true)),
+            are_attached: Arc::new(AtomicBool::new(true)),
             restricted: HashSet::new(),
             asks_for_pods: Arc::default(),
         };
@@ -99,6 +105,12 @@ impl Hooks {
         note(&mut self.restricted, v4);
         note(&mut self.restricted, v6);
         self.asks_for_pods.store(!self.restricted.is_empty(), Ordering::Relaxed);
+    }
+
+    /// Notes whether a cgroup carries the hooks. Where they have come back, sockets may have been connected meanwhile.
+    pub fn note_attached(&self, are_attached: bool) {
+        self.are_attached.store(are_attached, Ordering::Relaxed);
+        self.look_again();
     }
 
     /// Has all sockets looked at again that may be connected to a frontend: hooks have come back, or frontends of UDP are new.
@@ -171,6 +183,9 @@ pub struct Sweeper {
     peers: PeerMaps,
     scope: Scope,
     has_new_frontends: Arc<AtomicBool>,
+    are_attached: Arc<AtomicBool>,
+    /// When sockets are looked for that are connected to a frontend itself.
+    stranded_until: Option<Instant>,
     pods: PodMaps,
     metrics: SocketMetrics,
     /// Whether there are source ranges that ask for the addresses of pods.
@@ -197,6 +212,8 @@ impl Sweeper {
             peers,
             scope,
             has_new_frontends: Arc::clone(&hooks.has_new_frontends),
+            are_attached: Arc::clone(&hooks.are_attached),
+            stranded_until: None,
             pods,
             metrics,
             asks_for_pods,
@@ -245,13 +262,18 @@ impl Sweeper {
         if self.asks_for_pods.load(Ordering::Relaxed) {
             self.learn_pods()?;
         }
-        if !std::mem::take(&mut self.is_due) {
+        // Where the cgroup is gone, so are its processes; the hooks come back with it, and are looked for again.
+        if self.are_attached.load(Ordering::Relaxed) && self.has_new_frontends.swap(false, Ordering::Relaxed)
+        {
+            self.stranded_until.get_or_insert_with(|| Instant::now() + GRACE);
+        }
+        let is_over = self.stranded_until.is_some_and(|until| until <= Instant::now());
+        if !std::mem::take(&mut self.is_due) && !is_over {
             return Ok(());
         }
         let stale = self.peers.stale()?;
-        // Where the cgroup is gone, so are its processes; the hooks come back with it, and are looked for again.
-        let has_new_frontends = self.has_new_frontends.swap(false, Ordering::Relaxed);
-        let served = if has_new_frontends { Served::below(&self.scope.cgroup).ok() } else { None };
+        self.stranded_until.take_if(|_| is_over);
+        let served = if is_over { Served::below(&self.scope.cgroup).ok() } else { None };
         if stale.is_empty() && served.is_none() {
             return Ok(());
         }
@@ -309,7 +331,7 @@ impl Sweeper {
         }
         match failed {
             Some(error) if is_repeated => {
-                self.has_new_frontends.fetch_or(has_new_frontends, Ordering::Relaxed);
+                self.has_new_frontends.fetch_or(is_over, Ordering::Relaxed);
                 Err(error)
             }
             Some(_) | None => Ok(()),

@@ -61,7 +61,7 @@ fn flows_of_udp_that_find_no_room_to_be_established_begin_anew_too(setup: Setup)
     for socket in [&sockets, &sockets].into_iter().flatten() {
         ask(socket)?;
     }
-    ensure!(refused()? == before + 2.0, "there was room");
+    ensure!(refused()? >= before + 2.0, "there was room");
     renumber(&world)?;
     for socket in &sockets {
         wait_for("the flow to begin anew", LIMIT, || ask(socket))?;

@@ -5,7 +5,7 @@ use std::io;
 use tracing::warn;
 
 use super::{Reconciler, side::Side};
-use crate::{cluster::wanted::IpAddress, interfaces::FamilyPicture};
+use crate::{cluster::wanted::IpAddress, interfaces::FamilyPicture, sockets::Hooks};
 
 /// Rings are computed anew to be compared, so they are compared less often: at every tenth comparison.
 const RING_COMPARE_EVERY: u32 = 10;
@@ -78,6 +78,8 @@ impl Reconciler {
             self.comparison = Some(Comparison { step, ..comparison });
         } else if comparison.repairs > 0 {
             self.told.metrics.repairs.inc_by(comparison.repairs.into());
+            // Frontends may be among them.
+            self.hooks.iter().for_each(Hooks::look_again);
             warn!(
                 repairs = comparison.repairs,
                 "the maps differed from the plan and were mended; something else writes to them"
