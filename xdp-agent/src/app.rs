@@ -34,8 +34,9 @@ use crate::{
     interfaces::Interfaces,
     maps::{self, Loaded, NewPins},
     metrics,
-    neighbours::{Feed, Follower, UsedMacs},
-    preflight::{self, KernelVersion, PinDir},
+    neighbours::{self, Feed, Follower, UsedMacs},
+    pins::PinDir,
+    preflight::{self, KernelVersion},
     reconcile::{Inlets, Parts, Reconciler, ServiceNames, SideParts, Told},
     reserved, serve,
     sockets::{Hooks, Scope, Sweeper},
@@ -46,6 +47,8 @@ use crate::{
 
 /// How long a start with `--fresh` waits for the source to tell of all objects before it says so.
 const FILL_PATIENCE: Duration = Duration::from_secs(5);
+/// Time between two signs of life of such a start.
+const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
 /// Events of a source that wait for the writer of the maps; then the source waits.
 const EVENTS_MAX: usize = 64;
 
@@ -59,8 +62,7 @@ struct Running {
     heartbeat: Heartbeat,
     follower: Follower,
     source: Source,
-    servers: serve::Servers,
-    sources: serve::Sources,
+    health: Health,
     stop: oneshot::Sender<()>,
     not_ready: NotReady,
     /// What ends sockets, and what tells it to.
@@ -132,8 +134,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(follow(follower));
     let (keeper, release) = running.keeper;
     tokio::spawn(keeper.run(release));
-    tokio::spawn(serve_health_checks(running.sources.health.clone(), config.clone()));
-    tokio::spawn(running.servers.run(running.sources));
+    tokio::spawn(serve_health_checks(running.health, config.clone()));
     if let Some((sweeper, gone)) = running.sweeper {
         tokio::spawn(sweeper.run(gone));
     }
@@ -279,8 +280,22 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
         );
     }
     let keeper = Keeper::new(held, fragments, Arc::clone(&clock))?;
+    let heartbeat = Heartbeat::new(origin);
+    let health = Health { sync, heartbeat: heartbeat.clone() };
+    // A start that waits for an API server can be seen to do so.
+    tokio::spawn(servers.run(serve::Sources {
+        registries: Arc::new(registries),
+        metrics: kube_proxy,
+        shared: Arc::clone(&shared),
+        health: health.clone(),
+        watch: health_of_watch,
+        config: Arc::new(config.to_json()),
+        names: names_of_families,
+        slis: metrics::Slis::default(),
+    }));
     let (mut reconciler, interfaces, release) =
-        adopt_and_attach(config, parts, attacher, &host, loaded.pins, &mut told, signals).await?;
+        adopt_and_attach(config, parts, attacher, &host, loaded.pins, &mut told, (signals, &heartbeat))
+            .await?;
     if config.reserve_ports {
         reconciler.reserve_ports(loaded.reserved_ports);
     } else {
@@ -288,7 +303,6 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
     }
     let (to_in_use, in_use) = mpsc::channel(1);
     let (stop, stopped) = oneshot::channel();
-    let heartbeat = Heartbeat::new(origin);
     Ok(Running {
         reconciler,
         interfaces,
@@ -303,20 +317,10 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
         ),
         outlets: Outlets { in_use: to_in_use, macs, shared: Arc::clone(&shared), metrics },
         inlets: Inlets { events: told, feed: fresh(feed), in_use, stop: stopped },
-        heartbeat: heartbeat.clone(),
+        heartbeat,
         follower,
         source,
-        servers,
-        sources: serve::Sources {
-            registries: Arc::new(registries),
-            metrics: kube_proxy,
-            shared,
-            health: Health { sync, heartbeat },
-            watch: health_of_watch,
-            config: Arc::new(config.to_json()),
-            names: names_of_families,
-            slis: metrics::Slis::default(),
-        },
+        health,
         stop,
         not_ready,
         sweeper,
@@ -393,7 +397,8 @@ async fn serve_health_checks(health: Health, config: Config) {
     health::run(health, config.cluster.nodeport_addresses.clone(), failed).await;
 }
 
-/// The maps first, then the programs, which pass everything on until the first image is there. What fails is undone.
+/// The maps first, then the programs, which pass everything on until the first image is there; with `--fresh`, where programs of
+/// an earlier agent serve, the image comes before. What fails is undone.
 async fn adopt_and_attach(
     config: &Config,
     parts: Parts,
@@ -401,21 +406,23 @@ async fn adopt_and_attach(
     host: &Host,
     pins: NewPins,
     events: &mut mpsc::Receiver<Event>,
-    signals: &mut Signals,
+    waiting: (&mut Signals, &Heartbeat),
 ) -> anyhow::Result<(Reconciler, Interfaces, OwnedFd)> {
     let result = async {
         attacher.load_programs()?;
+        let release = attacher.release_program()?;
         let mut reconciler = Reconciler::new(parts).context("cannot read the maps")?;
         reconciler.start(host);
+        let is_filled = config.fresh && attacher.follows_another()?;
+        if is_filled {
+            fill(&mut reconciler, events, waiting).await?;
+        }
         if config.fresh {
-            if attacher.follows_another()? {
-                fill(&mut reconciler, events, signals).await?;
-            }
             attacher.begin_anew()?;
         }
-        Ok((reconciler, attacher.release_program()?))
+        Ok((reconciler, release, is_filled))
     };
-    let (mut reconciler, release) = match result.await {
+    let (mut reconciler, release, is_filled) = match result.await {
         Ok(ready) => ready,
         Err(error) => {
             drop(pins);
@@ -424,6 +431,11 @@ async fn adopt_and_attach(
         }
     };
     let mut interfaces = Interfaces::new(attacher, config.interfaces.clone());
+    if is_filled {
+        // Programs find frontends from the first moment, and would take none for theirs by a device that they do not know.
+        let now = neighbours::read_host();
+        reconciler.devices_ahead(&interfaces, now.as_ref().unwrap_or(host));
+    }
     if let Err(error) = interfaces.attach_all().await {
         drop(pins);
         interfaces.give_up();
@@ -439,16 +451,20 @@ async fn adopt_and_attach(
 async fn fill(
     reconciler: &mut Reconciler,
     events: &mut mpsc::Receiver<Event>,
-    signals: &mut Signals,
+    (signals, heartbeat): (&mut Signals, &Heartbeat),
 ) -> anyhow::Result<()> {
     let mut filled = pin!(reconciler.fill(events));
-    if tokio::time::timeout(FILL_PATIENCE, &mut filled).await.is_ok() {
-        return Ok(());
-    }
-    warn!("the objects are not known yet; until they are, the earlier agent's programs serve");
-    tokio::select! {
-        () = filled => Ok(()),
-        signal = signals.next() => Err(Stopped(signal).into()),
+    let began = Instant::now();
+    let mut is_told = false;
+    loop {
+        tokio::select! {
+            filled = &mut filled => return filled,
+            signal = signals.next() => return Err(Stopped(signal).into()),
+            () = tokio::time::sleep(HEARTBEAT_PERIOD) => heartbeat.beat(),
+        }
+        if began.elapsed() > FILL_PATIENCE && !std::mem::replace(&mut is_told, true) {
+            warn!("the objects are not known yet; until they are, the earlier agent's programs serve");
+        }
     }
 }
 

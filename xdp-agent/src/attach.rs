@@ -18,7 +18,8 @@ use crate::{
     devices::Mode,
     host::Link,
     neighbours,
-    preflight::{self, KernelVersion, PinDir},
+    pins::{self, PinDir},
+    preflight::KernelVersion,
 };
 
 pub mod legacy;
@@ -332,7 +333,7 @@ impl Attacher {
             programs::is_on_interface(link, info.program)?
         };
         if !is_here && self.begins_anew {
-            preflight::take_off(&path)?;
+            pins::take_off(&path)?;
             return Ok(None);
         }
         ensure!(

@@ -6,7 +6,8 @@ use tracing::info;
 
 use crate::{
     attach,
-    preflight::{self, KernelVersion, PinDir},
+    pins::PinDir,
+    preflight::{self, KernelVersion},
 };
 
 /// Takes the programs of earlier agents off and removes what they have pinned under `pin_dir`.

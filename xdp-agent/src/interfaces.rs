@@ -110,7 +110,7 @@ impl Interfaces {
     /// Attaches to all of them.
     ///
     /// # Errors
-    /// When one refuses; nothing is attached then that was not before.
+    /// When one refuses; nothing is attached then that was not before. What was there of an earlier agent may have been replaced.
     pub async fn attach_all(&mut self) -> anyhow::Result<()> {
         self.attacher.attach_all(&self.names).await
     }
@@ -186,6 +186,23 @@ impl Interfaces {
             picture.v6.add_pods();
         }
         picture
+    }
+
+    /// What the maps of both families have to know before anything is attached.
+    pub fn families_ahead(&self, host: &Host) -> (FamilyPicture<[u8; 4]>, FamilyPicture<Ip6>) {
+        let (mut v4, mut v6) = (FamilyPicture::default(), FamilyPicture::default());
+        let named = self.names.iter().filter_map(|name| host.link(name)).map(|link| (link, Mode::Absent));
+        let overlays = self.attacher.overlays_ahead(host).filter(|link| !self.names.contains(&link.name));
+        for (link, mode) in named.chain(overlays.map(|link| (link, Mode::Tc))) {
+            let xmit = devices::transmit(link, mode, None);
+            v4.add(host, link, mode, xmit);
+            v6.add(host, link, mode, xmit);
+        }
+        if self.attacher.serves_pods() {
+            v4.add_pods();
+            v6.add_pods();
+        }
+        (v4, v6)
     }
 
     /// Takes every program off and removes what is pinned.

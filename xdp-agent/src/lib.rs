@@ -31,6 +31,7 @@ pub mod neighbours;
 pub mod netdev;
 pub mod netlink;
 pub mod objects;
+pub mod pins;
 pub mod plan;
 pub mod preflight;
 pub mod problem;

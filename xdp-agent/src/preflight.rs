@@ -1,22 +1,13 @@
 //! What has to be true before anything is loaded, each with one message that says what to do.
 
-use std::{
-    ffi::{CString, OsStr},
-    fmt,
-    fs::{self, File},
-    io,
-    os::{fd::AsRawFd, unix::ffi::OsStrExt},
-    path::{Path, PathBuf},
-};
+use std::{ffi::CString, fmt, fs, io, os::unix::ffi::OsStrExt, path::Path};
 
 use anyhow::{Context, bail, ensure};
-use tracing::{debug, warn};
+use tracing::warn;
 
 use crate::{
-    bpf::Link,
     cluster::wanted::{Ip6, IpAddress},
     host::Host,
-    reserved,
 };
 
 /// `BPF_FS_MAGIC` (include/uapi/linux/magic.h).
@@ -115,208 +106,6 @@ pub fn raise_memlock(kernel: KernelVersion) {
             "cannot raise RLIMIT_MEMLOCK; maps may not fit, start with `ulimit -l unlimited`"
         );
     }
-}
-
-/// What is pinned where, below the directory of a layout.
-const LINKS: &str = "links";
-const MAPS: &str = "maps";
-/// The maps of an earlier agent, during a start with `--fresh`.
-const ASIDE: &str = "maps-of-an-earlier-agent";
-
-/// The directory of the current layout, below that of pins.
-fn of_layout() -> String {
-    format!("v{}", xdp_common::tables::LAYOUT_VERSION)
-}
-
-/// The directory of pins, held by one agent at a time.
-#[derive(Debug)]
-pub struct PinDir {
-    path: PathBuf,
-    // Held for its lock.
-    _lock: File,
-}
-
-/// Where maps of the current layout are pinned below a directory of pins.
-pub fn maps_dir(pin_dir: &Path) -> PathBuf {
-    pin_dir.join(of_layout()).join(MAPS)
-}
-
-impl PinDir {
-    /// Makes the directory, if it is on a BPF file system, and takes hold of it.
-    ///
-    /// # Errors
-    /// When it is on another file system, or another agent holds it.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
-        check_pin_dir(path)?;
-        let path_of_version = path.join(of_layout());
-        for dir in [path_of_version.join(MAPS), path_of_version.join(LINKS)] {
-            fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        }
-        let lock = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        // SAFETY: the descriptor is open for as long as the call lasts.
-        if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            let error = io::Error::last_os_error();
-            ensure!(
-                error.raw_os_error() != Some(libc::EWOULDBLOCK),
-                "another xdp-agent uses {}; stop it, or give this one another --pin-dir",
-                path.display()
-            );
-            bail!("cannot lock {}: {error}", path.display());
-        }
-        Ok(Self { path: path.to_path_buf(), _lock: lock })
-    }
-
-    /// Where maps of the current layout are pinned.
-    pub fn maps(&self) -> PathBuf {
-        maps_dir(&self.path)
-    }
-
-    /// Where links are pinned.
-    pub fn links(&self) -> PathBuf {
-        self.path.join(of_layout()).join(LINKS)
-    }
-
-    /// The pins of links of every layout that there has been.
-    ///
-    /// # Errors
-    /// When a directory cannot be read.
-    pub fn all_links(&self) -> anyhow::Result<Vec<PathBuf>> {
-        let links: Result<Vec<_>, _> =
-            self.versions()?.iter().map(|version| pins_in(&version.join(LINKS))).collect();
-        Ok(links?.concat())
-    }
-
-    /// Sets the maps of earlier agents aside, of every layout, so that new ones are made; the programs that are attached
-    /// keep them.
-    ///
-    /// # Errors
-    /// When a directory cannot be renamed.
-    pub fn set_maps_aside(&self) -> anyhow::Result<()> {
-        for version in self.versions()? {
-            let maps = version.join(MAPS);
-            if maps.exists() {
-                let aside = version.join(ASIDE);
-                fs::rename(&maps, &aside).with_context(|| format!("cannot set {} aside", maps.display()))?;
-            }
-        }
-        let maps = self.maps();
-        fs::create_dir_all(&maps).with_context(|| format!("cannot make {}", maps.display()))
-    }
-
-    /// Gives maps their place again that were set aside for a start that was killed, in place of its own: what is attached
-    /// uses them, unless the start was about to end.
-    ///
-    /// # Errors
-    /// When a pin cannot be removed or moved.
-    pub fn take_maps_back(&self) -> anyhow::Result<()> {
-        for version in self.versions()? {
-            let (maps, aside) = (version.join(MAPS), version.join(ASIDE));
-            if aside.exists() {
-                remove_maps(&maps)?;
-                let _ = fs::remove_dir(&maps);
-                fs::rename(&aside, &maps).with_context(|| format!("cannot move {} back", aside.display()))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes the pins of maps that were set aside.
-    ///
-    /// # Errors
-    /// When a pin cannot be removed.
-    pub fn drop_aside(&self) -> anyhow::Result<()> {
-        for version in self.versions()? {
-            let aside = version.join(ASIDE);
-            remove_maps(&aside)?;
-            let _ = fs::remove_dir(aside);
-        }
-        Ok(())
-    }
-
-    /// Takes the links of other layouts for those of this one, which are replaced where they are; of two in one place the
-    /// other goes.
-    ///
-    /// # Errors
-    /// When a pin cannot be moved.
-    pub fn take_links_of_other_layouts(&self) -> anyhow::Result<()> {
-        let links = self.links();
-        for path in self.all_links()?.into_iter().filter(|path| !path.starts_with(&links)) {
-            let Some(name) = path.file_name() else { continue };
-            let own = links.join(name);
-            if own.exists() {
-                take_off(&path)?;
-            } else {
-                fs::rename(&path, own).with_context(|| format!("cannot move {}", path.display()))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes the programs of every pinned link off and removes every pin, of every layout; maps that nobody holds any more
-    /// go with them.
-    ///
-    /// # Errors
-    /// When a pin cannot be removed.
-    pub fn clear(&self) -> anyhow::Result<()> {
-        self.all_links()?.iter().try_for_each(|path| take_off(path))?;
-        self.drop_aside()?;
-        self.versions()?.iter().try_for_each(|version| remove_maps(&version.join(MAPS)))
-    }
-
-    /// Removes the directories, as far as they are empty. Maps that were set aside, for a start that has failed, are in their
-    /// place again.
-    pub fn remove(&self) {
-        // What somebody else has put there stays, and its directory with it.
-        for version in self.versions().unwrap_or_default() {
-            let _ = fs::remove_dir(version.join(MAPS));
-            if fs::rename(version.join(ASIDE), version.join(MAPS)).is_err() {
-                for dir in [version.join(LINKS), version] {
-                    let _ = fs::remove_dir(dir);
-                }
-            }
-        }
-        let _ = fs::remove_dir(&self.path);
-    }
-
-    /// The directory of every layout that there has been.
-    fn versions(&self) -> anyhow::Result<Vec<PathBuf>> {
-        let mut versions = pins_in(&self.path)?;
-        versions.retain(|path| {
-            let name = path.file_name().and_then(OsStr::to_str).and_then(|name| name.strip_prefix('v'));
-            name.is_some_and(|number| number.parse::<u32>().is_ok())
-        });
-        Ok(versions)
-    }
-}
-
-/// Takes a pinned link's program off and removes the pin.
-///
-/// # Errors
-/// When the pin cannot be removed.
-pub fn take_off(path: &Path) -> anyhow::Result<()> {
-    // Without this the program stays for as long as the kernel takes to notice.
-    if let Err(error) = Link::open(path).and_then(|link| link.detach()) {
-        debug!(pin = %path.display(), %error, "a pinned link was not detached");
-    }
-    fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
-}
-
-/// Removes the pins of maps, and what they say of the node.
-fn remove_maps(dir: &Path) -> anyhow::Result<()> {
-    reserved::release(dir);
-    for path in pins_in(dir)? {
-        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-    }
-    Ok(())
-}
-
-fn pins_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    };
-    entries.with_context(|| format!("cannot read {}", dir.display()))
 }
 
 /// Checks that a directory of pins can be where it is told to be.
@@ -462,10 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pin_directory_elsewhere_is_refused_with_the_mount_command() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let error = PinDir::open(&dir.path().join("pins")).expect_err("not a bpffs").to_string();
-        assert!(error.contains("mount -t bpf bpf"), "{error}");
+    fn a_bpf_file_system_is_mounted_at_the_usual_place_if_that_is_on_the_way() {
         assert_eq!(mount_point(Path::new("/sys/fs/bpf/xdp-agent")), Path::new("/sys/fs/bpf"));
         assert_eq!(mount_point(Path::new("/run/bpf/xdp-agent")), Path::new("/run/bpf"));
     }

@@ -24,7 +24,7 @@ use crate::{
     },
     config::{PortRange, ports},
     host::Host,
-    interfaces::{Interfaces, Picture},
+    interfaces::{FamilyPicture, Interfaces, Picture},
     maps::{ReservedPorts, Settings},
     metrics::{KubeProxy, Metrics},
     neighbours::Feed,
@@ -253,17 +253,19 @@ impl Reconciler {
         self.publish();
     }
 
+    /// Writes what the interfaces are like as long as nothing is attached: all frames take the kernel's way.
+    pub fn devices_ahead(&mut self, interfaces: &Interfaces, host: &Host) {
+        let (v4, v6) = interfaces.families_ahead(host);
+        self.write_devices(&v4, &v6);
+    }
+
     /// Writes what the interfaces are like.
     pub fn devices(&mut self, interfaces: &mut Interfaces, host: &Host) {
         let picture = interfaces.picture(host);
         if picture == self.picture {
             return;
         }
-        let written = self.v4.write_devices(&picture.v4);
-        if let Err(error) = written.and_then(|()| self.v6.write_devices(&picture.v6)) {
-            self.told.metrics.map_write_failures.inc();
-            warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
-        }
+        self.write_devices(&picture.v4, &picture.v6);
         self.told.metrics.interfaces(&picture.status);
         let status = picture.status.clone();
         let (pods, refused) = (picture.pods.clone(), picture.refused_pods.clone());
@@ -278,6 +280,13 @@ impl Reconciler {
             all.snat = SnatStatus { addresses, range };
         });
         self.picture = picture;
+    }
+
+    fn write_devices(&mut self, v4: &FamilyPicture<[u8; 4]>, v6: &FamilyPicture<Ip6>) {
+        if let Err(error) = self.v4.write_devices(v4).and_then(|()| self.v6.write_devices(v6)) {
+            self.told.metrics.map_write_failures.inc();
+            warn!(%error, "cannot write the interfaces; trying again when they change or at the next comparison");
+        }
     }
 
     /// Follows changes until it is told to stop, and gives the interfaces back.

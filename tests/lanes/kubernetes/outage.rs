@@ -1,10 +1,11 @@
 //! Traffic goes on while the API server is gone, slow, or back with something else to say.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use xdp_agent_tests::lab::agent::{Agent, AgentOptions};
-use xdp_agent_tests::lab::clients::whoami_once;
+use xdp_agent_tests::lab::clients::{http_get, whoami_once};
 use xdp_agent_tests::lab::load::{Kind, Load};
 use xdp_agent_tests::lab::world::{WorldOptions, http_frontends, udp_frontends};
 use xdp_agent_tests::lab::{block_on, wait_for};
@@ -13,6 +14,8 @@ use crate::objects::{web, web_slice};
 use crate::setup::{APPLY_TIMEOUT, Site};
 
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
+/// Where kubelets ask whether kube-proxy lives.
+const HEALTHZ: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 10_256);
 /// Answers in each phase, of each kind of traffic.
 const ANSWERS: u64 = 300;
 
@@ -92,6 +95,10 @@ fn a_start_with_fresh_without_an_api_server_leaves_the_earlier_agents_programs_s
             Ok(())
         })?;
         wait_answered(&loads)?;
+        // Who looks at it sees what it waits for, and no reason to kill it.
+        ensure!(agent.metric("watch_failures", "service")? > 0.0);
+        let (status, live) = block_on(http_get(&site.world.node, HEALTHZ, "/livez"))?;
+        ensure!(status == 200, "{live}");
         if is_killed { agent.kill() } else { agent.stop() }?;
         wait_answered(&loads)?;
     }

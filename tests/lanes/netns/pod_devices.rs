@@ -204,6 +204,23 @@ fn a_killed_agent_that_starts_again_fails_no_connection_of_a_pod_and_leaves_noth
     Ok(())
 }
 
+#[test]
+fn a_start_with_fresh_ends_connections_of_a_pod_that_are_open_and_refuses_none_after() -> Result<()> {
+    let mut place = Place::without_hooks(World::build(WorldOptions::default())?, &PATTERN)?;
+    place.pod.hammer(http_frontends()[0].1)?;
+    more(&mut place.pod)?;
+    let Place { agent, mut pod, node, mut options, cgroup, world, _cgroups } = place;
+    agent.kill()?;
+    options.extra.push("--fresh".into());
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    more(&mut pod)?;
+    let tally = pod.tally()?;
+    ensure!(tally.failed + tally.reset <= 2, "{tally:?}");
+    agent.stop()?;
+    drop((pod, node, _cgroups, cgroup));
+    Ok(())
+}
+
 /// The devices that carry programs, by index.
 fn served(place: &Place) -> Result<Vec<String>> {
     let status = place.agent.status()?;

@@ -13,6 +13,8 @@ use crate::setup::{Running, Setup};
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers in each phase, of each kind of traffic: enough that every worker had its turn many times.
 const ANSWERS: u64 = 300;
+/// Connections of a worker that a start with `--fresh` may end: they are short, and made one after the other.
+const ENDED_MAX: usize = 3;
 
 each_mode!(a_killed_agent_that_starts_again_loses_no_connection);
 fn a_killed_agent_that_starts_again_loses_no_connection(setup: Setup) -> Result<()> {
@@ -49,6 +51,30 @@ fn an_agent_stopped_with_keep_leaves_its_programs_serving(setup: Setup) -> Resul
     for load in loads {
         load.stop().all_answered()?;
     }
+    agent.stop()
+}
+
+each_mode!(a_start_with_fresh_ends_connections_of_its_moment_and_refuses_none_after);
+fn a_start_with_fresh_ends_connections_of_its_moment_and_refuses_none_after(setup: Setup) -> Result<()> {
+    let world = setup.world(Default::default())?;
+    world.publish()?;
+    let mut options = world.agent_options(setup.mode);
+    options.extra.push("--keep".into());
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    let carriers = carrier_changes(&world)?;
+    let loads =
+        http_frontends().map(|(_, target)| Load::start(&world.client, target, Kind::NewConnections, 1));
+    wait_answered(&loads)?;
+    agent.stop()?;
+    options.extra.push("--fresh".into());
+    let agent = Agent::start(&world.node, &world.bpffs, &options)?;
+    setup.check_mode(&agent, "eth0")?;
+    wait_answered(&loads)?;
+    for load in loads {
+        let report = load.stop();
+        ensure!(report.errors.len() <= ENDED_MAX, "{} answered, but: {:#?}", report.answered, report.errors);
+    }
+    ensure!(carrier_changes(&world)? == carriers, "the restart took the link down for a moment");
     agent.stop()
 }
 

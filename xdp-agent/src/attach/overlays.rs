@@ -85,6 +85,12 @@ impl Attacher {
         failures
     }
 
+    /// The overlays' devices that are to carry programs.
+    pub fn overlays_ahead<'a>(&self, host: &'a Host) -> impl Iterator<Item = &'a Link> {
+        let are_followed = self.overlays.are_followed;
+        host.links.values().filter(move |link| are_followed && is_overlay(host, link))
+    }
+
     /// Names of the overlays' devices that carry programs.
     pub fn overlays(&self) -> impl Iterator<Item = &str> {
         self.attached.iter().filter(|(_, attached)| attached.mode == Mode::Tc).map(|(name, _)| name.as_str())

@@ -16,7 +16,7 @@ use super::{Attacher, PinnedLink, Programs, take_off};
 use crate::{
     bpf::{self, AttachType},
     cgroup::{self, Cgroup, Fate},
-    preflight::{self, PinDir},
+    pins::{self, PinDir},
 };
 
 /// Programs and where each is attached, in the order in which they are: what undoes a translation ([`UNDOING`] of them) comes
@@ -254,7 +254,7 @@ fn adopted(path: &Path, cgroup: &Cgroup) -> anyhow::Result<Option<bpf::Link>> {
 }
 
 fn release(path: &Path) {
-    if let Err(error) = preflight::take_off(path) {
+    if let Err(error) = pins::take_off(path) {
         warn!(error = format!("{error:#}"), "cannot remove a pin");
     }
 }

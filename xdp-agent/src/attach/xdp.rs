@@ -39,7 +39,8 @@ pub(crate) const OF_BONDS: &str =
 const PLAIN: &str = "xdp_ingress";
 const FRAGS: &str = "xdp_ingress_frags";
 
-/// Attaches to an interface, or takes over the link that an earlier agent has left on it, if that may stay.
+/// Attaches to an interface, or takes over the link that an earlier agent has left on it. `may_stay_generic` says whether that may
+/// stay in generic mode where another is not known to be refused.
 ///
 /// # Errors
 /// When no allowed mode is taken.
@@ -48,19 +49,20 @@ pub(super) fn attach(
     link: &Link,
     choice: ModeChoice,
     found: Option<bpf::Link>,
-    may_stay: bool,
+    may_stay_generic: bool,
     path: &Path,
 ) -> anyhow::Result<(PinnedLink, Mode, String)> {
     if let Some(found) = found {
         let is_generic = link.xdp.attached == XDP_ATTACHED_SKB;
         let is_allowed = match choice {
-            ModeChoice::Auto => is_generic || link.kind != BOND,
+            ModeChoice::Auto if is_generic => may_stay_generic,
+            ModeChoice::Auto => link.kind != BOND,
             ModeChoice::Native => !is_generic,
             ModeChoice::Generic => is_generic,
             // A program of a card is bound to it when it is loaded, and is not replaced.
             ModeChoice::Offload => false,
         };
-        if may_stay && is_allowed {
+        if is_allowed {
             let (mode, reason) = adopt(programs, link, &found, is_generic)?;
             return Ok((
                 PinnedLink { link: found, path: path.to_path_buf(), is_adopted: true },

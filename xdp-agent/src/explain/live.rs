@@ -17,7 +17,7 @@ use super::{
 use crate::{
     cluster::wanted::IpAddress,
     maps::{ImageMaps, Settings},
-    neighbours, preflight,
+    neighbours, pins,
 };
 
 /// What a running agent has written, beside what is known of the objects.
@@ -40,7 +40,7 @@ struct Side<F: Family> {
 impl Live {
     /// Reads the maps that are pinned below a directory.
     pub(super) fn open(pin_dir: &Path, world: World, names: Names) -> anyhow::Result<Self> {
-        let dir = preflight::maps_dir(pin_dir);
+        let dir = pins::maps_dir(pin_dir);
         ensure!(dir.exists(), "no agent of this version has its maps in {}; give --pin-dir", dir.display());
         let host = neighbours::read_host().context("cannot read the addresses of this host")?;
         let settings = Settings::pinned(&dir)?.get().context("cannot read the settings of the programs")?;

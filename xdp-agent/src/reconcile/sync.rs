@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -53,11 +54,16 @@ impl Reconciler {
     }
 
     /// Takes what the source tells until it has told of all objects, and fills the maps.
-    pub async fn fill(&mut self, events: &mut mpsc::Receiver<Event>) {
+    ///
+    /// # Errors
+    /// When the source ends before.
+    pub async fn fill(&mut self, events: &mut mpsc::Receiver<Event>) -> anyhow::Result<()> {
         let mut taken = Vec::with_capacity(EVENTS_MAX);
-        while !self.is_complete && events.recv_many(&mut taken, EVENTS_MAX).await > 0 {
+        while !self.is_complete {
+            ensure!(events.recv_many(&mut taken, EVENTS_MAX).await > 0, "nobody tells of objects any more");
             self.take_events(&mut taken);
         }
+        Ok(())
     }
 
     /// Takes what is known of this node.
