@@ -7,7 +7,10 @@ use std::{
     collections::HashMap,
     os::fd::OwnedFd,
     pin::pin,
-    sync::{Arc, atomic::AtomicU32},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -281,7 +284,8 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
     }
     let keeper = Keeper::new(held, fragments, Arc::clone(&clock))?;
     let heartbeat = Heartbeat::new(origin);
-    let health = Health { sync, heartbeat: heartbeat.clone() };
+    let serves = Arc::new(AtomicBool::new(attacher.follows_another()?));
+    let health = Health { sync, heartbeat: heartbeat.clone(), serves: Arc::clone(&serves) };
     // A start that waits for an API server can be seen to do so.
     tokio::spawn(servers.run(serve::Sources {
         registries: Arc::new(registries),
@@ -296,6 +300,7 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
     let (mut reconciler, interfaces, release) =
         adopt_and_attach(config, parts, attacher, &host, loaded.pins, &mut told, (signals, &heartbeat))
             .await?;
+    serves.store(true, Ordering::Relaxed);
     if config.reserve_ports {
         reconciler.reserve_ports(loaded.reserved_ports);
     } else {

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -280,6 +280,8 @@ pub struct Health {
     pub sync: watch::Receiver<SyncState>,
     /// When it last moved.
     pub heartbeat: Heartbeat,
+    /// Whether programs are attached, its own or those of an earlier agent.
+    pub serves: Arc<AtomicBool>,
 }
 
 impl Health {
@@ -331,7 +333,7 @@ mod tests {
     fn a_change_that_waits_for_a_minute_is_bad_health() {
         let origin = Instant::now();
         let (state, sync) = watch::channel(SyncState::default());
-        let health = Health { sync, heartbeat: Heartbeat::new(origin) };
+        let health = Health { sync, heartbeat: Heartbeat::new(origin), serves: Arc::default() };
         let second = Duration::from_secs(1);
         assert!(health.is_good(origin), "while it starts");
         assert!(!health.is_good(origin + STUCK_AFTER + second), "the writer itself is stuck");

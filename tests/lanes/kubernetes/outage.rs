@@ -95,10 +95,12 @@ fn a_start_with_fresh_without_an_api_server_leaves_the_earlier_agents_programs_s
             Ok(())
         })?;
         wait_answered(&loads)?;
-        // Who looks at it sees what it waits for, and no reason to kill it.
+        // Who looks at it sees what it waits for, and no reason to kill it or to send traffic elsewhere.
         ensure!(agent.metric("watch_failures", "service")? > 0.0);
-        let (status, live) = block_on(http_get(&site.world.node, HEALTHZ, "/livez"))?;
-        ensure!(status == 200, "{live}");
+        for path in ["/livez", "/healthz"] {
+            let (status, body) = block_on(http_get(&site.world.node, HEALTHZ, path))?;
+            ensure!(status == 200, "{path} is {status}: {body}");
+        }
         if is_killed { agent.kill() } else { agent.stop() }?;
         wait_answered(&loads)?;
     }

@@ -40,7 +40,8 @@ fn start(checks: Vec<HealthCheck>) -> Ports {
     let (state, sync) =
         watch::channel(SyncState { health_checks: checks, own_addresses, ..SyncState::default() });
     let (told, failures) = mpsc::unbounded_channel();
-    let health = Health { sync, heartbeat: Heartbeat::new(Instant::now()) };
+    let health =
+        Health { sync, heartbeat: Heartbeat::new(Instant::now()), serves: std::sync::Arc::default() };
     let tell = move |failure: &Failure| told.send(failure.clone()).expect("the test waits");
     tokio::spawn(follow(health, loopback(), Duration::from_millis(20), tell));
     Ports { state, failures }

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::atomic::Ordering,
     time::{Instant, SystemTime},
 };
 
@@ -33,7 +34,8 @@ pub(super) fn router(probes: Probes) -> Router {
 }
 
 async fn healthz(State(probes): State<Probes>) -> Response {
-    let is_eligible = probes.health.sync.borrow().node_eligible;
+    let is_eligible =
+        probes.health.serves.load(Ordering::Relaxed) && probes.health.sync.borrow().node_eligible;
     let answer = Answer::new(&probes.health, Some(is_eligible));
     probes.metrics.healthz(answer.status().as_str());
     answer.into_response()

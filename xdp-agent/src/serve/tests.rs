@@ -1,6 +1,9 @@
 //! The servers, asked over the loopback.
 
-use std::time::SystemTime;
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::SystemTime,
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -16,6 +19,7 @@ struct Agent {
     metrics: SocketAddr,
     state: watch::Sender<SyncState>,
     shared: Arc<Shared>,
+    serves: Arc<AtomicBool>,
 }
 
 async fn start() -> Agent {
@@ -25,11 +29,12 @@ async fn start() -> Agent {
     let (registries, _, metrics) = Registries::new();
     let (state, sync) = watch::channel(SyncState::default());
     let shared = Shared::new(Status { node: "node-a".to_owned(), ..Status::default() });
+    let serves = Arc::new(AtomicBool::new(true));
     let sources = Sources {
         registries: Arc::new(registries),
         metrics,
         shared: Arc::clone(&shared),
-        health: Health { sync, heartbeat: Heartbeat::new(Instant::now()) },
+        health: Health { sync, heartbeat: Heartbeat::new(Instant::now()), serves: Arc::clone(&serves) },
         watch: None,
         config: Arc::new(json!({ "masquerade-all": true, "pin-dir": "/pins" })),
         names: (ServiceNames::default(), ServiceNames::default()),
@@ -38,7 +43,7 @@ async fn start() -> Agent {
     let address = |socket: &Socket| socket.listeners[0].local_addr().expect("bound");
     let (healthz, metrics) = (address(&servers.healthz), address(&servers.metrics));
     tokio::spawn(servers.run(sources));
-    Agent { healthz, metrics, state, shared }
+    Agent { healthz, metrics, state, shared, serves }
 }
 
 async fn get(address: SocketAddr, path: &str) -> (u16, String) {
@@ -78,6 +83,17 @@ async fn a_healthy_node_is_up_to_date_by_kube_proxys_fields() {
     let (_, json) = get_json(agent.healthz, "/livez").await;
     assert_eq!(json["status"]["IPv4"]["lastUpdated"], "2023-11-14T22:13:20.000000000Z");
     assert!(json.get("nodeEligible").is_none(), "{json}");
+}
+
+#[tokio::test]
+async fn an_agent_that_starts_is_alive_and_gets_no_traffic_until_something_serves() {
+    let agent = start().await;
+    agent.serves.store(false, Ordering::Relaxed);
+    let (status, json) = get_json(agent.healthz, "/healthz").await;
+    assert_eq!((status, &json["nodeEligible"], &json["healthy"]), (503, &json!(false), &json!(true)));
+    assert_eq!(get(agent.healthz, "/livez").await.0, 200);
+    agent.serves.store(true, Ordering::Relaxed);
+    assert_eq!(get(agent.healthz, "/healthz").await.0, 200);
 }
 
 #[tokio::test]
