@@ -141,14 +141,13 @@ impl Bench {
         let mut product = load("xdp-ebpf")?;
         load_xdp(&mut product, "xdp_ingress")?;
         let mut lab = load("xdp-lab")?;
-        for name in ["replay", "limit", "xdp_drop", "limit_tunnel", "move_head"] {
+        for name in ["replay", "limit", "limit_v6", "xdp_drop", "limit_tunnel", "move_head"] {
             program(&mut lab, name)?.load().with_context(|| format!("loading the program {name}"))?;
         }
         let (entries, _) = traffic::flows::<V4>(flows, ifindex, mac, sort);
-        let mut limit: FlowMap<'_, V4> = map(&mut lab, "LIMIT")?;
-        for (key, flow) in entries {
-            limit.insert(Raw(key), Raw(flow), 0).context("filling the table of the limit")?;
-        }
+        fill::<V4>(&mut lab, "LIMIT", entries)?;
+        let (entries, _) = traffic::flows::<V6>(flows, ifindex, mac, sort);
+        fill::<V6>(&mut lab, "LIMIT_V6", entries)?;
         configure::<V4>(&mut product, flows, ifindex, mac, sort)?;
         configure::<V6>(&mut product, flows, ifindex, mac, sort)?;
         Ok(Self { ifindex, mac, product, lab, sent: 0 })
@@ -170,6 +169,7 @@ impl Bench {
         let (object, name) = match case {
             Case::Drop => (&mut self.lab, "xdp_drop"),
             Case::Limit => (&mut self.lab, "limit"),
+            Case::LimitV6 => (&mut self.lab, "limit_v6"),
             Case::MoveHead => (&mut self.lab, "move_head"),
             Case::TunnelLimit => (&mut self.lab, "limit_tunnel"),
             Case::Forward
@@ -240,7 +240,7 @@ fn replay_of(case: Case, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
         Case::Reply => replay::<V4>(Way::Reply, flows, sent, mac),
         Case::Stranger => replay::<V4>(Way::Stranger, flows, sent, mac),
         Case::NewFlow => replay::<V4>(Way::NewFlow, flows, sent, mac),
-        Case::ForwardV6 => replay::<V6>(Way::Forward, flows, sent, mac),
+        Case::LimitV6 | Case::ForwardV6 => replay::<V6>(Way::Forward, flows, sent, mac),
         Case::ReplyV6 => replay::<V6>(Way::Reply, flows, sent, mac),
         Case::StrangerV6 => replay::<V6>(Way::Stranger, flows, sent, mac),
         Case::NewFlowV6 => replay::<V6>(Way::NewFlow, flows, sent, mac),
@@ -270,6 +270,19 @@ fn replay<F: Traffic>(way: Way, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
     Replay { count: sent, mask, source, is_v6: F::IS_V6, template: frame::<F>(&key, mac, flags) }
 }
 
+/// Writes flows to a table.
+fn fill<F: Traffic>(
+    object: &mut Ebpf,
+    table: &str,
+    entries: impl IntoIterator<Item = (FlowKey<F::Addr>, Flow<F::Addr>)>,
+) -> Result<()> {
+    let mut table: FlowMap<'_, F> = map(object, table)?;
+    for (key, flow) in entries {
+        table.insert(Raw(key), Raw(flow), 0).context("filling a table of flows")?;
+    }
+    Ok(())
+}
+
 /// Live flows, and one service with backends elsewhere, behind the gateway.
 fn configure<F: Traffic>(
     product: &mut Ebpf,
@@ -292,10 +305,7 @@ fn configure<F: Traffic>(
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
     let (entries, known) = traffic::flows::<F>(flows, ifindex, mac, sort);
-    let mut established: FlowMap<'_, F> = map(product, maps.established.name)?;
-    for (key, flow) in entries {
-        established.insert(Raw(key), Raw(flow), 0).context("filling the established table")?;
-    }
+    fill::<F>(product, maps.established.name, entries)?;
     let mut words: Array<_, u64> = array(product, maps.known.name)?;
     for (at, word) in (0..).zip(known) {
         words.set(at, word, 0).context("filling the table of known keys")?;

@@ -19,6 +19,7 @@ pub(super) enum Case {
     Reply,
     Stranger,
     NewFlow,
+    LimitV6,
     ForwardV6,
     ReplyV6,
     StrangerV6,
@@ -32,13 +33,14 @@ impl Case {
     /// Those of direct server return, in a run of their own: their frames grow, and their flows have one entry each.
     pub(super) const DIRECT: [Self; 4] = [Self::Drop, Self::MoveHead, Self::TunnelLimit, Self::Tunnel];
 
-    pub(super) const TRANSLATED: [Self; 10] = [
+    pub(super) const TRANSLATED: [Self; 11] = [
         Self::Drop,
         Self::Limit,
         Self::Forward,
         Self::Reply,
         Self::Stranger,
         Self::NewFlow,
+        Self::LimitV6,
         Self::ForwardV6,
         Self::ReplyV6,
         Self::StrangerV6,
@@ -53,6 +55,7 @@ impl Case {
             Self::Reply => "established, reply",
             Self::Stranger => "not ours",
             Self::NewFlow => "new flow",
+            Self::LimitV6 => "IPv6: limit",
             Self::ForwardV6 => "IPv6: established, forward",
             Self::ReplyV6 => "IPv6: established, reply",
             Self::StrangerV6 => "IPv6: not ours",
@@ -66,7 +69,12 @@ impl Case {
     /// What it may cost over `drop`.
     pub(super) fn budget(self) -> Option<Budget> {
         match self {
-            Self::Drop | Self::Limit | Self::NewFlowV6 | Self::MoveHead | Self::TunnelLimit => None,
+            Self::Drop
+            | Self::Limit
+            | Self::LimitV6
+            | Self::NewFlowV6
+            | Self::MoveHead
+            | Self::TunnelLimit => None,
             Self::Tunnel => Some(Budget::Times(1.3, Self::TunnelLimit)),
             Self::Forward | Self::Reply => Some(Budget::Times(1.5, Self::Limit)),
             Self::ForwardV6 => Some(Budget::Times(V6_MAX, Self::Forward)),
@@ -90,6 +98,7 @@ impl Case {
             Self::Drop | Self::MoveHead => XDP_DROP,
             Self::Stranger | Self::StrangerV6 => XDP_PASS,
             Self::Limit
+            | Self::LimitV6
             | Self::Forward
             | Self::Reply
             | Self::NewFlow
