@@ -48,7 +48,7 @@ use crate::{
     watch::{self as watch_objects, Access, Notice, Options, Pace, Watch},
 };
 
-/// How long a start with `--fresh` waits for the source to tell of all objects before it says so.
+/// How long a start with `--fresh` waits for the source to tell of all objects before it says so; a multiple of the next.
 const FILL_PATIENCE: Duration = Duration::from_secs(5);
 /// Time between two signs of life of such a start.
 const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
@@ -459,17 +459,18 @@ async fn fill(
     (signals, heartbeat): (&mut Signals, &Heartbeat),
 ) -> anyhow::Result<()> {
     let mut filled = pin!(reconciler.fill(events));
-    let began = Instant::now();
-    let mut is_told = false;
+    let mut beats = tokio::time::interval(HEARTBEAT_PERIOD);
+    let mut waited = Duration::ZERO;
     loop {
         tokio::select! {
             filled = &mut filled => return filled,
             signal = signals.next() => return Err(Stopped(signal).into()),
-            () = tokio::time::sleep(HEARTBEAT_PERIOD) => heartbeat.beat(),
+            _ = beats.tick() => heartbeat.beat(),
         }
-        if began.elapsed() > FILL_PATIENCE && !std::mem::replace(&mut is_told, true) {
+        if waited == FILL_PATIENCE {
             warn!("the objects are not known yet; until they are, the earlier agent's programs serve");
         }
+        waited += HEARTBEAT_PERIOD;
     }
 }
 

@@ -263,11 +263,11 @@ impl Sweeper {
             self.learn_pods()?;
         }
         // Where the cgroup is gone, so are its processes; the hooks come back with it, and are looked for again.
-        if self.are_attached.load(Ordering::Relaxed) && self.has_new_frontends.swap(false, Ordering::Relaxed)
-        {
+        let are_attached = self.are_attached.load(Ordering::Relaxed);
+        if are_attached && self.has_new_frontends.swap(false, Ordering::Relaxed) {
             self.stranded_until.get_or_insert_with(|| Instant::now() + GRACE);
         }
-        let is_over = self.stranded_until.is_some_and(|until| until <= Instant::now());
+        let is_over = are_attached && self.stranded_until.is_some_and(|until| until <= Instant::now());
         if !std::mem::take(&mut self.is_due) && !is_over {
             return Ok(());
         }

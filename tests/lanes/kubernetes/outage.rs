@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use xdp_agent_tests::lab::agent::{Agent, AgentOptions};
+use xdp_agent_tests::lab::agent::{Agent, AgentOptions, METRICS};
 use xdp_agent_tests::lab::clients::{http_get, whoami_once};
 use xdp_agent_tests::lab::load::{Kind, Load};
 use xdp_agent_tests::lab::world::{WorldOptions, http_frontends, udp_frontends};
@@ -97,6 +97,8 @@ fn a_start_with_fresh_without_an_api_server_leaves_the_earlier_agents_programs_s
         wait_answered(&loads)?;
         // Who looks at it sees what it waits for, and no reason to kill it or to send traffic elsewhere.
         ensure!(agent.metric("watch_failures", "service")? > 0.0);
+        let (status, body) = block_on(http_get(&site.world.node, METRICS, "/readyz"))?;
+        ensure!(status == 503, "/readyz is {status}: {body}");
         for path in ["/livez", "/healthz"] {
             let (status, body) = block_on(http_get(&site.world.node, HEALTHZ, path))?;
             ensure!(status == 200, "{path} is {status}: {body}");

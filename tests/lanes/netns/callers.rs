@@ -141,6 +141,16 @@ pub(crate) fn told_of_its_end(asked: Result<Answer, Failed>) -> Result<()> {
     Ok(())
 }
 
+/// Waits until so many more of a caller's connections are answered.
+pub(crate) fn more_answers(caller: &mut Caller, more: u64, limit: Duration) -> Result<()> {
+    let before = caller.tally()?.answered;
+    wait_for("further connections to be answered", limit, || {
+        let tally = caller.tally()?;
+        ensure!(tally.answered >= before + more, "{tally:?}");
+        Ok(())
+    })
+}
+
 /// Connects a socket again that was ended, and asks; the answer has to bear the target's name.
 pub(crate) fn answer_once_connected_again(
     caller: &mut Caller,

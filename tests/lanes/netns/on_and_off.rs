@@ -17,7 +17,10 @@ use xdp_agent_tests::lab::world::{
 use xdp_agent_tests::lab::{patient, wait_for};
 use xdp_common::tables::LAYOUT_VERSION;
 
-use crate::{callers::Place, setup::nft};
+use crate::{
+    callers::{Place, more_answers},
+    setup::nft,
+};
 
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers in each phase: enough that a gap of milliseconds would show.
@@ -127,12 +130,7 @@ fn more(callers: &mut [&mut Caller; 2], met: &[(Answer, String)]) -> Result<()> 
     for (caller, (_, backend)) in callers.iter_mut().zip(met) {
         let answer = caller.ask("talk")??;
         ensure!(answer.backend == *backend, "a connected socket met {backend}, then {answer:?}");
-        let before = caller.tally()?.answered;
-        wait_for("further connections to be answered", ANSWERS_TIMEOUT, || {
-            let tally = caller.tally()?;
-            ensure!(tally.answered >= before + ANSWERS, "{tally:?}");
-            Ok(())
-        })?;
+        more_answers(caller, ANSWERS, ANSWERS_TIMEOUT)?;
         caller.tally()?.is_whole()?;
     }
     Ok(())

@@ -14,7 +14,7 @@ use xdp_agent_tests::lab::world::{
     CLUSTER_IP, NODE, World, WorldOptions, http_frontends, standard_service, udp_frontends,
 };
 
-use crate::callers::{Place, all_places, places, refused, repeated};
+use crate::callers::{Place, all_places, more_answers, places, refused, repeated};
 
 const PATTERN: [&str; 2] = ["--pod-iface", "pod*"];
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -233,10 +233,5 @@ fn links() -> String {
 }
 
 fn more(caller: &mut xdp_agent_tests::lab::caller::Caller) -> Result<()> {
-    let before = caller.tally()?.answered;
-    wait_for("further connections to be answered", CHANGE_TIMEOUT, || {
-        let tally = caller.tally()?;
-        ensure!(tally.answered >= before + ANSWERS, "{tally:?}");
-        Ok(())
-    })
+    more_answers(caller, ANSWERS, CHANGE_TIMEOUT)
 }

@@ -14,7 +14,7 @@ use xdp_agent_tests::lab::wait_for;
 use xdp_agent_tests::lab::world::{Pod, World, WorldOptions, http_frontends, udp_frontends};
 use xdp_common::tables::{LAYOUT_VERSION, SOCKET_WAYS, TCP_COOKIES, UDP_CONNECTED};
 
-use crate::callers::{Place, answer_once_connected_again, binary, told_of_its_end};
+use crate::callers::{Place, answer_once_connected_again, binary, more_answers, told_of_its_end};
 
 const WAYS: usize = SOCKET_WAYS as usize;
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -419,12 +419,7 @@ fn hammered(extra: &[&str]) -> Result<Place> {
 /// Waits until so many more of each caller's connections are answered.
 fn more(callers: [&mut Caller; 2]) -> Result<()> {
     for caller in callers {
-        let before = caller.tally()?.answered;
-        wait_for("further connections to be answered", ANSWERS_TIMEOUT, || {
-            let tally = caller.tally()?;
-            ensure!(tally.answered >= before + ANSWERS, "{tally:?}");
-            Ok(())
-        })?;
+        more_answers(caller, ANSWERS, ANSWERS_TIMEOUT)?;
     }
     Ok(())
 }
