@@ -77,10 +77,12 @@ struct Replay {
     mask: u32,
     source: u32,
     is_v6: u32,
+    gap: [u8; 2],
     template: [u8; TEMPLATE_LEN],
+    end: [u8; 2],
 }
 
-// SAFETY: integers and bytes, without padding (16 + 76 bytes, aligned to 4).
+// SAFETY: integers and bytes, without padding (16 + 2 + 76 + 2 bytes, aligned to 4).
 unsafe impl Pod for Replay {}
 
 /// Runs the cases and prints the table.
@@ -267,7 +269,8 @@ fn replay<F: Traffic>(way: Way, flows: u32, sent: u32, mac: [u8; 6]) -> Replay {
         // A range of its own, and on from where the last round stopped, so that no flow is met twice.
         Way::NewFlow => (key, 0x0100_0000, NEW_FLOWS - 1, SYN),
     };
-    Replay { count: sent, mask, source, is_v6: F::IS_V6, template: frame::<F>(&key, mac, flags) }
+    let template = frame::<F>(&key, mac, flags);
+    Replay { count: sent, mask, source, is_v6: F::IS_V6, gap: [0; 2], template, end: [0; 2] }
 }
 
 /// Writes flows to a table.

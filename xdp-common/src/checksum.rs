@@ -45,9 +45,19 @@ pub const TTL_DECREMENT: u16 = u16::from_ne_bytes([0xfe, 0xff]);
 /// (`tcp_v4_check` in the kernel, not complemented).
 #[inline(always)]
 pub fn pseudo_header(addresses_sum: u32, proto: u8, l4_len: u16) -> u16 {
-    let proto = u16::from_ne_bytes([0, proto]) as u32;
-    let len = u16::from_ne_bytes(l4_len.to_be_bytes()) as u32;
-    fold(addresses_sum + proto + len)
+    with_length(pseudo_sum(addresses_sum, proto), l4_len)
+}
+
+/// What a pseudo-header has beside the length, folded (RFC 9293, section 3.1).
+#[inline(always)]
+pub fn pseudo_sum(addresses_sum: u32, proto: u8) -> u16 {
+    fold(addresses_sum + u16::from_ne_bytes([0, proto]) as u32)
+}
+
+/// The same from the folded sum of all but the length.
+#[inline(always)]
+pub fn with_length(pseudo_sum: u16, l4_len: u16) -> u16 {
+    fold(pseudo_sum as u32 + u16::from_ne_bytes(l4_len.to_be_bytes()) as u32)
 }
 
 #[cfg(test)]

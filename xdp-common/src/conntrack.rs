@@ -63,6 +63,7 @@ pub fn point_back<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, other: &mut Flow
     other.sport = key.dport;
     other.dport = key.sport;
     let (addresses, ports) = sums(flow);
+    other.pseudo_sum = checksum::pseudo_sum(addresses, key.proto);
     other.addr_delta = checksum::delta(addresses, key.addresses_sum());
     other.l4_delta = checksum::add(other.addr_delta, checksum::delta(ports, key.ports_sum()));
 }
@@ -71,6 +72,7 @@ pub fn point_back<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, other: &mut Flow
 #[inline(always)]
 pub fn complete<A: Address>(key: &FlowKey<A>, flow: &mut Flow<A>) {
     let (addresses, ports) = sums(flow);
+    flow.pseudo_sum = key.pseudo_sum();
     flow.addr_delta = checksum::delta(key.addresses_sum(), addresses);
     flow.l4_delta = checksum::add(flow.addr_delta, checksum::delta(key.ports_sum(), ports));
 }
@@ -90,6 +92,7 @@ pub fn translate<A: Address>(flow: &mut Flow<A>, before: &FlowKey<A>, after: &Fl
     flow.dst = rewrite.dst;
     flow.sport = rewrite.sport;
     flow.dport = rewrite.dport;
+    flow.pseudo_sum = before.pseudo_sum();
     flow.addr_delta = rewrite.addr_delta;
     flow.l4_delta = rewrite.l4_delta;
 }

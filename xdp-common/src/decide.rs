@@ -3,6 +3,7 @@
 //! [`ingress`] serves XDP and tc ingress, [`egress`] serves tc egress. A packet of a known flow is found by one lookup;
 //! any other may open one. What cannot be finished here goes up the stack half-translated, and `egress` finishes it.
 
+mod apply;
 mod direct;
 mod opening;
 pub mod related;
@@ -16,10 +17,12 @@ use crate::{
     net::{Address, Family, FlowKey, UDP},
     select::known_bit,
     tables::{Config, Entry, Flow, Insertion, Table, Tables, Work, closing, device, exit, kind, network},
-    verdict::{Action, Counter, Event, Hop, Reason, Verdict},
+    verdict::{Action, Counter, Event, Reason, Verdict},
 };
 
+pub use self::apply::{Apply, counted};
 use self::{
+    apply::Told,
     opening::{Origin, open, reserve, route_new, still_holds},
     sending::{by_cache, send},
 };
@@ -86,72 +89,102 @@ enum Next {
 /// Decides on a packet that has come in.
 #[inline(always)] // one caller per hook
 pub fn ingress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, hook: Hook) -> Verdict<F::Addr> {
+    decide::<F, T, _>(tables, packet, hook, Told { tables, packet })
+}
+
+/// Decides on a packet that has come in, for a hook that applies the decision in its own way.
+#[inline(always)] // one caller per hook
+pub fn decide<F: Family, T: Tables<F>, D: Apply<F::Addr>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    hook: Hook,
+    hand: D,
+) -> D::Done {
     let config = tables.config();
     if !admits(tables, &config, packet) {
-        return stray(tables, packet);
+        return hand.alone(stray(tables, packet));
     }
-    let offloaded = packet.looks_offloaded();
-    match hook {
-        Hook::Xdp if offloaded => {
-            tables.count(Counter::Event(Event::Deferred));
-            return Verdict::PASS;
-        }
-        Hook::Tc if !offloaded && !is_without_xdp(tables, packet) => {
-            let work = if config.direct == 0 { None } else { tables.work() };
-            let Some(mut work) = work else { return Verdict::PASS };
-            let action = direct::left_by_xdp(tables, packet, &mut work).action();
-            return verdict(tables, packet, action, &work.flow);
-        }
-        Hook::Xdp | Hook::Tc | Hook::Fragment | Hook::Host | Hook::Pod | Hook::Out => {}
+    let is_left_by_xdp = hook == Hook::Tc && !packet.looks_offloaded() && !is_without_xdp(tables, packet);
+    if is_left_by_xdp && config.direct == 0 {
+        return hand.alone(Action::Pass);
     }
-    let may_be_known = !opens(packet) || tables.may_know(known_bit(&packet.key));
+    let may_be_known = !is_left_by_xdp && (!opens(packet) || tables.may_know(known_bit(&packet.key)));
     let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };
-    if hook == Hook::Xdp
-        && let Some(ref entry) = found
-        && !is_over(tables, packet, entry)
-        && let Some(way) = by_cache(tables, packet, entry)
-    {
-        note(tables, packet, Table::Established, entry);
-        return verdict(tables, packet, way.action(), entry);
+    let pseudo_sum = found.as_ref().map_or(0, |entry| entry.pseudo_sum);
+    if hook == Hook::Xdp && packet.looks_offloaded_by(pseudo_sum) {
+        tables.count(Counter::Event(Event::Deferred));
+        return hand.alone(Action::Pass);
     }
-    let Some(mut work) = tables.work() else { return Verdict::PASS };
-    let table = if found.is_some() { Table::Established } else { Table::Embryonic };
-    let mut next = find(tables, packet, hook, table, &mut work);
-    if next == Next::Embryo && !still_holds(tables, &packet.key, &mut work) {
+    let way = match found {
+        Some(ref entry) if hook == Hook::Xdp && !is_over(tables, packet, entry) => {
+            by_cache(tables, &config, packet, entry)
+        }
+        _ => None,
+    };
+    let mut work;
+    let (action, flow): (Action, &Flow<F::Addr>) = match (&found, way) {
+        (Some(entry), Some(way)) => {
+            note(tables, packet, Table::Established, entry, config.clock);
+            (way.action(), entry)
+        }
+        _ => {
+            let Some(area) = tables.work() else { return hand.alone(Action::Pass) };
+            work = area;
+            let table = if found.is_some() { Table::Established } else { Table::Embryonic };
+            let action = match is_left_by_xdp {
+                true => direct::left_by_xdp(tables, packet, &mut work).action(),
+                false => followed(tables, packet, hook, table, &mut work),
+            };
+            (action, &work.flow)
+        }
+    };
+    hand.by_flow(action, flow)
+}
+
+/// Decides on a packet that does not simply leave by an established flow. Its flow is in this table, if it has one, and in the
+/// work area afterwards.
+#[inline(always)] // one caller
+fn followed<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    hook: Hook,
+    table: Table,
+    work: &mut Work<F::Addr>,
+) -> Action {
+    let mut next = find(tables, packet, hook, table, work);
+    if next == Next::Embryo && !still_holds(tables, &packet.key, work) {
         // The source port is another flow's by now.
         tables.remove(Table::Embryonic, &packet.key);
         next = Next::Open;
     }
     if next == Next::Answer {
-        answered(tables, &packet.key, &mut work);
+        answered(tables, &packet.key, work);
         next = Next::Send(Table::Embryonic);
     }
     if next == Next::Open {
-        next = open(tables, packet, hook, &mut work);
+        next = open(tables, packet, hook, work);
     }
     if next == Next::Direct {
-        next = direct::enter(tables, packet, &mut work);
+        next = direct::enter(tables, packet, work);
     }
     if next == Next::Route {
         next = Next::Reserve(!route_new(tables, packet, &mut work.flow));
     }
-    let action = match next {
-        Next::Pass | Next::Open | Next::Direct | Next::Route | Next::Answer => return Verdict::PASS,
+    match next {
+        Next::Pass | Next::Open | Next::Direct | Next::Route | Next::Answer => Action::Pass,
         Next::Drop(reason) => Action::Drop(reason),
         Next::Reject(reason) => Action::Reject(reason),
-        Next::Send(table) => send(tables, packet, hook, table, &mut work).action(),
+        Next::Send(table) => send(tables, packet, hook, table, work).action(),
         Next::Embryo => {
             let is_established = establishes(packet, &work.flow);
-            let table =
-                if is_established { establish(tables, &packet.key, &mut work) } else { Table::Embryonic };
-            send(tables, packet, hook, table, &mut work).action()
+            let table = if is_established { establish(tables, &packet.key, work) } else { Table::Embryonic };
+            send(tables, packet, hook, table, work).action()
         }
-        Next::Reserve(is_local) => match reserve(tables, &packet.key, &mut work, is_local) {
-            Ok(()) => send(tables, packet, hook, Table::Embryonic, &mut work).action(),
+        Next::Reserve(is_local) => match reserve(tables, &packet.key, work, is_local) {
+            Ok(()) => send(tables, packet, hook, Table::Embryonic, work).action(),
             Err(reason) => Action::Drop(reason),
         },
-    };
-    verdict(tables, packet, action, &work.flow)
+    }
 }
 
 /// Whether a packet has come in by an interface where XDP has not seen it.
@@ -176,46 +209,12 @@ fn is_for_other_node<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr
 /// What becomes of a packet that is nobody's: the kernel would only send it back to the node that has sent it on, and that
 /// one would again.
 #[inline(always)] // as above
-fn stray<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> Verdict<F::Addr> {
+fn stray<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> Action {
     if !is_for_other_node(tables, packet) {
-        return Verdict::PASS;
+        return Action::Pass;
     }
     tables.count(Counter::Drop(Reason::UnknownPort));
-    Verdict { action: Action::Drop(Reason::UnknownPort), ..Verdict::PASS }
-}
-
-/// A verdict from a flow's translation and next hop; counts it.
-#[inline(always)] // moves only
-fn verdict<F: Family, T: Tables<F>>(
-    tables: T,
-    packet: &Packet<F::Addr>,
-    action: Action,
-    flow: &Flow<F::Addr>,
-) -> Verdict<F::Addr> {
-    let counter = match action {
-        Action::Pass => return Verdict::PASS,
-        Action::Drop(reason) | Action::Reject(reason) => {
-            tables.count(Counter::Drop(reason));
-            // The station that a tunnelled packet came from is not known any more: nothing can be sent back there.
-            let action = if packet.is_tunnelled { Action::Drop(reason) } else { action };
-            return Verdict { action, mtu: flow.mtu, ..Verdict::PASS };
-        }
-        Action::Stack => match flow.exit {
-            exit::LOCAL => Counter::Event(Event::Delivered),
-            _ => Counter::Event(Event::SlowPath),
-        },
-        Action::Transmit => Counter::Event(Event::Transmitted),
-        Action::Redirect => Counter::Event(Event::Redirected),
-        Action::Tunnel => Counter::Event(Event::Tunnelled),
-    };
-    tables.count(counter);
-    tables.account(flow.service, packet.total_len);
-    Verdict {
-        action,
-        rewrite: rewrite(flow),
-        hop: Hop { dmac: flow.dmac, smac: flow.smac, ifindex: flow.ifindex },
-        mtu: flow.mtu,
-    }
+    Action::Drop(Reason::UnknownPort)
 }
 
 /// Finds the flow of a packet that the fast path has not sent, and puts it into the work area.
@@ -248,7 +247,7 @@ fn find<F: Family, T: Tables<F>>(
             forget(tables, &packet.key, flow);
             continue;
         }
-        note(tables, packet, table, &entry);
+        note(tables, packet, table, &entry, tables.config().clock);
         // The copy may be stored again.
         work.flow.seen = tables.config().clock;
         work.flow.closing = closing_after(work.flow.closing, packet.tcp_flags);
@@ -266,8 +265,13 @@ fn find<F: Family, T: Tables<F>>(
 
 /// Notes a packet on the entry of its flow.
 #[inline(always)] // a few instructions on the established path
-fn note<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, table: Table, entry: &T::Entry) {
-    let clock = tables.config().clock;
+fn note<F: Family, T: Tables<F>>(
+    tables: T,
+    packet: &Packet<F::Addr>,
+    table: Table,
+    entry: &T::Entry,
+    clock: u32,
+) {
     if entry.seen != clock {
         entry.set_seen(clock);
     }
@@ -448,7 +452,7 @@ pub fn egress<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> V
             entry.set_seen(clock);
         }
     } else {
-        note(tables, packet, table, &entry);
+        note(tables, packet, table, &entry, tables.config().clock);
         tables.account(entry.service, packet.total_len);
         if table == Table::Embryonic
             && entry.replied == 0

@@ -318,11 +318,9 @@ fn parse_body<A: Address, R: Frame + ?Sized>(
         if (packet.l4_len as usize) < l4_len_min(key.proto) {
             return false;
         }
-        let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, at, key.proto) else { return false };
-        packet.key.sport = sport;
-        packet.key.dport = dport;
-        packet.check = check;
-        packet.tcp_flags = tcp_flags;
+        if !parse_l4(frame, at, key.proto, packet) {
+            return false;
+        }
         packet.l4_offset = at as u8;
     } else {
         packet.key.sport = [0; 2];

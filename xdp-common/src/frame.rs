@@ -11,7 +11,7 @@ use network_types::{
 
 use crate::{
     checksum,
-    net::{Address, Family, FlowKey, Ip6, Port, TCP, UDP, V4, V6},
+    net::{Address, Family, FlowKey, Ip6, TCP, UDP, V4, V6},
     tunnel,
 };
 
@@ -34,6 +34,25 @@ pub trait View {
     fn pair(&self, at: usize) -> [u8; 2];
     /// Four bytes, as on the wire.
     fn quad(&self, at: usize) -> [u8; 4];
+
+    /// Copies the ports that the header of a transport begins with, and sets the protocol beside them.
+    fn copy_ports<A>(&self, proto: u8, to: &mut FlowKey<A>) {
+        (to.sport, to.dport, to.proto) = (self.pair(0), self.pair(2), proto);
+    }
+
+    /// Copies the MAC address at an offset.
+    fn copy_mac(&self, at: usize, to: &mut [u8; 6]) {
+        let ([a, b, c, d], [e, f]) = (self.quad(at), self.pair(at + 4));
+        *to = [a, b, c, d, e, f];
+    }
+
+    /// Copies the IPv6 address at an offset.
+    fn copy_address(&self, at: usize, to: &mut Ip6)
+    where
+        Self: Sized,
+    {
+        *to = address(self, at);
+    }
 }
 
 impl Frame for [u8] {
@@ -63,20 +82,25 @@ impl<const N: usize> View for [u8; N] {
 }
 
 /// What the headers of a frame say.
+///
+/// In this order, so that all of it is stored by whole words.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<A> {
     /// Addresses, ports and protocol.
     pub key: FlowKey<A>,
     /// Destination MAC address.
     pub dmac: [u8; 6],
-    /// Offset of the TCP or UDP header in the frame; 0 in a later fragment, which has none.
-    pub l4_offset: u8,
     /// Length of TCP or UDP header and payload, in bytes.
     pub l4_len: u16,
+    /// Interface it came in by.
+    pub ifindex: u32,
     /// Length of the IP packet, in bytes.
     pub total_len: u16,
     /// TCP or UDP checksum as it is in the frame, in native order.
     pub check: u16,
+    /// Offset of the TCP or UDP header in the frame; 0 in a later fragment, which has none.
+    pub l4_offset: u8,
     /// Type of service, or traffic class (RFC 2474).
     pub tos: u8,
     /// Time to live, or hop limit.
@@ -85,8 +109,6 @@ pub struct Packet<A> {
     pub tcp_flags: u8,
     /// Whether it has come in a packet of another node, to which its client had sent it ([`crate::tunnel`]).
     pub is_tunnelled: bool,
-    /// Interface it came in by.
-    pub ifindex: u32,
 }
 
 /// TCP flags (RFC 9293, section 3.1).
@@ -114,6 +136,19 @@ pub enum Parsed<A> {
     Malformed,
 }
 
+/// What a frame turned out to be, where the packet is in its place ([`Headers::parse_to`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// As [`Parsed::Packet`].
+    Packet,
+    /// As [`Parsed::Other`].
+    Other,
+    /// As [`Parsed::Fragment`].
+    Fragment,
+    /// As [`Parsed::Malformed`].
+    Malformed,
+}
+
 impl<A: Address> Packet<A> {
     /// Whether the checksum field holds what a sender leaves for its device to finish: the sum of the pseudo-header.
     ///
@@ -121,7 +156,14 @@ impl<A: Address> Packet<A> {
     /// frames are left to the tc programs, which use helpers that know.
     #[inline(always)] // some ten instructions on the hot path
     pub fn looks_offloaded(&self) -> bool {
-        self.check == checksum::pseudo_header(self.key.addresses_sum(), self.key.proto, self.l4_len)
+        self.looks_offloaded_by(0)
+    }
+
+    /// The same by the sum that the packet's flow knows, unless that is 0.
+    #[inline(always)] // as above
+    pub fn looks_offloaded_by(&self, pseudo_sum: u16) -> bool {
+        let sum = if pseudo_sum == 0 { self.key.pseudo_sum() } else { pseudo_sum };
+        self.check == checksum::with_length(sum, self.l4_len)
     }
 }
 
@@ -141,40 +183,6 @@ impl<A: Address> Packet<A> {
         ifindex: 0,
     };
 
-    /// Makes it another. The zeros of its key stay as they are: for three of them the compiler calls a function in BPF.
-    #[inline(always)] // moves
-    pub fn set(&mut self, to: Self) {
-        let Self {
-            key,
-            dmac,
-            l4_offset,
-            l4_len,
-            total_len,
-            check,
-            tos,
-            ttl,
-            tcp_flags,
-            is_tunnelled,
-            ifindex,
-        } = to;
-        let FlowKey { src, dst, sport, dport, proto, zero: _ } = key;
-        self.key.src = src;
-        self.key.dst = dst;
-        self.key.sport = sport;
-        self.key.dport = dport;
-        self.key.proto = proto;
-        self.dmac = dmac;
-        self.l4_offset = l4_offset;
-        self.l4_len = l4_len;
-        self.total_len = total_len;
-        self.check = check;
-        self.tos = tos;
-        self.ttl = ttl;
-        self.tcp_flags = tcp_flags;
-        self.is_tunnelled = is_tunnelled;
-        self.ifindex = ifindex;
-    }
-
     /// Whether it is a fragment behind the first, without a TCP or UDP header.
     #[inline(always)] // one comparison
     pub fn is_later_fragment(&self) -> bool {
@@ -186,8 +194,32 @@ impl<A: Address> Packet<A> {
 pub trait Headers: Family {
     /// Length of the IP header without options or extension headers, in bytes.
     const LEN: usize = Self::HEADER_LEN as usize;
-    /// Parses a frame.
-    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Self::Addr>;
+    /// Reads the headers of a frame of this family's EtherType to a place, which holds nothing of use unless it finds a packet.
+    ///
+    /// Addresses go there as they are read: what is read first and stored later does not fit into ten registers.
+    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Found;
+
+    /// The same of any frame.
+    #[inline(always)] // as `parse_ip`
+    fn parse_to<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Found {
+        if ethertype(frame) == Self::ETHERTYPE {
+            Self::parse_ip(frame, ifindex, packet)
+        } else {
+            Found::Other
+        }
+    }
+
+    /// The packet in a frame.
+    #[inline(always)] // as `parse_ip`
+    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Self::Addr> {
+        let mut packet = Packet::ZERO;
+        match Self::parse_to(frame, ifindex, &mut packet) {
+            Found::Packet => Parsed::Packet(packet),
+            Found::Other => Parsed::Other,
+            Found::Fragment => Parsed::Fragment,
+            Found::Malformed => Parsed::Malformed,
+        }
+    }
 }
 
 /// The EtherType of a frame (IEEE 802 numbers), 0 when it has none.
@@ -199,61 +231,89 @@ pub fn ethertype<R: Frame + ?Sized>(frame: &R) -> u16 {
     }
 }
 
+/// Offset of the IP header.
+const IP: usize = EthHdr::LEN;
 const _: () = assert!(V4::HEADER_LEN as usize == Ipv4Hdr::LEN && V6::HEADER_LEN as usize == Ipv6Hdr::LEN);
 
 impl Headers for V4 {
     #[inline(always)] // bounds proofs do not survive a call
-    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<[u8; 4]> {
-        let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
-        if u16::from_be_bytes(eth.pair(ETHERTYPE)) != V4::ETHERTYPE {
-            return Parsed::Other;
-        }
-        let Some(ip) = frame.view::<{ Ipv4Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
-        let proto = ip.u8(offset_of!(Ipv4Hdr, proto));
+    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<[u8; 4]>) -> Found {
+        let Some(ip) = frame.view::<{ IP + Ipv4Hdr::LEN }>(0) else { return Found::Malformed };
+        ip.copy_mac(0, &mut packet.dmac);
+        packet.is_tunnelled = tunnel::is_marked(&ip);
+        let proto = ip.u8(IP + offset_of!(Ipv4Hdr, proto));
         if proto != TCP && proto != UDP {
-            return Parsed::Other;
+            return Found::Other;
         }
-        let vihl = ip.u8(offset_of!(Ipv4Hdr, vihl));
+        let vihl = ip.u8(IP + offset_of!(Ipv4Hdr, vihl));
         let header_len = ((vihl & 0x0f) as usize) << 2;
         if vihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
-            return Parsed::Malformed;
+            return Found::Malformed;
         }
         // More-fragments or an offset; don't-fragment and the reserved bit do not matter (RFC 791, section 3.1).
-        if u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, frags))) & 0x3fff != 0 {
-            return Parsed::Fragment;
+        if u16::from_be_bytes(ip.pair(IP + offset_of!(Ipv4Hdr, frags))) & 0x3fff != 0 {
+            return Found::Fragment;
         }
-        let total_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv4Hdr, tot_len)));
+        let total_len = u16::from_be_bytes(ip.pair(IP + offset_of!(Ipv4Hdr, tot_len)));
         if (total_len as usize) < header_len + l4_len_min(proto)
             || !frame.reaches(EthHdr::LEN + total_len as usize)
         {
-            return Parsed::Malformed;
+            return Found::Malformed;
         }
         let l4_offset = EthHdr::LEN + header_len;
-        let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, l4_offset, proto) else {
-            return Parsed::Other;
-        };
-        Parsed::Packet(Packet {
-            key: FlowKey {
-                src: ip.quad(offset_of!(Ipv4Hdr, src_addr)),
-                dst: ip.quad(offset_of!(Ipv4Hdr, dst_addr)),
-                sport,
-                dport,
-                proto,
-                zero: [0; 3],
-            },
-            dmac: dmac(&eth),
-            l4_offset: l4_offset as u8,
-            l4_len: total_len - header_len as u16,
-            total_len,
-            check,
-            tos: ip.u8(offset_of!(Ipv4Hdr, tos)),
-            ttl: ip.u8(offset_of!(Ipv4Hdr, ttl)),
-            tcp_flags,
-            is_tunnelled: tunnel::is_marked(&eth),
-            ifindex,
-        })
+        if !parse_l4(frame, l4_offset, proto, packet) {
+            return Found::Other;
+        }
+        packet.key.src = ip.quad(IP + offset_of!(Ipv4Hdr, src_addr));
+        packet.key.dst = ip.quad(IP + offset_of!(Ipv4Hdr, dst_addr));
+        packet.l4_offset = l4_offset as u8;
+        packet.l4_len = total_len - header_len as u16;
+        packet.total_len = total_len;
+        packet.tos = ip.u8(IP + offset_of!(Ipv4Hdr, tos));
+        packet.ttl = ip.u8(IP + offset_of!(Ipv4Hdr, ttl));
+        packet.ifindex = ifindex;
+        Found::Packet
     }
 }
+
+/// Walks the extension headers of a packet, from the one that its header names: says which protocol comes next and how far they
+/// reach, from the IPv6 header on, as `protocol << 8 | length`, or one of `WALKED_TO_`: a function of BPF
+/// returns one number.
+#[inline(never)] // most packets have none
+fn walk<R: Frame + ?Sized>(frame: &R, first: u8) -> u32 {
+    let (mut proto, mut walked, mut step) = (first, 0, 0);
+    while proto != TCP && proto != UDP {
+        // Hop-by-hop options come first or not at all (RFC 8200, section 4.1).
+        let is_known = (proto == extension::HOP_BY_HOP && step == 0)
+            || proto == extension::FRAGMENT
+            || proto == extension::DESTINATION;
+        if step == EXTENSIONS_MAX || !is_known {
+            return WALKED_TO_OTHER;
+        }
+        let Some(header) = frame.view::<EXTENSION_LEN_MIN>(IP + Ipv6Hdr::LEN + walked) else {
+            return WALKED_TO_OTHER;
+        };
+        let next = header.u8(0);
+        // More-fragments or an offset; a header with neither says nothing (RFC 6946).
+        let is_fragment = proto == extension::FRAGMENT && u16::from_be_bytes(header.pair(2)) & 0xfff9 != 0;
+        if is_fragment {
+            return if next == TCP || next == UDP { WALKED_TO_FRAGMENT } else { WALKED_TO_OTHER };
+        }
+        let units = if proto == extension::FRAGMENT { 0 } else { header.u8(1) as usize };
+        walked += (units + 1) * EXTENSION_LEN_MIN;
+        if walked > EXTENSIONS_LEN_MAX {
+            return WALKED_TO_OTHER;
+        }
+        proto = next;
+        step += 1;
+    }
+    (proto as u32) << 8 | walked as u32
+}
+
+/// A walk that has ended at what is the kernel's.
+const WALKED_TO_OTHER: u32 = 1 << 16;
+/// A walk that has ended at a fragment of a TCP or UDP packet.
+const WALKED_TO_FRAGMENT: u32 = 2 << 16;
 
 /// Extension headers (RFC 8200, section 4) that can stand between the IPv6 header and what is translated. A routing header
 /// names another destination than the packet's, and an authentication header forbids translation: such packets are the
@@ -274,75 +334,43 @@ const _: () =
 
 impl Headers for V6 {
     #[inline(always)] // bounds proofs do not survive a call
-    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Ip6> {
-        let Some(eth) = frame.view::<{ EthHdr::LEN }>(0) else { return Parsed::Other };
-        if u16::from_be_bytes(eth.pair(ETHERTYPE)) != V6::ETHERTYPE {
-            return Parsed::Other;
+    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Ip6>) -> Found {
+        let Some(ip) = frame.view::<{ IP + Ipv6Hdr::LEN }>(0) else { return Found::Malformed };
+        ip.copy_mac(0, &mut packet.dmac);
+        packet.is_tunnelled = tunnel::is_marked(&ip);
+        ip.copy_address(IP + offset_of!(Ipv6Hdr, src_addr), &mut packet.key.src);
+        ip.copy_address(IP + offset_of!(Ipv6Hdr, dst_addr), &mut packet.key.dst);
+        let next = ip.u8(IP + offset_of!(Ipv6Hdr, next_hdr));
+        let end = if next == TCP || next == UDP { (next as u32) << 8 } else { walk(frame, next) };
+        match end {
+            WALKED_TO_OTHER => return Found::Other,
+            WALKED_TO_FRAGMENT => return Found::Fragment,
+            _ => {}
         }
-        let Some(ip) = frame.view::<{ Ipv6Hdr::LEN }>(EthHdr::LEN) else { return Parsed::Malformed };
-        let (mut proto, mut walked, mut step) = (ip.u8(offset_of!(Ipv6Hdr, next_hdr)), 0, 0);
-        while proto != TCP && proto != UDP {
-            // Hop-by-hop options come first or not at all (RFC 8200, section 4.1).
-            let is_known = (proto == extension::HOP_BY_HOP && step == 0)
-                || proto == extension::FRAGMENT
-                || proto == extension::DESTINATION;
-            if step == EXTENSIONS_MAX || !is_known {
-                return Parsed::Other;
-            }
-            let Some(header) = frame.view::<EXTENSION_LEN_MIN>(EthHdr::LEN + Ipv6Hdr::LEN + walked) else {
-                return Parsed::Other;
-            };
-            let next = header.u8(0);
-            // More-fragments or an offset; a header with neither says nothing (RFC 6946).
-            let is_fragment =
-                proto == extension::FRAGMENT && u16::from_be_bytes(header.pair(2)) & 0xfff9 != 0;
-            if is_fragment {
-                return if next == TCP || next == UDP { Parsed::Fragment } else { Parsed::Other };
-            }
-            let units = if proto == extension::FRAGMENT { 0 } else { header.u8(1) as usize };
-            walked += (units + 1) * EXTENSION_LEN_MIN;
-            if walked > EXTENSIONS_LEN_MAX {
-                return Parsed::Other;
-            }
-            proto = next;
-            step += 1;
-        }
-        let first = ip.quad(0);
-        let payload_len = u16::from_be_bytes(ip.pair(offset_of!(Ipv6Hdr, payload_len)));
+        let (proto, walked) = ((end >> 8) as u8, end as u8 as usize);
+        let first = ip.quad(IP);
+        let payload_len = u16::from_be_bytes(ip.pair(IP + offset_of!(Ipv6Hdr, payload_len)));
         // Without a length here it is elsewhere (RFC 2675, and what the kernel joins to more than 64 KiB): the kernel's.
         if payload_len == 0 {
-            return Parsed::Other;
+            return Found::Other;
         }
         if first[0] >> 4 != 6
             || (payload_len as usize) < walked + l4_len_min(proto)
             || !frame.reaches(EthHdr::LEN + Ipv6Hdr::LEN + payload_len as usize)
         {
-            return Parsed::Malformed;
+            return Found::Malformed;
         }
         let l4_offset = EthHdr::LEN + Ipv6Hdr::LEN + walked;
-        let Some((sport, dport, check, tcp_flags)) = parse_l4(frame, l4_offset, proto) else {
-            return Parsed::Other;
-        };
-        Parsed::Packet(Packet {
-            key: FlowKey {
-                src: address(&ip, offset_of!(Ipv6Hdr, src_addr)),
-                dst: address(&ip, offset_of!(Ipv6Hdr, dst_addr)),
-                sport,
-                dport,
-                proto,
-                zero: [0; 3],
-            },
-            dmac: dmac(&eth),
-            l4_offset: l4_offset as u8,
-            l4_len: payload_len - walked as u16,
-            total_len: payload_len.saturating_add(Ipv6Hdr::LEN as u16),
-            check,
-            tos: first[0] << 4 | first[1] >> 4,
-            ttl: ip.u8(offset_of!(Ipv6Hdr, hop_limit)),
-            tcp_flags,
-            is_tunnelled: tunnel::is_marked(&eth),
-            ifindex,
-        })
+        if !parse_l4(frame, l4_offset, proto, packet) {
+            return Found::Other;
+        }
+        packet.l4_offset = l4_offset as u8;
+        packet.l4_len = payload_len - walked as u16;
+        packet.total_len = payload_len.saturating_add(Ipv6Hdr::LEN as u16);
+        packet.tos = first[0] << 4 | first[1] >> 4;
+        packet.ttl = ip.u8(IP + offset_of!(Ipv6Hdr, hop_limit));
+        packet.ifindex = ifindex;
+        Found::Packet
     }
 }
 
@@ -357,7 +385,7 @@ pub(crate) fn l4_len_min(proto: u8) -> usize {
 
 #[inline(always)]
 pub(crate) fn dmac<W: View>(eth: &W) -> [u8; 6] {
-    let ([d0, d1], [d2, d3, d4, d5]) = (eth.pair(0), eth.quad(2));
+    let ([d0, d1, d2, d3], [d4, d5]) = (eth.quad(0), eth.pair(4));
     [d0, d1, d2, d3, d4, d5]
 }
 
@@ -370,20 +398,26 @@ pub(crate) fn address<W: View>(ip: &W, at: usize) -> Ip6 {
 /// Offset of the EtherType (IEEE 802.3).
 pub(crate) const ETHERTYPE: usize = 12;
 
-/// Ports, checksum and TCP flags, if the header is in sight.
+/// Reads ports, checksum and TCP flags, if the header is in sight.
 #[inline(always)]
-pub(crate) fn parse_l4<R: Frame + ?Sized>(
+pub(crate) fn parse_l4<A: Address, R: Frame + ?Sized>(
     frame: &R,
     offset: usize,
     proto: u8,
-) -> Option<(Port, Port, u16, u8)> {
+    packet: &mut Packet<A>,
+) -> bool {
     if proto == TCP {
-        let tcp = frame.view::<{ TcpHdr::LEN }>(offset)?;
-        Some((tcp.pair(0), tcp.pair(2), u16::from_ne_bytes(tcp.pair(TCP_CHECK)), tcp.u8(TCP_FLAGS)))
+        let Some(tcp) = frame.view::<{ TcpHdr::LEN }>(offset) else { return false };
+        tcp.copy_ports(proto, &mut packet.key);
+        packet.check = u16::from_ne_bytes(tcp.pair(TCP_CHECK));
+        packet.tcp_flags = tcp.u8(TCP_FLAGS);
     } else {
-        let udp = frame.view::<{ UdpHdr::LEN }>(offset)?;
-        Some((udp.pair(0), udp.pair(2), u16::from_ne_bytes(udp.pair(UDP_CHECK)), 0))
+        let Some(udp) = frame.view::<{ UdpHdr::LEN }>(offset) else { return false };
+        udp.copy_ports(proto, &mut packet.key);
+        packet.check = u16::from_ne_bytes(udp.pair(UDP_CHECK));
+        packet.tcp_flags = 0;
     }
+    true
 }
 
 /// Offset of the flags in a TCP header (RFC 9293).

@@ -9,6 +9,8 @@ use core::{
 
 use network_types::ip::IpProto;
 
+use crate::checksum;
+
 /// A value that crosses the border between the kernel and the agent as bytes.
 ///
 /// Only [`plain!`](crate::plain) implements it, and proves at compile time that the fields leave no padding; all-zero
@@ -334,6 +336,13 @@ impl<A: Address> FlowKey<A> {
         self.src.sum() + self.dst.sum()
     }
 
+    /// The sum of both addresses and the protocol, folded: what a pseudo-header has beside the length (RFC 9293, section 3.1).
+    /// Never 0.
+    #[inline(always)]
+    pub fn pseudo_sum(&self) -> u16 {
+        checksum::pseudo_sum(self.addresses_sum(), self.proto)
+    }
+
     /// The sum of both ports in native order, not folded.
     #[inline(always)]
     pub fn ports_sum(&self) -> u32 {
@@ -346,7 +355,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::checksum;
 
     #[test]
     fn keys_have_the_size_the_flow_tables_count_on() {

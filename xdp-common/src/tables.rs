@@ -65,8 +65,11 @@ plain! {
         pub closing: u8,
         /// 1 once the other direction has been seen.
         pub replied: u8,
+        /// Sum of the packets' addresses and protocol as they come in, folded ([`FlowKey::pseudo_sum`]); 0 if it is not known, as in
+        /// entries of older agents.
+        pub pseudo_sum: u16,
         /// Zero.
-        pub zero: [u8; 6],
+        pub zero: [u8; 4],
     }
 
     /// Where flows are put together: the stack of a program, 512 bytes, is too small for it.
@@ -291,7 +294,8 @@ impl<A: Address> Flow<A> {
         exit: 0,
         closing: 0,
         replied: 0,
-        zero: [0; 6],
+        pseudo_sum: 0,
+        zero: [0; 4],
     };
 }
 
@@ -360,10 +364,10 @@ pub trait Tables<F: Family>: Copy {
 
     /// The agent's settings.
     fn config(self) -> Config;
-    /// A number that changes whenever a cached next hop may be stale: the routing epoch plus a coarse kernel clock, so
+    /// A number that changes whenever a cached next hop may be stale: the routing epoch of the settings plus a coarse kernel clock, so
     /// that next hops are asked for again now and then even while no agent runs. Both only grow, so their sum never
     /// repeats; 0 is never returned.
-    fn routing_tag(self) -> u32;
+    fn routing_tag(self, epoch: u32) -> u32;
     /// A word of the ingress gate; all ones beyond its end.
     fn ingress_gate(self, word: u32) -> u64;
     /// A word of the egress gate; all ones beyond its end.

@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     fragment::{FragmentKey, FragmentPorts, Fragmented},
-    frame::{Frame, Headers, Packet, Parsed},
+    frame::{self, Frame, Headers, Packet},
     icmp::{Message, Translation},
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
@@ -189,14 +189,11 @@ pub(crate) enum Found {
 /// Reads the headers of a frame, and counts what they should not be.
 #[inline(always)] // bounds proofs do not survive a call
 fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::Addr>) -> Found {
-    match F::parse(frame, ifindex) {
-        Parsed::Packet(parsed) => {
-            packet.set(parsed);
-            Found::Packet
-        }
-        Parsed::Other => Found::Nothing,
-        Parsed::Fragment => Found::Fragment,
-        Parsed::Malformed => {
+    match F::parse_to(frame, ifindex, packet) {
+        frame::Found::Packet => Found::Packet,
+        frame::Found::Other => Found::Nothing,
+        frame::Found::Fragment => Found::Fragment,
+        frame::Found::Malformed => {
             count(Counter::Event(Event::Malformed));
             Found::Nothing
         }

@@ -149,7 +149,7 @@ fn apply<F: Maps + Wire>(
     verdict: &Verdict<F::Addr>,
 ) -> i32 {
     #[cfg(feature = "trace")]
-    trace::verdict::<F, _>(TcFrame::of(skb).ctx(), _hook, &packet.key, verdict);
+    trace::verdict::<F, _>(TcFrame::of(skb).ctx(), _hook, &packet.key, verdict.action, &verdict.rewrite);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,

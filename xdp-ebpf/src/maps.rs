@@ -147,10 +147,10 @@ impl<F: Maps> Tables<F> for Kernel<F> {
     }
 
     #[inline(always)]
-    fn routing_tag(self) -> u32 {
+    fn routing_tag(self, epoch: u32) -> u32 {
         // SAFETY: the helper takes nothing; the JIT inlines it.
         let bucket = unsafe { helpers::bpf_jiffies64() } >> ROUTING_BUCKET_SHIFT;
-        (bucket as u32).wrapping_add(self.config().epoch).max(1)
+        (bucket as u32).wrapping_add(epoch).max(1)
     }
 
     #[inline(always)]
@@ -282,7 +282,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
     fn route(self, ifindex: u32, src: F::Addr, dst: F::Addr, tos: u8, proto: u8) -> Route {
         let slot = gate::snat_bit(dst) % F::Addr::MAPS.hops.entries;
         let known = if self.config().policy_routing == 0 { F::hops().get_ptr_mut(slot) } else { None };
-        let tag = self.routing_tag();
+        let tag = self.routing_tag(self.config().epoch);
         if let Some(known) = known {
             // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
             let hop = unsafe { *known };

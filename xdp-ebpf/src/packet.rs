@@ -1,6 +1,6 @@
-//! Frames in the kernel: all pointer arithmetic of the programs is here. Those at tc are in `skb`.
+//! Frames in the kernel: all pointer arithmetic of the programs is here and in `bytes`. Those at tc are in `skb`.
 
-use core::{arch::asm, mem::offset_of};
+use core::mem::offset_of;
 
 use aya_ebpf::{
     EbpfContext,
@@ -18,14 +18,17 @@ use xdp_common::{
     answer::{self, Answer, AnswerFrame, Finisher},
     checksum,
     frame::{self, Frame, Headers, Packet, TCP_CHECK, UDP_CHECK, View},
-    icmp::Patch,
-    net::{Ip6, TCP, V4, V6},
+    net::{Address, Ip6, TCP, V4, V6},
+    tables::Flow,
     tunnel::Tunnel,
     verdict::{Hop, Rewrite},
 };
 
+mod bytes;
 pub(crate) mod sctp;
 mod tunnel;
+
+pub(crate) use bytes::Bytes;
 
 const IP: usize = EthHdr::LEN;
 
@@ -44,7 +47,7 @@ pub(crate) trait Wire: Tunnel {
     /// Flags of a checksum that covers the addresses, for the kernel's helper.
     const PSEUDO_HEADER: u64;
     /// Writes an address.
-    fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: Self::Addr);
+    fn copy_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: &Self::Addr);
     /// [`XdpFrame::address`], [`XdpFrame::rewrite`] and [`answer()`], with the lengths of this family's headers proven.
     fn address(frame: &XdpFrame, packet: &Packet<Self::Addr>, hop: &Hop);
     fn rewrite(frame: &XdpFrame, packet: &Packet<Self::Addr>, rewrite: &Rewrite<Self::Addr>);
@@ -169,8 +172,8 @@ wire! { V4 {
     const PSEUDO_HEADER: u64 = BPF_F_PSEUDO_HDR as u64;
 
     #[inline(always)] // one store
-    fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: [u8; 4]) {
-        headers.set_quad(at, addr);
+    fn copy_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: &[u8; 4]) {
+        headers.set_quad(at, *addr);
     }
 } }
 
@@ -183,18 +186,32 @@ wire! { V6 {
     const PSEUDO_HEADER: u64 = (BPF_F_PSEUDO_HDR | BPF_F_IPV6) as u64;
 
     #[inline(always)] // four stores
-    fn set_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: Ip6) {
-        let [a, b, c, d] = addr.words().map(u32::to_ne_bytes);
-        headers.set_quad(at, a);
-        headers.set_quad(at + 4, b);
-        headers.set_quad(at + 8, c);
-        headers.set_quad(at + 12, d);
+    fn copy_addr<const N: usize>(headers: Bytes<N>, at: usize, addr: &Ip6) {
+        headers.put_address(at, addr);
     }
 } }
 
 /// Says to the checksum helper that no checksum of an IP header makes up for a change of addresses, so that the sum of the
 /// whole frame stays as it is (6.16, and stable kernels of that time; include/uapi/linux/bpf.h).
 const BPF_F_IPV6: u32 = 1 << 7;
+
+/// The translation and the next hop of a flow, where they lie: the fields of both are its first ones.
+#[inline(always)] // two addresses
+pub(crate) fn parts<A: Address>(flow: &Flow<A>) -> (&Rewrite<A>, &Hop) {
+    const {
+        assert!(offset_of!(Flow<A>, dst) == offset_of!(Rewrite<A>, dst));
+        assert!(offset_of!(Flow<A>, sport) == offset_of!(Rewrite<A>, sport));
+        assert!(offset_of!(Flow<A>, dport) == offset_of!(Rewrite<A>, dport));
+        assert!(offset_of!(Flow<A>, addr_delta) == offset_of!(Rewrite<A>, addr_delta));
+        assert!(offset_of!(Flow<A>, l4_delta) == offset_of!(Rewrite<A>, l4_delta));
+        assert!(offset_of!(Flow<A>, dmac) == size_of::<Rewrite<A>>() + offset_of!(Hop, dmac));
+        assert!(offset_of!(Flow<A>, smac) == size_of::<Rewrite<A>>() + offset_of!(Hop, smac));
+        assert!(offset_of!(Flow<A>, ifindex) == size_of::<Rewrite<A>>() + offset_of!(Hop, ifindex));
+    }
+    let start = &raw const *flow;
+    // SAFETY: as asserted, and none of the three is aligned to more than the others; all of them are plain bytes.
+    unsafe { (&*start.cast(), &*start.byte_add(size_of::<Rewrite<A>>()).cast()) }
+}
 
 /// A frame at XDP.
 pub(crate) struct XdpFrame {
@@ -309,10 +326,7 @@ impl XdpFrame {
     #[inline(always)]
     fn address<F: Wire, const HEAD: usize>(&self, packet: &Packet<F::Addr>, hop: &Hop) {
         let Some(headers) = self.view::<HEAD>(0) else { return };
-        let ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]) = (hop.dmac, hop.smac);
-        headers.set_quad(0, [d0, d1, d2, d3]);
-        headers.set_quad(4, [d4, d5, s0, s1]);
-        headers.set_quad(8, [s2, s3, s4, s5]);
+        headers.put_macs(hop);
         headers.set_u8(F::TTL_AT, packet.ttl - 1);
         if let Some(at) = F::IP_CHECK {
             let check = u16::from_ne_bytes(headers.pair(at));
@@ -329,8 +343,8 @@ impl XdpFrame {
             let check = u16::from_ne_bytes(headers.pair(at));
             headers.set_pair(at, checksum::update(check, rewrite.addr_delta).to_ne_bytes());
         }
-        F::set_addr(headers, F::ADDRS_AT, rewrite.src);
-        F::set_addr(headers, F::ADDRS_AT + size_of::<F::Addr>(), rewrite.dst);
+        F::copy_addr(headers, F::ADDRS_AT, &rewrite.src);
+        F::copy_addr(headers, F::ADDRS_AT + size_of::<F::Addr>(), &rewrite.dst);
         if packet.key.proto == TCP {
             let Some(tcp) = self.view::<{ TcpHdr::LEN }>(packet.l4_offset as usize) else { return };
             tcp.set_pair(0, rewrite.sport);
@@ -359,18 +373,6 @@ impl XdpFrame {
     pub(crate) fn redirect(&self, ifindex: u32) -> u32 {
         // SAFETY: the helper takes numbers only.
         unsafe { helpers::bpf_redirect(ifindex, 0) as u32 }
-    }
-}
-
-impl<const N: usize> Patch for Bytes<N> {
-    #[inline(always)] // one store
-    fn put_pair(&self, at: usize, bytes: [u8; 2]) {
-        self.set_pair(at, bytes);
-    }
-
-    #[inline(always)] // one store
-    fn put_quad(&self, at: usize, bytes: [u8; 4]) {
-        self.set_quad(at, bytes);
     }
 }
 
@@ -412,77 +414,3 @@ impl Frame for XdpFrame {
 }
 
 const _: () = assert!(TcpHdr::LEN >= UdpHdr::LEN);
-
-/// `N` bytes of a frame, proven to lie within it.
-///
-/// Frames are accessed by assembly: an IPv4 address lies at an odd multiple of two, where the compiler would go byte by
-/// byte, though the kernel and both architectures take whole words there (`CONFIG_HAVE_EFFICIENT_UNALIGNED_ACCESS`).
-#[derive(Clone, Copy)]
-pub(crate) struct Bytes<const N: usize>(*mut u8);
-
-impl<const N: usize> Bytes<N> {
-    /// The comparison that the verifier looks for.
-    #[inline(always)]
-    pub(crate) fn within(data: usize, end: usize, offset: usize) -> Option<Self> {
-        let start = data + offset;
-        if start + N > end { None } else { Some(Self(start as *mut u8)) }
-    }
-
-    #[inline(always)]
-    fn set_u8(self, at: usize, value: u8) {
-        // SAFETY: `within` has proven N bytes, and callers give constants that end within them.
-        unsafe { self.0.add(at).write_volatile(value) }
-    }
-
-    #[inline(always)]
-    pub(crate) fn set_pair(self, at: usize, value: [u8; 2]) {
-        // SAFETY: as in `set_u8`.
-        unsafe {
-            asm!("*(u16 *)({at} + 0) = {value}", at = in(reg) self.0.add(at), value = in(reg) u16::from_ne_bytes(value) as u64)
-        }
-    }
-
-    #[inline(always)]
-    pub(crate) fn set_quad(self, at: usize, value: [u8; 4]) {
-        // SAFETY: as in `set_u8`.
-        unsafe {
-            asm!("*(u32 *)({at} + 0) = {value}", at = in(reg) self.0.add(at), value = in(reg) u32::from_ne_bytes(value) as u64)
-        }
-    }
-}
-
-impl<const N: usize> Bytes<N> {
-    /// Writes all of them.
-    #[inline(always)]
-    fn fill(self, bytes: &[u8; N]) {
-        let mut at = 0;
-        while at < N {
-            self.set_u8(at, bytes[at]);
-            at += 1;
-        }
-    }
-}
-
-impl<const N: usize> View for Bytes<N> {
-    #[inline(always)]
-    fn u8(&self, at: usize) -> u8 {
-        // SAFETY: as in `set_u8`.
-        unsafe { self.0.add(at).read_volatile() }
-    }
-
-    #[inline(always)]
-    fn pair(&self, at: usize) -> [u8; 2] {
-        let value: u64;
-        // SAFETY: as in `set_u8`; the instruction fills the register with zeros above 16 bits.
-        unsafe { asm!("{value} = *(u16 *)({at} + 0)", at = in(reg) self.0.add(at), value = out(reg) value) }
-        (value as u16).to_ne_bytes()
-    }
-
-    #[inline(always)]
-    fn quad(&self, at: usize) -> [u8; 4] {
-        let value: u64;
-        // SAFETY: as in `set_u8`; the instruction fills the register with zeros above 32 bits.
-        unsafe { asm!("{value} = *(u32 *)({at} + 0)", at = in(reg) self.0.add(at), value = out(reg) value) }
-        (value as u32).to_ne_bytes()
-    }
-}

@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext;
 use aya_log_ebpf::debug;
 use xdp_common::{
     net::{Family, FlowKey, V4, V6},
-    verdict::{Action, Rewrite, Verdict},
+    verdict::{Action, Rewrite},
 };
 
 /// Families whose addresses can be logged.
@@ -59,9 +59,10 @@ pub(crate) fn verdict<F: Traced, C: EbpfContext>(
     ctx: &C,
     hook: &str,
     key: &FlowKey<F::Addr>,
-    verdict: &Verdict<F::Addr>,
+    action: Action,
+    rewrite: &Rewrite<F::Addr>,
 ) {
-    let what = match verdict.action {
+    let what = match action {
         Action::Pass => return,
         Action::Drop(reason) => reason.label(),
         Action::Reject(reason) => reason.label(),
@@ -70,5 +71,5 @@ pub(crate) fn verdict<F: Traced, C: EbpfContext>(
         Action::Redirect => "redirected",
         Action::Tunnel => "tunnel",
     };
-    F::log(ctx, hook, what, key, &verdict.rewrite);
+    F::log(ctx, hook, what, key, rewrite);
 }

@@ -11,11 +11,11 @@ use aya_ebpf::{
 };
 use xdp_common::{
     answer::{AnswerFrame, Finisher},
-    decide::{self, Hook},
-    frame::{self, Packet, Parsed},
+    decide::{self, Apply, Hook},
+    frame::{self, Found, Packet},
     icmp::Icmp,
     net::{Family, V4, V6},
-    tables::{self, next},
+    tables::{self, Flow, next},
     tunnel as tunnels,
     verdict::{Action, Counter, Event, Hop, Reason, Rewrite},
 };
@@ -30,6 +30,8 @@ use crate::{
     packet::{self, Wire, XdpFrame},
     sctp,
 };
+#[cfg(feature = "trace")]
+use xdp_common::verdict::Verdict;
 
 #[map]
 static XDP_NEXT: ProgramArray = ProgramArray::with_max_entries(tables::XDP_NEXT.entries, 0);
@@ -85,20 +87,17 @@ fn ingress<const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
 fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
     let Some(place) = place::<F>() else { return xdp_action::XDP_PASS };
-    let packet = match F::parse(frame, frame.ifindex()) {
-        Parsed::Packet(packet) => {
-            place.set(packet);
-            &*place
-        }
-        Parsed::Other => return go_on::<FRAGS, { next::OTHERS }>(ctx),
+    match F::parse_ip(frame, frame.ifindex(), place) {
+        Found::Packet => {}
+        Found::Other => return go_on::<FRAGS, { next::OTHERS }>(ctx),
         // For tc ingress, which the kernel gives them next.
-        Parsed::Fragment => return xdp_action::XDP_PASS,
-        Parsed::Malformed => {
+        Found::Fragment => return xdp_action::XDP_PASS,
+        Found::Malformed => {
             count(Counter::Event(Event::Malformed));
             return xdp_action::XDP_PASS;
         }
-    };
-    decided::<F, FRAGS, false>(frame, packet)
+    }
+    decided::<F, FRAGS, false>(frame, place)
 }
 
 /// No action of the kernel's: the frame is for another function, or another program.
@@ -134,34 +133,67 @@ pub(crate) fn decided<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool>(
     frame: &XdpFrame,
     packet: &Packet<F::Addr>,
 ) -> u32 {
-    let verdict = decide::ingress::<F, _>(Kernel::new(frame.context()), packet, Hook::Xdp);
-    #[cfg(feature = "trace")]
-    trace::verdict::<F, _>(frame.ctx(), "xdp", &packet.key, &verdict);
-    match verdict.action {
-        Action::Pass => xdp_action::XDP_PASS,
-        Action::Drop(_) => xdp_action::XDP_DROP,
-        Action::Reject(Reason::TunnelMtu) if IS_SCTP => sctp::too_big::<F, FRAGS>(frame.context().cast()),
-        Action::Reject(Reason::TunnelMtu | Reason::TunnelHops) => {
-            answered(|area| F::too_big(frame, packet, verdict.mtu, area))
+    let hand = Hand::<F, FRAGS, IS_SCTP> { frame, packet };
+    decide::decide::<F, _, _>(Kernel::new(frame.context()), packet, Hook::Xdp, hand)
+}
+
+/// Does with a frame what is decided.
+struct Hand<'f, F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> {
+    frame: &'f XdpFrame,
+    packet: &'f Packet<F::Addr>,
+}
+
+#[cfg(feature = "trace")]
+impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Hand<'_, F, FRAGS, IS_SCTP> {
+    #[inline(always)] // a call
+    fn trace(&self, action: Action, rewrite: &Rewrite<F::Addr>) {
+        trace::verdict::<F, _>(self.frame.ctx(), "xdp", &self.packet.key, action, rewrite);
+    }
+}
+
+impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Apply<F::Addr> for Hand<'_, F, FRAGS, IS_SCTP> {
+    type Done = u32;
+
+    #[inline(always)] // two numbers
+    fn alone(self, action: Action) -> u32 {
+        #[cfg(feature = "trace")]
+        self.trace(action, &Verdict::PASS.rewrite);
+        if action == Action::Pass { xdp_action::XDP_PASS } else { xdp_action::XDP_DROP }
+    }
+
+    #[inline(always)] // the fast path
+    fn by_flow(self, action: Action, flow: &Flow<F::Addr>) -> u32 {
+        let action = decide::counted::<F, _>(Kernel::new(self.frame.context()), self.packet, action, flow);
+        let (translation, hop) = packet::parts(flow);
+        #[cfg(feature = "trace")]
+        self.trace(action, translation);
+        let Self { frame, packet } = self;
+        match action {
+            Action::Pass => xdp_action::XDP_PASS,
+            Action::Drop(_) => xdp_action::XDP_DROP,
+            Action::Reject(Reason::TunnelMtu) if IS_SCTP => sctp::too_big::<F, FRAGS>(frame.context().cast()),
+            Action::Reject(Reason::TunnelMtu | Reason::TunnelHops) => {
+                answered(|area| F::too_big(frame, packet, flow.mtu, area))
+            }
+            Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
+            Action::Reject(_) => answered(|area| F::answer(frame, packet, Finisher::Nobody, area)),
+            Action::Stack => {
+                rewrite::<F, IS_SCTP>(frame, packet, translation);
+                xdp_action::XDP_PASS
+            }
+            Action::Transmit => {
+                F::address(frame, packet, hop);
+                rewrite::<F, IS_SCTP>(frame, packet, translation);
+                xdp_action::XDP_TX
+            }
+            Action::Redirect => {
+                F::address(frame, packet, hop);
+                rewrite::<F, IS_SCTP>(frame, packet, translation);
+                frame.redirect(hop.ifindex)
+            }
+            Action::Tunnel if IS_SCTP => sctp::tunnel::<F, FRAGS>(frame.context().cast()),
+            Action::Tunnel => tunnel::<F>(frame, packet, hop, flow.src, flow.dst),
         }
-        Action::Reject(_) if IS_SCTP => sctp::abort::<F, FRAGS>(frame.context().cast()),
-        Action::Reject(_) => answered(|area| F::answer(frame, packet, Finisher::Nobody, area)),
-        Action::Stack => {
-            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
-            xdp_action::XDP_PASS
-        }
-        Action::Transmit => {
-            F::address(frame, packet, &verdict.hop);
-            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
-            xdp_action::XDP_TX
-        }
-        Action::Redirect => {
-            F::address(frame, packet, &verdict.hop);
-            rewrite::<F, IS_SCTP>(frame, packet, &verdict.rewrite);
-            frame.redirect(verdict.hop.ifindex)
-        }
-        Action::Tunnel if IS_SCTP => sctp::tunnel::<F, FRAGS>(frame.context().cast()),
-        Action::Tunnel => tunnel::<F>(frame, packet, &verdict.hop, verdict.rewrite.src, verdict.rewrite.dst),
     }
 }
 

@@ -215,7 +215,7 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
         }
     }
 
-    fn routing_tag(self) -> u32 {
+    fn routing_tag(self, _: u32) -> u32 {
         1
     }
 

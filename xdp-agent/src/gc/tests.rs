@@ -39,7 +39,8 @@ fn flow(before: &Key, after: &Key, exit: u8, seen: u32) -> Entry {
         exit,
         closing: 0,
         replied: 1,
-        zero: [0; 6],
+        pseudo_sum: 0,
+        zero: [0; 4],
     };
     translate(&mut flow, before, after);
     flow

@@ -70,6 +70,7 @@ pub(super) fn enter<F: Family, T: Tables<F>>(
     flow.dport = packet.key.dport;
     flow.addr_delta = 0;
     flow.l4_delta = 0;
+    flow.pseudo_sum = packet.key.pseudo_sum();
     through::<F>(flow);
     match tables.insert(Table::Embryonic, &packet.key, flow) {
         Insertion::Done => tables.count(Counter::Event(Event::FlowNew)),
@@ -171,7 +172,8 @@ pub(super) fn send<F: Family, T: Tables<F>>(
     table: Table,
     flow: &mut Flow<F::Addr>,
 ) -> Way {
-    if flow.routing != tag_from(tables, packet) && refresh(tables, packet, table, flow) {
+    if flow.routing != tag_from(tables, packet, tables.config().epoch) && refresh(tables, packet, table, flow)
+    {
         tables.count(Counter::Event(Event::HopRefreshed));
     }
     if packet.ttl <= 1 || flow.ifindex == 0 {
@@ -183,7 +185,7 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         return Way::TooLong;
     }
     match hook {
-        Hook::Xdp => by_cache(tables, packet, flow).unwrap_or(Way::Pass),
+        Hook::Xdp => by_cache(tables, &tables.config(), packet, flow).unwrap_or(Way::Pass),
         Hook::Tc | Hook::Fragment | Hook::Host | Hook::Pod | Hook::Out => Way::Tunnel,
     }
 }

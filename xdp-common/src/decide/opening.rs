@@ -218,7 +218,7 @@ pub(super) fn route_new<F: Family, T: Tables<F>>(
     packet: &Packet<F::Addr>,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
-    let tag = tag_from(tables, packet);
+    let tag = tag_from(tables, packet, tables.config().epoch);
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
     let by = match route {
         Route::Hop { ifindex, .. } | Route::NoNeighbour { ifindex } => ifindex,

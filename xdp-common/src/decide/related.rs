@@ -41,7 +41,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
         return Action::Pass;
     }
     if !admits(tables, &tables.config(), packet) {
-        return stray(tables, packet).action;
+        return stray(tables, packet);
     }
     if !is_ours(tables, packet) {
         return Action::Pass;
@@ -53,7 +53,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
         table = Table::Embryonic;
         found = tables.flow(table, key);
     }
-    let Some(entry) = found else { return stray(tables, packet).action };
+    let Some(entry) = found else { return stray(tables, packet) };
     if !is_ingress_kind(entry.kind) {
         return Action::Pass;
     }
@@ -65,7 +65,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
     *flow = *entry;
     // The client may still learn about what it has sent.
     flow.exit &= !exit::RESET;
-    if flow.exit != exit::LOCAL && flow.routing != tag_from(tables, packet) {
+    if flow.exit != exit::LOCAL && flow.routing != tag_from(tables, packet, tables.config().epoch) {
         // The answer serves the flow too, whether it is kept or not.
         refresh(tables, packet, table, flow);
     }
@@ -73,7 +73,7 @@ pub fn ingress<F: Family, T: Tables<F>>(
     let otherwise = if flow.kind == kind::TUNNEL { Way::Pass } else { Way::Stack };
     let goes_on = flow.exit != exit::LOCAL && flow.kind != kind::TUNNEL && flow.ifindex != 0;
     let way = if hook == Hook::Xdp {
-        by_cache(tables, packet, flow)
+        by_cache(tables, &tables.config(), packet, flow)
     } else {
         (goes_on && packet.ttl > 1).then_some(Way::Redirect)
     };

@@ -5,7 +5,7 @@ use crate::{
     conntrack::{rewrite, translate, translated},
     frame::{Packet, tcp},
     net::{Address, Family, FlowKey},
-    tables::{Device, Entry, Flow, Route, Table, Tables, Work, closing, device, exit, kind},
+    tables::{Config, Device, Entry, Flow, Route, Table, Tables, Work, closing, device, exit, kind},
     verdict::{Action, Counter, Event, Reason},
 };
 
@@ -58,6 +58,7 @@ impl Way {
 #[inline(always)] // the fast path itself
 pub(super) fn by_cache<F: Family, T: Tables<F>>(
     tables: T,
+    config: &Config,
     packet: &Packet<F::Addr>,
     flow: &Flow<F::Addr>,
 ) -> Option<Way> {
@@ -66,7 +67,10 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
     }
     // In this order the verifier goes on from here once; in others it follows the rest of the program once more for each family
     // (kernel 6.18).
-    if packet.ttl <= 1 || flow.routing != tag_from(tables, packet) || packet.total_len > flow.mtu {
+    if packet.ttl <= 1
+        || flow.routing != tag_from(tables, packet, config.epoch)
+        || packet.total_len > flow.mtu
+    {
         return None;
     }
     match flow.exit {
@@ -86,12 +90,12 @@ pub(super) fn by_cache<F: Family, T: Tables<F>>(
 /// has no next hop, and then costs a packet or a bucket of the clock on the kernel's way. One comparison answers for all,
 /// because the verifier follows each to the end of the program.
 #[inline(always)] // a few instructions on the established path
-pub(super) fn tag_from<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> u32 {
+pub(super) fn tag_from<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, epoch: u32) -> u32 {
     let [_, _, station @ ..] = packet.dmac;
     // The odd number next to the golden ratio of 2^64 spreads neighbours over the upper half (Knuth, volume 3, 6.4).
     let from = u64::from(packet.ifindex) << 32 | u64::from(u32::from_ne_bytes(station));
     let spread = from.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    tables.routing_tag().wrapping_add((spread >> 32) as u32)
+    tables.routing_tag(epoch).wrapping_add((spread >> 32) as u32)
 }
 
 /// Sends a packet on its way off the fast path: asks for the next hop, or takes the slow path; the flow's
@@ -115,10 +119,12 @@ pub(super) fn send<F: Family, T: Tables<F>>(
         return direct::send(tables, packet, hook, table, flow);
     }
     if hook == Hook::Xdp {
-        if flow.routing != tag_from(tables, packet) && refresh(tables, packet, table, flow) {
+        if flow.routing != tag_from(tables, packet, tables.config().epoch)
+            && refresh(tables, packet, table, flow)
+        {
             tables.count(Counter::Event(Event::HopRefreshed));
         }
-        if let Some(way) = by_cache(tables, packet, flow) {
+        if let Some(way) = by_cache(tables, &tables.config(), packet, flow) {
             return way;
         }
     } else if let Some(way) = of_this_node(flow) {
@@ -169,7 +175,7 @@ pub(super) fn refresh<F: Family, T: Tables<F>>(
     table: Table,
     flow: &mut Flow<F::Addr>,
 ) -> bool {
-    let tag = tag_from(tables, packet);
+    let tag = tag_from(tables, packet, tables.config().epoch);
     let route = tables.route(packet.ifindex, packet.key.src, flow.dst, packet.tos, packet.key.proto);
     let out = match route {
         Route::Hop { ifindex, .. } => tables.device(ifindex),

@@ -310,15 +310,14 @@ impl<F: Family> Model<F> {
         }
     }
 
-    fn has_room(&self, table: Table, key: &FlowKey<F::Addr>) -> bool {
-        let flows = self.table(table).borrow();
-        table == Table::Embryonic || flows.contains_key(key) || flows.len() < self.established_max.get()
+    fn has_room(&self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> bool {
+        assert_eq!(flow.pseudo_sum, key.pseudo_sum(), "of the packets that the entry is for");
+        let (flows, max) = (self.table(table).borrow(), self.established_max.get());
+        table == Table::Embryonic || flows.contains_key(key) || flows.len() < max
     }
 
     fn refuses(&self) -> bool {
-        let left = self.refuse.get();
-        self.refuse.set(left.saturating_sub(1));
-        left > 0
+        self.refuse.replace(self.refuse.get().saturating_sub(1)) > 0
     }
 }
 
@@ -329,8 +328,8 @@ impl<'a, F: Family> Tables<F> for &'a Model<F> {
     fn config(self) -> Config {
         self.config.get()
     }
-    fn routing_tag(self) -> u32 {
-        self.config.get().epoch
+    fn routing_tag(self, epoch: u32) -> u32 {
+        epoch
     }
     fn ingress_gate(self, word: u32) -> u64 {
         self.ingress_gate.borrow().get(&word).copied().unwrap_or(0)
@@ -355,7 +354,7 @@ impl<'a, F: Family> Tables<F> for &'a Model<F> {
             self.asked.borrow_mut().insert(*key);
             return Insertion::Exists;
         }
-        if self.refuses() || !self.has_room(table, key) {
+        if self.refuses() || !self.has_room(table, key, flow) {
             return Insertion::Refused;
         }
         let mut flows = self.table(table).borrow_mut();
@@ -369,7 +368,7 @@ impl<'a, F: Family> Tables<F> for &'a Model<F> {
         if table == Table::Established {
             assert!(self.known.borrow().contains(&select::known_bit(key)), "noted before it is there");
         }
-        if self.refuses() || !self.has_room(table, key) {
+        if self.refuses() || !self.has_room(table, key, flow) {
             return false;
         }
         self.table(table).borrow_mut().insert(*key, Rc::new(Cell::new(*flow)));
