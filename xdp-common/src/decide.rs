@@ -1,6 +1,6 @@
 //! The decision: what becomes of a packet.
 //!
-//! [`ingress`] serves XDP and tc ingress, [`egress`] serves tc egress. A packet of a known flow is found by one lookup;
+//! [`decide()`] serves XDP, [`ingress`] tc ingress with the same decision as a verdict, [`egress`] tc egress. A packet of a known flow is found by one lookup;
 //! any other may open one. What cannot be finished here goes up the stack half-translated, and `egress` finishes it.
 
 mod apply;

@@ -83,7 +83,7 @@ impl<const N: usize> View for [u8; N] {
 
 /// What the headers of a frame say.
 ///
-/// In this order, so that all of it is stored by whole words.
+/// The key comes first and aligned, so that it is stored by whole words.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet<A> {

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 mod flags;
 mod peers;
@@ -65,8 +65,7 @@ plain! {
         pub closing: u8,
         /// 1 once the other direction has been seen.
         pub replied: u8,
-        /// Sum of the packets' addresses and protocol as they come in, folded ([`FlowKey::pseudo_sum`]); 0 if it is not known, as in
-        /// entries of older agents.
+        /// Sum of the packets' addresses and protocol as they come in, folded ([`FlowKey::pseudo_sum`]); 0 if it is not known.
         pub pseudo_sum: u16,
         /// Zero.
         pub zero: [u8; 4],

@@ -1,4 +1,4 @@
-//! The kernel programs: each turns its context into a frame, asks [`xdp_common::decide`], and applies the verdict.
+//! The kernel programs: each turns its context into a frame, asks [`xdp_common::decide`], and does what it says.
 #![no_std]
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
@@ -149,7 +149,7 @@ fn apply<F: Maps + Wire>(
     verdict: &Verdict<F::Addr>,
 ) -> i32 {
     #[cfg(feature = "trace")]
-    trace::verdict::<F, _>(TcFrame::of(skb).ctx(), _hook, &packet.key, verdict.action, &verdict.rewrite);
+    trace::verdict::<F, _>(TcFrame::of(skb).ctx(), _hook, &packet.key, verdict);
     match verdict.action {
         Action::Pass => TC_ACT_UNSPEC,
         Action::Drop(_) => TC_ACT_SHOT,

@@ -209,7 +209,8 @@ pub(crate) fn parts<A: Address>(flow: &Flow<A>) -> (&Rewrite<A>, &Hop) {
         assert!(offset_of!(Flow<A>, ifindex) == size_of::<Rewrite<A>>() + offset_of!(Hop, ifindex));
     }
     let start = &raw const *flow;
-    // SAFETY: as asserted, and none of the three is aligned to more than the others; all of them are plain bytes.
+    // SAFETY: as asserted, and none of the three is aligned to more than the others; all of them are plain bytes. An entry that
+    // another CPU removes meanwhile may be given to another flow (`Live`), whose frame the rest of this one then resembles.
     unsafe { (&*start.cast(), &*start.byte_add(size_of::<Rewrite<A>>()).cast()) }
 }
 

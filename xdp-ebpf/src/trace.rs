@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext;
 use aya_log_ebpf::debug;
 use xdp_common::{
     net::{Family, FlowKey, V4, V6},
-    verdict::{Action, Rewrite},
+    verdict::{Action, Rewrite, Verdict},
 };
 
 /// Families whose addresses can be logged.
@@ -59,10 +59,9 @@ pub(crate) fn verdict<F: Traced, C: EbpfContext>(
     ctx: &C,
     hook: &str,
     key: &FlowKey<F::Addr>,
-    action: Action,
-    rewrite: &Rewrite<F::Addr>,
+    verdict: &Verdict<F::Addr>,
 ) {
-    let what = match action {
+    let what = match verdict.action {
         Action::Pass => return,
         Action::Drop(reason) => reason.label(),
         Action::Reject(reason) => reason.label(),
@@ -71,5 +70,5 @@ pub(crate) fn verdict<F: Traced, C: EbpfContext>(
         Action::Redirect => "redirected",
         Action::Tunnel => "tunnel",
     };
-    F::log(ctx, hook, what, key, rewrite);
+    F::log(ctx, hook, what, key, &verdict.rewrite);
 }

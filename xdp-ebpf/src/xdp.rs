@@ -146,8 +146,8 @@ struct Hand<'f, F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> {
 #[cfg(feature = "trace")]
 impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Hand<'_, F, FRAGS, IS_SCTP> {
     #[inline(always)] // a call
-    fn trace(&self, action: Action, rewrite: &Rewrite<F::Addr>) {
-        trace::verdict::<F, _>(self.frame.ctx(), "xdp", &self.packet.key, action, rewrite);
+    fn trace(&self, verdict: Verdict<F::Addr>) {
+        trace::verdict::<F, _>(self.frame.ctx(), "xdp", &self.packet.key, &verdict);
     }
 }
 
@@ -157,7 +157,7 @@ impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Apply<F::Addr> for 
     #[inline(always)] // two numbers
     fn alone(self, action: Action) -> u32 {
         #[cfg(feature = "trace")]
-        self.trace(action, &Verdict::PASS.rewrite);
+        self.trace(Verdict { action, ..Verdict::PASS });
         if action == Action::Pass { xdp_action::XDP_PASS } else { xdp_action::XDP_DROP }
     }
 
@@ -166,7 +166,12 @@ impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Apply<F::Addr> for 
         let action = decide::counted::<F, _>(Kernel::new(self.frame.context()), self.packet, action, flow);
         let (translation, hop) = packet::parts(flow);
         #[cfg(feature = "trace")]
-        self.trace(action, translation);
+        self.trace(match action {
+            Action::Drop(_) | Action::Reject(_) => Verdict { action, ..Verdict::PASS },
+            Action::Pass | Action::Stack | Action::Transmit | Action::Redirect | Action::Tunnel => {
+                Verdict { action, rewrite: *translation, ..Verdict::PASS }
+            }
+        });
         let Self { frame, packet } = self;
         match action {
             Action::Pass => xdp_action::XDP_PASS,
@@ -192,7 +197,11 @@ impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Apply<F::Addr> for 
                 frame.redirect(hop.ifindex)
             }
             Action::Tunnel if IS_SCTP => sctp::tunnel::<F, FRAGS>(frame.context().cast()),
-            Action::Tunnel => tunnel::<F>(frame, packet, hop, flow.src, flow.dst),
+            Action::Tunnel => {
+                // As it is now: the helper that makes room takes a while, and the entry may be another flow's behind it.
+                let hop = *hop;
+                tunnel::<F>(frame, packet, &hop, flow.src, flow.dst)
+            }
         }
     }
 }

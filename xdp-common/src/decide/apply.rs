@@ -13,7 +13,7 @@ pub trait Apply<A> {
     /// What comes of it.
     type Done;
 
-    /// A packet of no known flow passes, or is dropped; it is counted already.
+    /// A packet passes, or is dropped, whatever its flow; what is to be counted of it is counted already.
     fn alone(self, action: Action) -> Self::Done;
     /// This becomes of a packet, as its flow says; it is to be counted ([`counted`]).
     fn by_flow(self, action: Action, flow: &Flow<A>) -> Self::Done;

@@ -151,7 +151,8 @@ impl<const N: usize> View for Bytes<N> {
 
     #[inline(always)]
     fn copy_address(&self, at: usize, to: &mut Ip6) {
-        // SAFETY: as in `quad`; an address is sixteen bytes of words.
+        // SAFETY: as in `quad`; an address is sixteen bytes of words. The verifier takes them unaligned in maps and frames, not on the
+        // stack; a packet and its key are aligned to eight.
         unsafe {
             asm!(
                 "{low} = *(u64 *)({at} + 0)", "{high} = *(u64 *)({at} + 8)",

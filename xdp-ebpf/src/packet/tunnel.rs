@@ -26,10 +26,7 @@ impl XdpFrame {
             return false;
         }
         let Some(headers) = self.view::<HEAD>(0) else { return false };
-        let ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]) = (hop.dmac, hop.smac);
-        headers.set_quad(0, [d0, d1, d2, d3]);
-        headers.set_quad(4, [d4, d5, s0, s1]);
-        headers.set_quad(8, [s2, s3, s4, s5]);
+        headers.put_macs(hop);
         headers.set_pair(12, F::ETHERTYPE.to_be_bytes());
         tunnel::surround::<F, _>(&headers, packet, from, to);
         headers.set_u8(F::LEN + F::TTL_AT, packet.ttl - 1);
