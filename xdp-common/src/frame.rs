@@ -209,7 +209,7 @@ pub trait Headers: Family {
         }
     }
 
-    /// The packet in a frame.
+    /// The packet in a frame, by value: for the host. In BPF its zeros are a call of `memset`.
     #[inline(always)] // as `parse_ip`
     fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Self::Addr> {
         let mut packet = Packet::ZERO;

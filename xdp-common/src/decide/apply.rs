@@ -36,6 +36,8 @@ impl<F: Family, T: Tables<F>> Apply<F::Addr> for Told<'_, F, T> {
     #[inline(always)] // moves, and what it counts
     fn by_flow(self, action: Action, flow: &Flow<F::Addr>) -> Verdict<F::Addr> {
         let Self { tables, packet } = self;
+        // Counted where it is known which action it is: behind a common place, the reason that only some have would be moved
+        // undefined, and the verifier refuses that.
         match action {
             Action::Pass => Verdict::PASS,
             Action::Drop(_) | Action::Reject(_) => {
