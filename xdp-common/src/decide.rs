@@ -110,7 +110,10 @@ pub fn decide<F: Family, T: Tables<F>, D: Apply<F::Addr>>(
     }
     let may_be_known = !is_left_by_xdp && (!opens(packet) || tables.may_know(known_bit(&packet.key)));
     let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };
-    let pseudo_sum = found.as_ref().map_or(0, |entry| entry.pseudo_sum);
+    let pseudo_sum = match found {
+        Some(ref entry) => entry.pseudo_sum,
+        None => packet.key.pseudo_sum(),
+    };
     if hook == Hook::Xdp && packet.looks_offloaded_by(pseudo_sum) {
         tables.count(Counter::Event(Event::Deferred));
         return hand.alone(Action::Pass);

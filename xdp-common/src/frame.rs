@@ -40,10 +40,12 @@ pub trait View {
         (to.sport, to.dport, to.proto) = (self.pair(0), self.pair(2), proto);
     }
 
-    /// Copies the MAC address at an offset.
-    fn copy_mac(&self, at: usize, to: &mut [u8; 6]) {
-        let ([a, b, c, d], [e, f]) = (self.quad(at), self.pair(at + 4));
-        *to = [a, b, c, d, e, f];
+    /// Copies the destination MAC address, which a frame begins with.
+    fn copy_dmac(&self, to: &mut [u8; 6])
+    where
+        Self: Sized,
+    {
+        *to = dmac(self);
     }
 
     /// Copies the IPv6 address at an offset.
@@ -123,29 +125,16 @@ pub mod tcp {
     pub const ACK: u8 = 0x10;
 }
 
-/// What a frame turned out to be.
+/// What a frame turned out to be. The packet is in a place of its caller's, or goes along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parsed<A> {
+pub enum Parsed<P = ()> {
     /// TCP or UDP with both headers in sight.
-    Packet(Packet<A>),
+    Packet(P),
     /// Another protocol, or headers out of sight: the kernel's.
     Other,
     /// A fragment of a TCP or UDP packet ([`crate::fragment`]).
     Fragment,
     /// Headers that contradict themselves or the frame's length.
-    Malformed,
-}
-
-/// What a frame turned out to be, where the packet is in its place ([`Headers::parse_to`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// As [`Parsed::Packet`].
-    Packet,
-    /// As [`Parsed::Other`].
-    Other,
-    /// As [`Parsed::Fragment`].
-    Fragment,
-    /// As [`Parsed::Malformed`].
     Malformed,
 }
 
@@ -156,14 +145,13 @@ impl<A: Address> Packet<A> {
     /// frames are left to the tc programs, which use helpers that know.
     #[inline(always)] // some ten instructions on the hot path
     pub fn looks_offloaded(&self) -> bool {
-        self.looks_offloaded_by(0)
+        self.looks_offloaded_by(self.key.pseudo_sum())
     }
 
-    /// The same by the sum that the packet's flow knows, unless that is 0.
+    /// The same by the sum that the packet's flow knows ([`FlowKey::pseudo_sum`]).
     #[inline(always)] // as above
     pub fn looks_offloaded_by(&self, pseudo_sum: u16) -> bool {
-        let sum = if pseudo_sum == 0 { self.key.pseudo_sum() } else { pseudo_sum };
-        self.check == checksum::with_length(sum, self.l4_len)
+        self.check == checksum::with_length(pseudo_sum, self.l4_len)
     }
 }
 
@@ -197,27 +185,27 @@ pub trait Headers: Family {
     /// Reads the headers of a frame of this family's EtherType to a place, which holds nothing of use unless it finds a packet.
     ///
     /// Addresses go there as they are read: what is read first and stored later does not fit into ten registers.
-    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Found;
+    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Parsed;
 
     /// The same of any frame.
     #[inline(always)] // as `parse_ip`
-    fn parse_to<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Found {
+    fn parse_to<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Self::Addr>) -> Parsed {
         if ethertype(frame) == Self::ETHERTYPE {
             Self::parse_ip(frame, ifindex, packet)
         } else {
-            Found::Other
+            Parsed::Other
         }
     }
 
     /// The packet in a frame, by value: for the host. In BPF its zeros are a call of `memset`.
     #[inline(always)] // as `parse_ip`
-    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Self::Addr> {
+    fn parse<R: Frame + ?Sized>(frame: &R, ifindex: u32) -> Parsed<Packet<Self::Addr>> {
         let mut packet = Packet::ZERO;
         match Self::parse_to(frame, ifindex, &mut packet) {
-            Found::Packet => Parsed::Packet(packet),
-            Found::Other => Parsed::Other,
-            Found::Fragment => Parsed::Fragment,
-            Found::Malformed => Parsed::Malformed,
+            Parsed::Packet(()) => Parsed::Packet(packet),
+            Parsed::Other => Parsed::Other,
+            Parsed::Fragment => Parsed::Fragment,
+            Parsed::Malformed => Parsed::Malformed,
         }
     }
 }
@@ -237,32 +225,32 @@ const _: () = assert!(V4::HEADER_LEN as usize == Ipv4Hdr::LEN && V6::HEADER_LEN 
 
 impl Headers for V4 {
     #[inline(always)] // bounds proofs do not survive a call
-    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<[u8; 4]>) -> Found {
-        let Some(ip) = frame.view::<{ IP + Ipv4Hdr::LEN }>(0) else { return Found::Malformed };
-        ip.copy_mac(0, &mut packet.dmac);
+    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<[u8; 4]>) -> Parsed {
+        let Some(ip) = frame.view::<{ IP + Ipv4Hdr::LEN }>(0) else { return Parsed::Malformed };
+        ip.copy_dmac(&mut packet.dmac);
         packet.is_tunnelled = tunnel::is_marked(&ip);
         let proto = ip.u8(IP + offset_of!(Ipv4Hdr, proto));
         if proto != TCP && proto != UDP {
-            return Found::Other;
+            return Parsed::Other;
         }
         let vihl = ip.u8(IP + offset_of!(Ipv4Hdr, vihl));
         let header_len = ((vihl & 0x0f) as usize) << 2;
         if vihl >> 4 != 4 || header_len < Ipv4Hdr::LEN {
-            return Found::Malformed;
+            return Parsed::Malformed;
         }
         // More-fragments or an offset; don't-fragment and the reserved bit do not matter (RFC 791, section 3.1).
         if u16::from_be_bytes(ip.pair(IP + offset_of!(Ipv4Hdr, frags))) & 0x3fff != 0 {
-            return Found::Fragment;
+            return Parsed::Fragment;
         }
         let total_len = u16::from_be_bytes(ip.pair(IP + offset_of!(Ipv4Hdr, tot_len)));
         if (total_len as usize) < header_len + l4_len_min(proto)
             || !frame.reaches(EthHdr::LEN + total_len as usize)
         {
-            return Found::Malformed;
+            return Parsed::Malformed;
         }
         let l4_offset = EthHdr::LEN + header_len;
         if !parse_l4(frame, l4_offset, proto, packet) {
-            return Found::Other;
+            return Parsed::Other;
         }
         packet.key.src = ip.quad(IP + offset_of!(Ipv4Hdr, src_addr));
         packet.key.dst = ip.quad(IP + offset_of!(Ipv4Hdr, dst_addr));
@@ -272,7 +260,7 @@ impl Headers for V4 {
         packet.tos = ip.u8(IP + offset_of!(Ipv4Hdr, tos));
         packet.ttl = ip.u8(IP + offset_of!(Ipv4Hdr, ttl));
         packet.ifindex = ifindex;
-        Found::Packet
+        Parsed::Packet(())
     }
 }
 
@@ -334,17 +322,17 @@ const _: () =
 
 impl Headers for V6 {
     #[inline(always)] // bounds proofs do not survive a call
-    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Ip6>) -> Found {
-        let Some(ip) = frame.view::<{ IP + Ipv6Hdr::LEN }>(0) else { return Found::Malformed };
-        ip.copy_mac(0, &mut packet.dmac);
+    fn parse_ip<R: Frame + ?Sized>(frame: &R, ifindex: u32, packet: &mut Packet<Ip6>) -> Parsed {
+        let Some(ip) = frame.view::<{ IP + Ipv6Hdr::LEN }>(0) else { return Parsed::Malformed };
+        ip.copy_dmac(&mut packet.dmac);
         packet.is_tunnelled = tunnel::is_marked(&ip);
         ip.copy_address(IP + offset_of!(Ipv6Hdr, src_addr), &mut packet.key.src);
         ip.copy_address(IP + offset_of!(Ipv6Hdr, dst_addr), &mut packet.key.dst);
         let next = ip.u8(IP + offset_of!(Ipv6Hdr, next_hdr));
         let end = if next == TCP || next == UDP { (next as u32) << 8 } else { walk(frame, next) };
         match end {
-            WALKED_TO_OTHER => return Found::Other,
-            WALKED_TO_FRAGMENT => return Found::Fragment,
+            WALKED_TO_OTHER => return Parsed::Other,
+            WALKED_TO_FRAGMENT => return Parsed::Fragment,
             _ => {}
         }
         let (proto, walked) = ((end >> 8) as u8, end as u8 as usize);
@@ -352,17 +340,17 @@ impl Headers for V6 {
         let payload_len = u16::from_be_bytes(ip.pair(IP + offset_of!(Ipv6Hdr, payload_len)));
         // Without a length here it is elsewhere (RFC 2675, and what the kernel joins to more than 64 KiB): the kernel's.
         if payload_len == 0 {
-            return Found::Other;
+            return Parsed::Other;
         }
         if first[0] >> 4 != 6
             || (payload_len as usize) < walked + l4_len_min(proto)
             || !frame.reaches(EthHdr::LEN + Ipv6Hdr::LEN + payload_len as usize)
         {
-            return Found::Malformed;
+            return Parsed::Malformed;
         }
         let l4_offset = EthHdr::LEN + Ipv6Hdr::LEN + walked;
         if !parse_l4(frame, l4_offset, proto, packet) {
-            return Found::Other;
+            return Parsed::Other;
         }
         packet.l4_offset = l4_offset as u8;
         packet.l4_len = payload_len - walked as u16;
@@ -370,7 +358,7 @@ impl Headers for V6 {
         packet.tos = first[0] << 4 | first[1] >> 4;
         packet.ttl = ip.u8(IP + offset_of!(Ipv6Hdr, hop_limit));
         packet.ifindex = ifindex;
-        Found::Packet
+        Parsed::Packet(())
     }
 }
 

@@ -65,7 +65,7 @@ plain! {
         pub closing: u8,
         /// 1 once the other direction has been seen.
         pub replied: u8,
-        /// Sum of the packets' addresses and protocol as they come in, folded ([`FlowKey::pseudo_sum`]); 0 if it is not known.
+        /// Sum of the packets' addresses and protocol as they come in, folded ([`FlowKey::pseudo_sum`]).
         pub pseudo_sum: u16,
         /// Zero.
         pub zero: [u8; 4],

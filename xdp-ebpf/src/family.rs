@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use xdp_common::{
     fragment::{FragmentKey, FragmentPorts, Fragmented},
-    frame::{self, Frame, Headers, Packet},
+    frame::{Frame, Headers, Packet, Parsed},
     icmp::{Message, Translation},
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
@@ -190,10 +190,10 @@ pub(crate) enum Found {
 #[inline(always)] // bounds proofs do not survive a call
 fn parse<F: Headers, R: Frame>(frame: &R, ifindex: u32, packet: &mut Packet<F::Addr>) -> Found {
     match F::parse_to(frame, ifindex, packet) {
-        frame::Found::Packet => Found::Packet,
-        frame::Found::Other => Found::Nothing,
-        frame::Found::Fragment => Found::Fragment,
-        frame::Found::Malformed => {
+        Parsed::Packet(()) => Found::Packet,
+        Parsed::Other => Found::Nothing,
+        Parsed::Fragment => Found::Fragment,
+        Parsed::Malformed => {
             count(Counter::Event(Event::Malformed));
             Found::Nothing
         }

@@ -6,6 +6,8 @@
 #[allow(dead_code, reason = "the tc half of the frame access is the product's")]
 mod packet;
 
+use core::arch::asm;
+
 use aya_ebpf::{
     bindings::xdp_action,
     macros::{map, xdp},
@@ -13,12 +15,12 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use xdp_common::{
-    frame::{Found, Frame as _, Headers as _, Packet},
-    net::{FlowKey, Ip6, V4, V6},
+    frame::{Headers as _, Packet, Parsed},
+    net::{Family, FlowKey, Ip6, V4, V6},
     tables::{self, Flow},
 };
 
-use crate::packet::{Wire, XdpFrame};
+use crate::packet::{Bytes, Wire, XdpFrame};
 
 /// Bytes of the template that are restored before each run: Ethernet, IPv6 and TCP headers, or the shorter ones of IPv4.
 const TEMPLATE_LEN: usize = 76;
@@ -60,12 +62,11 @@ static REPLAY: Array<Replay> = Array::with_max_entries(1, 0);
 #[map]
 static TARGET: ProgramArray = ProgramArray::with_max_entries(1, 0);
 /// Tables of the kind and size of the established ones.
+type FlowTable<A> = HashMap<FlowKey<A>, Flow<A>>;
 #[map]
-static LIMIT: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> =
-    HashMap::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
+static LIMIT: FlowTable<[u8; 4]> = FlowTable::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
 #[map]
-static LIMIT_V6: HashMap<FlowKey<Ip6>, Flow<Ip6>> =
-    HashMap::with_max_entries(tables::ESTABLISHED_V6.entries, 0);
+static LIMIT_V6: FlowTable<Ip6> = FlowTable::with_max_entries(tables::ESTABLISHED_V6.entries, 0);
 /// Where headers are read to; the stack would have to be filled with zeros first.
 #[map]
 static PLACE: PerCpuArray<Packet<[u8; 4]>> = PerCpuArray::with_max_entries(1, 0);
@@ -95,7 +96,10 @@ pub(crate) fn replay(ctx: XdpContext) -> u32 {
     if surplus > 0 && !frame.move_head(surplus as i32) {
         return xdp_action::XDP_ABORTED;
     }
-    let Some(bytes) = frame.view::<TEMPLATE_LEN>(0) else { return xdp_action::XDP_ABORTED };
+    let start = ctx.data();
+    let Some(bytes) = Bytes::<TEMPLATE_LEN>::within(start, ctx.data_end(), 0) else {
+        return xdp_action::XDP_ABORTED;
+    };
     // SAFETY: the one slot of an array; the bench runs on one CPU at a time.
     let replay = unsafe { &mut *replay };
     replay.count = replay.count.wrapping_add(1);
@@ -107,13 +111,25 @@ pub(crate) fn replay(ctx: XdpContext) -> u32 {
     for (part, eight) in replay.eights.iter().enumerate() {
         let varies = if replay.is_v6 == 0 { part == SOURCE_V4 } else { part == SOURCE_V6 };
         let eight = if varies { *eight & 0xffff_ffff | (source as u64) << 32 } else { *eight };
-        bytes.set_eight(EIGHTS_AT + 8 * part, eight);
+        // SAFETY: `bytes` are those from here on, and the last of these parts ends before their end.
+        unsafe { store(start + EIGHTS_AT + 8 * part, eight) }
     }
     bytes.set_quad(EIGHTS_AT + 8 * EIGHTS, replay.third);
     bytes.set_pair(TEMPLATE_LEN - 2, replay.last);
     // SAFETY: a tail call; what follows runs only when the slot is empty.
     unsafe { TARGET.tail_call(&ctx, 0) };
     xdp_action::XDP_ABORTED
+}
+
+/// Stores eight bytes of a frame at once, which the compiler would store one by one.
+///
+/// # Safety
+///
+/// They have been proven to lie within the frame.
+#[inline(always)] // one instruction
+unsafe fn store(at: usize, value: u64) {
+    // SAFETY: as the caller says.
+    unsafe { asm!("*(u64 *)({at} + 0) = {value}", at = in(reg) at, value = in(reg) value) }
 }
 
 /// The least that a translated packet can cost with a hash table: parse, one lookup, rewrite, count, transmit.
@@ -131,46 +147,55 @@ pub(crate) fn limit_v6(ctx: XdpContext) -> u32 {
 #[inline(always)] // the whole of a program
 fn translated<F: Wire>(
     ctx: &XdpContext,
-    table: &HashMap<FlowKey<F::Addr>, Flow<F::Addr>>,
-    place: &PerCpuArray<Packet<F::Addr>>,
+    table: &'static FlowTable<F::Addr>,
+    place: &'static PerCpuArray<Packet<F::Addr>>,
 ) -> u32 {
     let frame = XdpFrame::new(ctx.ctx, false);
-    let Some(packet) = place.get_ptr_mut(0) else { return xdp_action::XDP_PASS };
-    // SAFETY: the slot belongs to this CPU.
-    let packet = unsafe { &mut *packet };
-    if F::parse_to(&frame, 0, packet) != Found::Packet {
-        return xdp_action::XDP_PASS;
-    }
-    let key = &packet.key;
-    // SAFETY: nothing is removed from the table while the bench runs.
-    let Some(flow) = (unsafe { table.get(key) }) else { return xdp_action::XDP_DROP };
+    let Some((packet, flow)) = looked_up::<F>(&frame, table, place) else { return xdp_action::XDP_ABORTED };
     let (translation, hop) = packet::parts(flow);
     F::address(&frame, packet, hop);
     F::rewrite(&frame, packet, translation);
-    if let Some(count) = LIMIT_COUNT.get_ptr_mut(0) {
-        // SAFETY: the slot belongs to this CPU.
-        unsafe { *count += 1 }
-    }
-    xdp_action::XDP_TX
+    counted()
 }
 
 /// The least that a packet can cost which is sent on in another one: the same with room in front and a header there.
 #[xdp]
 pub(crate) fn limit_tunnel(ctx: XdpContext) -> u32 {
     let frame = XdpFrame::new(ctx.ctx, false);
-    let Some(packet) = PLACE.get_ptr_mut(0) else { return xdp_action::XDP_PASS };
-    // SAFETY: the slot belongs to this CPU.
-    let packet = unsafe { &mut *packet };
-    if V4::parse_to(&frame, 0, packet) != Found::Packet {
-        return xdp_action::XDP_PASS;
-    }
-    let key = &packet.key;
-    // SAFETY: as in `limit`.
-    let Some(flow) = (unsafe { LIMIT.get(key) }) else { return xdp_action::XDP_DROP };
+    let Some((packet, flow)) = looked_up::<V4>(&frame, &LIMIT, &PLACE) else {
+        return xdp_action::XDP_ABORTED;
+    };
     let (_, hop) = packet::parts(flow);
     if !V4::tunnel(&frame, packet, hop, flow.src, flow.dst) {
         return xdp_action::XDP_ABORTED;
     }
+    counted()
+}
+
+/// A packet and its flow.
+type Known<F> = (&'static Packet<<F as Family>::Addr>, &'static Flow<<F as Family>::Addr>);
+
+/// Reads the headers of a frame, and looks for its flow.
+#[inline(always)] // bounds proofs do not survive a call
+fn looked_up<F: Wire>(
+    frame: &XdpFrame,
+    table: &'static FlowTable<F::Addr>,
+    place: &'static PerCpuArray<Packet<F::Addr>>,
+) -> Option<Known<F>> {
+    // SAFETY: the slot belongs to this CPU.
+    let packet = unsafe { &mut *place.get_ptr_mut(0)? };
+    if F::parse_to(frame, 0, packet) != Parsed::Packet(()) {
+        return None;
+    }
+    let packet = &*packet;
+    let key = &packet.key;
+    // SAFETY: nothing is removed from the table while the bench runs.
+    Some((packet, unsafe { table.get(key) }?))
+}
+
+/// Counts a packet that is sent.
+#[inline(always)] // an array increment
+fn counted() -> u32 {
     if let Some(count) = LIMIT_COUNT.get_ptr_mut(0) {
         // SAFETY: the slot belongs to this CPU.
         unsafe { *count += 1 }

@@ -12,7 +12,7 @@ use aya_ebpf::{
 use xdp_common::{
     answer::{AnswerFrame, Finisher},
     decide::{self, Apply, Hook},
-    frame::{self, Found, Packet},
+    frame::{self, Packet, Parsed},
     icmp::Icmp,
     net::{Family, V4, V6},
     tables::{self, Flow, next},
@@ -88,11 +88,11 @@ fn transport<F: Maps + Wire, const FRAGS: bool>(ctx: *mut xdp_md) -> u32 {
     let frame = &XdpFrame::new(ctx, FRAGS);
     let Some(place) = place::<F>() else { return xdp_action::XDP_PASS };
     match F::parse_ip(frame, frame.ifindex(), place) {
-        Found::Packet => {}
-        Found::Other => return go_on::<FRAGS, { next::OTHERS }>(ctx),
+        Parsed::Packet(()) => {}
+        Parsed::Other => return go_on::<FRAGS, { next::OTHERS }>(ctx),
         // For tc ingress, which the kernel gives them next.
-        Found::Fragment => return xdp_action::XDP_PASS,
-        Found::Malformed => {
+        Parsed::Fragment => return xdp_action::XDP_PASS,
+        Parsed::Malformed => {
             count(Counter::Event(Event::Malformed));
             return xdp_action::XDP_PASS;
         }

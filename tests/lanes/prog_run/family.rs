@@ -63,7 +63,7 @@ pub(crate) trait Hosts: Icmp<Addr: Mapped + Send> + Fragmented {
     fn addr(name: Addr) -> Self::Addr;
 
     /// Reads a frame as the programs do.
-    fn read_frame(frame: &[u8], ifindex: u32) -> Parsed<Self::Addr> {
+    fn read_frame(frame: &[u8], ifindex: u32) -> Parsed<Packet<Self::Addr>> {
         let (parsed, mut packet) = (Self::parse(frame, ifindex), Packet::ZERO);
         if parsed == Parsed::Other && sctp::parse::<Self, _>(frame, ifindex, &mut packet) {
             return Parsed::Packet(packet);

@@ -46,13 +46,6 @@ impl<const N: usize> Bytes<N> {
         }
     }
 
-    #[inline(always)]
-    #[allow(dead_code, reason = "for the lab, which has this file too")]
-    pub(crate) fn set_eight(self, at: usize, value: u64) {
-        // SAFETY: as in `set_u8`.
-        unsafe { asm!("*(u64 *)({at} + 0) = {value}", at = in(reg) self.0.add(at), value = in(reg) value) }
-    }
-
     /// Copies an address, word by word: words that are all read before the first is written do not fit into ten registers.
     #[inline(always)]
     pub(super) fn put_address(self, at: usize, addr: &Ip6) {
@@ -138,13 +131,13 @@ impl<const N: usize> View for Bytes<N> {
     }
 
     #[inline(always)]
-    fn copy_mac(&self, at: usize, to: &mut [u8; 6]) {
+    fn copy_dmac(&self, to: &mut [u8; 6]) {
         // SAFETY: as in `quad`; so many bytes has the address.
         unsafe {
             asm!(
                 "{low} = *(u32 *)({at} + 0)", "{high} = *(u16 *)({at} + 4)",
                 "*(u32 *)({to} + 0) = {low}", "*(u16 *)({to} + 4) = {high}",
-                at = in(reg) self.0.add(at), to = in(reg) to, low = out(reg) _, high = out(reg) _,
+                at = in(reg) self.0, to = in(reg) to, low = out(reg) _, high = out(reg) _,
             )
         }
     }
