@@ -5,6 +5,7 @@
 //! Cases take turns, because other work on the machine comes and goes; what counts of the rounds is in [`figures`].
 
 use std::{
+    collections::HashSet,
     env,
     net::{Ipv4Addr, Ipv6Addr},
     path::PathBuf,
@@ -22,7 +23,10 @@ use xdp_common::{
     conntrack::opposite,
     gate,
     net::{Address, Family, FlowKey, Plain, TCP, V4, V6},
-    tables::{self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, device, direct, frontend},
+    select,
+    tables::{
+        self, Backend, Config, Device, Flow, Frontend, FrontendKey, Mapped, Slot, device, direct, frontend,
+    },
     verdict::{Counter, Event, Reason},
 };
 
@@ -286,6 +290,23 @@ fn fill<F: Traffic>(
     Ok(())
 }
 
+/// Writes flows to the established table of the product, each into the first of its places that is free, or else into the hash.
+fn establish<F: Traffic>(product: &mut Ebpf, entries: FlowTable<F::Addr>) -> Result<()> {
+    let maps = F::Addr::MAPS;
+    let mut slots: Array<_, Raw<Slot<F::Addr>>> = array(product, maps.established.name)?;
+    let mut taken = HashSet::new();
+    let mut others = Vec::new();
+    for (key, flow) in entries {
+        match select::places(&key, maps.established.entries).find(|place| taken.insert(*place)) {
+            Some(place) => {
+                slots.set(place, Raw(Slot { key, flow }), 0).context("filling the table of flows")?
+            }
+            None => others.push((key, flow)),
+        }
+    }
+    fill::<F>(product, maps.overflow.name, others)
+}
+
 /// Live flows, and one service with backends elsewhere, behind the gateway.
 fn configure<F: Traffic>(
     product: &mut Ebpf,
@@ -301,6 +322,7 @@ fn configure<F: Traffic>(
         snat_port_min: 1024,
         snat_port_max: 29_999,
         embryonic_buckets: maps.tags.entries,
+        established_homes: select::homes(maps.established.entries),
         masquerade_wire: 1,
         policy_routing: 0,
         echo: 1,
@@ -308,7 +330,7 @@ fn configure<F: Traffic>(
     };
     array(product, tables::CONFIG.name)?.set(0, Raw(config), 0)?;
     let (entries, known) = traffic::flows::<F>(flows, ifindex, mac, sort);
-    fill::<F>(product, maps.established.name, entries)?;
+    establish::<F>(product, entries)?;
     let mut words: Array<_, u64> = array(product, maps.known.name)?;
     for (at, word) in (0..).zip(known) {
         words.set(at, word, 0).context("filling the table of known keys")?;

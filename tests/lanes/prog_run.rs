@@ -20,6 +20,8 @@ mod datagrams;
 mod dice;
 #[path = "prog_run/errors.rs"]
 mod errors;
+#[path = "prog_run/established.rs"]
+mod established;
 #[path = "prog_run/extensions.rs"]
 mod extensions;
 #[path = "prog_run/family.rs"]
@@ -54,6 +56,8 @@ mod mutation;
 mod node;
 #[path = "prog_run/not_ours.rs"]
 mod not_ours;
+#[path = "prog_run/places.rs"]
+mod places;
 #[path = "prog_run/policies.rs"]
 mod policies;
 #[path = "prog_run/programs.rs"]

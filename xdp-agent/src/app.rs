@@ -237,6 +237,7 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
         v4: SideParts { maps: loaded.v4.image, limits: v4_sizes.limits(), names: v4_names },
         v6: SideParts { maps: loaded.v6.image, limits: v6_sizes.limits(), names: v6_names },
         embryonic_buckets: loaded.v4.embryonic.buckets(),
+        established_homes: loaded.v4.established.homes(),
         is_adopted: loaded.is_adopted,
         cluster: config.cluster.clone(),
         expects_node: matches!(config.source, ObjectSource::Kubernetes { .. }),

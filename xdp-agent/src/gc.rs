@@ -307,9 +307,9 @@ fn judge<A: IpAddress>(
     }
     let Some(other) = entries.take(&other_key)? else { return Ok(1) };
     if !is_over(&taken, Some(&other)) {
-        entries.put_back(&other_key, &other)?;
+        let put_back = entries.put_back(&other_key, &other);
         entries.put_back(key, &taken)?;
-        return Ok(0);
+        return put_back.map(|()| 0);
     }
     Ok(2)
 }

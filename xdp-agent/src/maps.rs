@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
     maps::{Map, MapData, MapError, MapInfo, PerCpuArray, lpm_trie},
@@ -17,8 +17,8 @@ use xdp_common::{
     fragment::{FragmentKey, FragmentPorts},
     net::{FlowKey, Ip6, Plain},
     tables::{
-        self, Account, Affinity, AffinityKey, Backend, BackendKey, Config, Device, Embryo, Flow, Frontend,
-        FrontendKey, MapSpec, Mapped, NetworkKey, SocketSettings, Source, WAYS,
+        self, Account, Affinity, AffinityKey, Backend, BackendKey, Config, Device, Flow, Frontend,
+        FrontendKey, MapSpec, Mapped, NetworkKey, OVERFLOW_SHARE, Slot, SocketSettings, Source, WAYS,
     },
 };
 
@@ -46,6 +46,7 @@ pub mod image;
 mod known;
 mod mapping;
 mod reserved;
+mod slots;
 mod sockets;
 
 /// Inserts, and replaces nothing (include/uapi/linux/bpf.h).
@@ -223,12 +224,13 @@ fn pinned() -> Vec<(&'static MapSpec, Layout)> {
     pinned_of::<[u8; 4]>().into_iter().chain(pinned_of::<Ip6>()).chain(shared).collect()
 }
 
-fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 18] {
+fn pinned_of<A: IpAddress>() -> [(&'static MapSpec, Layout); 19] {
     let maps = A::MAPS;
     [
-        (&maps.established, of::<FlowKey<A>, Flow<A>>()),
+        (&maps.established, of::<u32, Slot<A>>()),
+        (&maps.overflow, of::<FlowKey<A>, Flow<A>>()),
         (&maps.known, of::<u32, u64>()),
-        (&maps.embryonic, of::<u32, Embryo<A>>()),
+        (&maps.embryonic, of::<u32, Slot<A>>()),
         (&maps.tags, of::<u32, [u64; embryonic::TAG_WORDS]>()),
         (&maps.frontends, of::<FrontendKey<A>, Frontend>()),
         (&maps.backends, of::<u32, Backend<A>>()),
@@ -279,6 +281,10 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
     let settings = Settings::of(take(&mut ebpf, &tables::CONFIG)?)?;
     let v4 = FamilyMaps::open(&mut ebpf, dir)?;
     let v6 = FamilyMaps::open(&mut ebpf, dir)?;
+    ensure!(
+        (v4.established.homes(), v4.embryonic.buckets()) == (v6.established.homes(), v6.embryonic.buckets()),
+        "the pinned tables of flows of IPv4 and of IPv6 have different sizes; start with --fresh"
+    );
     let sockets = SocketMaps::open(&mut ebpf)?;
     let peers = PeerMaps::open(&mut ebpf, dir)?;
     let pods = PodMaps::open(&mut ebpf)?;
@@ -360,6 +366,7 @@ fn of_family<A: IpAddress>(spec: &MapSpec, sizes: &Sizes) -> Option<u32> {
     let maps = A::MAPS;
     let sized = [
         (&maps.established, sizes.established),
+        (&maps.overflow, (sizes.established / OVERFLOW_SHARE).max(1)),
         (&maps.embryonic, buckets(sizes) * WAYS),
         (&maps.tags, buckets(sizes)),
         (&maps.frontends, sizes.frontends),

@@ -86,6 +86,8 @@ pub struct Parts {
     pub v6: SideParts<Ip6>,
     /// Buckets of the table of new flows.
     pub embryonic_buckets: u32,
+    /// Slots of the table of established flows that the places of a key may begin at.
+    pub established_homes: u32,
     /// Whether they hold an earlier agent's contents.
     pub is_adopted: bool,
     /// What decides, beside the objects, what is served.
@@ -167,8 +169,17 @@ impl Reconciler {
     /// # Errors
     /// When the maps cannot be read or written.
     pub fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { mut settings, v4, v6, embryonic_buckets, is_adopted, cluster, mut snat_ports, .. } =
-            parts;
+        let Parts {
+            mut settings,
+            v4,
+            v6,
+            embryonic_buckets,
+            established_homes,
+            is_adopted,
+            cluster,
+            mut snat_ports,
+            ..
+        } = parts;
         let (v4, v6) = (Side::new(v4, is_adopted)?, Side::new(v6, is_adopted)?);
         let found = settings.get()?;
         if is_adopted {
@@ -180,6 +191,7 @@ impl Reconciler {
             snat_port_min: snat_ports.min,
             snat_port_max: snat_ports.max,
             embryonic_buckets,
+            established_homes,
             masquerade_wire: 1,
             // Until the rules are known.
             policy_routing: 1,

@@ -109,7 +109,11 @@ pub fn decide<F: Family, T: Tables<F>, D: Apply<F::Addr>>(
         return hand.alone(Action::Pass);
     }
     let may_be_known = !is_left_by_xdp && (!opens(packet) || tables.may_know(known_bit(&packet.key)));
-    let found = if may_be_known { tables.flow(Table::Established, &packet.key) } else { None };
+    let found = match may_be_known {
+        false => None,
+        true if hook == Hook::Xdp => tables.established(&config, &packet.key),
+        true => tables.flow(Table::Established, &packet.key),
+    };
     let pseudo_sum = match found {
         Some(ref entry) => entry.pseudo_sum,
         None => packet.key.pseudo_sum(),
@@ -119,7 +123,7 @@ pub fn decide<F: Family, T: Tables<F>, D: Apply<F::Addr>>(
         return hand.alone(Action::Pass);
     }
     let way = match found {
-        Some(ref entry) if hook == Hook::Xdp && !is_over(tables, packet, entry) => {
+        Some(ref entry) if hook == Hook::Xdp && !is_over(tables, &config, packet, entry) => {
             by_cache(tables, &config, packet, entry)
         }
         _ => None,
@@ -246,7 +250,7 @@ fn find<F: Family, T: Tables<F>>(
         if !is_ingress_kind(flow.kind) || (is_by_wire(hook) && is_for_another(tables, packet)) {
             return Next::Pass;
         }
-        if is_over(tables, packet, flow) {
+        if is_over(tables, &tables.config(), packet, flow) {
             forget(tables, &packet.key, flow);
             continue;
         }
@@ -305,9 +309,14 @@ fn note_reset<F: Family, T: Tables<F>>(
 /// Whether a flow must not carry this packet on: its backend is gone and the packet would start something new, or the
 /// tuple is used again after the old connection closed.
 #[inline(always)] // one comparison for most packets
-fn is_over<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>, flow: &Flow<F::Addr>) -> bool {
+fn is_over<F: Family, T: Tables<F>>(
+    tables: T,
+    config: &Config,
+    packet: &Packet<F::Addr>,
+    flow: &Flow<F::Addr>,
+) -> bool {
     if flow.kind == kind::TUNNEL {
-        return direct::is_over(tables, packet, flow);
+        return direct::is_over(tables, config, packet, flow);
     }
     if flow.kind != kind::FORWARD || (packet.key.proto != UDP && !opens(packet)) {
         return false;
@@ -340,7 +349,7 @@ fn answered<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, work: &m
     reply.replied = 1;
     mirror(key, reply, kind::FORWARD, forward_exit(reply), forward);
     *forward_key = opposite(key, reply);
-    let is_noted = match tables.insert(Table::Embryonic, forward_key, forward) {
+    let is_noted = match tables.insert(forward_key, forward) {
         Insertion::Exists => match tables.flow(Table::Embryonic, forward_key) {
             // Two backends have answered one opener, sent twice while the ring changed: the first answer counts. But
             // what an older connection of this tuple has left behind does not.

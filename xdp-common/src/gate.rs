@@ -28,10 +28,9 @@ enum Role {
 fn bit(role: Role, word: u64, port: Port, proto: u8) -> u32 {
     let port = u16::from_be_bytes(port) as u64;
     let mut hash = word ^ (port << 40) ^ ((proto as u64) << 56) ^ ((role as u64) << 32);
-    // Multiplication carries upward only, so the high bits see every input bit once the word is turned over.
+    // Multiplication carries upward only, so the highest bits see every input bit once the word is turned over.
     hash = (hash ^ (hash >> 29)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    hash = (hash ^ (hash >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
-    (hash >> 32) as u32 % GATE_BITS
+    (hash >> (64 - GATE_BITS.ilog2())) as u32
 }
 
 /// Bit of a frontend in the ingress gate.

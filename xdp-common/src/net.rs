@@ -63,6 +63,8 @@ pub trait Address: Copy + Eq + Ord + Hash + Debug + Default + 'static {
     fn sum(self) -> u32;
     /// Its bytes in 64 bits, for hashing; equal addresses give equal values.
     fn word(self) -> u64;
+    /// Its bytes in 64 bits, in native order: for hashing on one machine.
+    fn folded(self) -> u64;
     /// Zero if and only if both are the same; compared by words, where the compiler would go byte by byte.
     fn differs(self, other: Self) -> u32;
     /// Length in bits of the leading part that [`Address::network`] keeps.
@@ -95,6 +97,11 @@ impl Address for [u8; 4] {
     #[inline(always)]
     fn word(self) -> u64 {
         u32::from_be_bytes(self) as u64
+    }
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        u32::from_ne_bytes(self) as u64
     }
 
     #[inline(always)]
@@ -163,6 +170,12 @@ impl Ip6 {
         self.0
     }
 
+    /// [`Address::folded`] of an address that is these words of 64 bits in native order.
+    #[inline(always)]
+    pub const fn fold(network: u64, host: u64) -> u64 {
+        network ^ host.rotate_left(31)
+    }
+
     /// Its bytes in network order.
     pub fn octets(self) -> [u8; 16] {
         let mut octets = [0; 16];
@@ -208,6 +221,12 @@ impl Address for Ip6 {
         let [_, _, c, d] = self.0;
         let low = (u32::from_be(c) as u64) << 32 | u32::from_be(d) as u64;
         self.network() ^ low.rotate_left(31)
+    }
+
+    #[inline(always)]
+    fn folded(self) -> u64 {
+        let [a, b, c, d] = self.0;
+        Self::fold(a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32)
     }
 
     #[inline(always)]
@@ -288,6 +307,12 @@ pub const SCTP: u8 = IpProto::Sctp as u8;
 /// A port in network byte order.
 pub type Port = [u8; 2];
 
+// Words of keys are put together in one order.
+const _: () = assert!(
+    cfg!(target_endian = "little"),
+    "x86_64 and arm64 are little-endian, and so are BPF programs there"
+);
+
 plain! {
     /// Key of a flow table: a packet's addresses and ports as they are on the wire in one direction.
     pub struct FlowKey<A> {
@@ -328,6 +353,35 @@ impl<A: Address> FlowKey<A> {
             proto: self.proto,
             zero: [0; 3],
         }
+    }
+
+    /// Both ports as one word, in native order.
+    #[inline(always)]
+    pub fn ports(&self) -> u32 {
+        let ([a, b], [c, d]) = (self.sport, self.dport);
+        u32::from_ne_bytes([a, b, c, d])
+    }
+
+    /// The ports, the protocol and what is behind it as one word, in native order.
+    #[inline(always)]
+    pub fn end(&self) -> u64 {
+        self.ports() as u64 | (self.proto_word() as u64) << 32
+    }
+
+    /// The protocol and what is behind it as one word, in native order.
+    #[inline(always)]
+    fn proto_word(&self) -> u32 {
+        let [a, b, c] = self.zero;
+        u32::from_ne_bytes([self.proto, a, b, c])
+    }
+
+    /// Zero if and only if both are the same; compared by words, where the compiler would go byte by byte.
+    #[inline(always)]
+    pub fn differs(&self, other: &Self) -> u32 {
+        self.src.differs(other.src)
+            | self.dst.differs(other.dst)
+            | (self.ports() ^ other.ports())
+            | (self.proto_word() ^ other.proto_word())
     }
 
     /// The sum of both addresses and both ports, not folded (see [`Address::sum`]).

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Version of every layout in this file; pinned maps live in a directory of this number.
-pub const LAYOUT_VERSION: u32 = 7;
+pub const LAYOUT_VERSION: u32 = 8;
 
 mod flags;
 mod peers;
@@ -24,8 +24,7 @@ pub use specs::*;
 plain! {
     /// One direction of a flow: everything needed to send its next packet on.
     ///
-    /// For IPv4 this is one cache line: behind the 48-byte head of a kernel hash element and a 16-byte key it starts at
-    /// byte 64 (`struct htab_elem`, kernel/bpf/hashtab.c).
+    /// With its key it is a slot of 80 bytes for IPv4 and of 128 for IPv6: two cache lines.
     pub struct Flow<A> {
         /// New source address.
         pub src: A,
@@ -238,8 +237,8 @@ plain! {
         pub zero: [u8; 2],
     }
 
-    /// A slot of the embryonic table.
-    pub struct Embryo<A> {
+    /// A slot of a flow table.
+    pub struct Slot<A> {
         /// Its key.
         pub key: FlowKey<A>,
         /// Its flow.
@@ -258,6 +257,8 @@ plain! {
         pub snat_port_max: u16,
         /// Buckets of the embryonic table.
         pub embryonic_buckets: u32,
+        /// Slots of the established table that the places of a key may begin at: all but the last [`PLACES`] - 1.
+        pub established_homes: u32,
         /// 1 when packets that come in by wire get an address of this node as their source whenever their backend is
         /// elsewhere, also where the masquerade rules of Services do not ask for it: their answers could not come back here.
         pub masquerade_wire: u32,
@@ -381,9 +382,14 @@ pub trait Tables<F: Family>: Copy {
     fn note_known(self, bit: u32);
     /// Looks a flow up.
     fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Self::Entry>;
-    /// Inserts a flow that must not exist.
-    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion;
-    /// Inserts or replaces a flow as a whole; false when the table refused.
+    /// Looks an established flow up where every packet is: the same as [`Tables::flow`].
+    #[inline(always)]
+    fn established(self, _config: &Config, key: &FlowKey<F::Addr>) -> Option<Self::Entry> {
+        self.flow(Table::Established, key)
+    }
+    /// Inserts an embryonic flow that must not exist.
+    fn insert(self, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion;
+    /// Inserts or replaces a flow, so that nobody goes by half of one; false when the table refused.
     fn store(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> bool;
     /// Removes a flow if it is there.
     fn remove(self, table: Table, key: &FlowKey<F::Addr>);
@@ -421,8 +427,9 @@ mod tests {
     use crate::net::{Ip6, Plain};
 
     #[test]
-    fn an_ipv4_flow_is_one_cache_line() {
-        assert_eq!(size_of::<Flow<[u8; 4]>>(), 64);
+    fn a_slot_is_two_cache_lines() {
+        // Slots of IPv4 begin at multiples of 16 bytes.
+        assert_eq!((size_of::<Slot<[u8; 4]>>(), size_of::<Slot<Ip6>>()), (80, 128));
     }
 
     #[test]
@@ -454,8 +461,8 @@ mod tests {
         prove::<Device<Ip6>>();
         prove::<KnownHop<[u8; 4]>>();
         prove::<KnownHop<Ip6>>();
-        prove::<Embryo<[u8; 4]>>();
-        prove::<Embryo<Ip6>>();
+        prove::<Slot<[u8; 4]>>();
+        prove::<Slot<Ip6>>();
         prove::<Config>();
         prove::<PeerKey>();
         prove::<Peer>();

@@ -61,3 +61,29 @@ pub(crate) fn add(place: *mut u64, number: u64) {
 pub(crate) fn fence(place: *mut u64) {
     add(place, 0);
 }
+
+/// One more; in assembly, because the compiler would unroll the loop and keep more on the stack than there is room for.
+#[inline(always)]
+pub(crate) fn after(mut way: u64) -> u64 {
+    // SAFETY: arithmetic on a register.
+    unsafe { asm!("{way} += 1", way = inout(reg) way, options(pure, nomem, nostack)) }
+    way
+}
+
+/// The same reference, of which the compiler does not know that: it would read all that is behind it beforehand, and has no room for that.
+#[inline(always)]
+pub(crate) fn again<T>(it: &T) -> &T {
+    let mut same = &raw const *it;
+    // SAFETY: a move of a register to itself; without an instruction the line it comes from would stand twice in the debug information.
+    unsafe { asm!("{same} = {same}", same = inout(reg) same, options(pure, readonly, nostack)) }
+    // SAFETY: as it was.
+    unsafe { &*same }
+}
+
+/// The same number, of which the compiler does not know how it came about: it would make a branch of each part.
+#[inline(always)]
+pub(crate) fn opaque(mut number: usize) -> usize {
+    // SAFETY: a move of a register to itself; without an instruction the line it comes from would stand twice in the debug information.
+    unsafe { asm!("{number} = {number}", number = inout(reg) number, options(pure, nomem, nostack)) }
+    number
+}

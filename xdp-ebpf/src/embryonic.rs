@@ -11,13 +11,14 @@ use core::{arch::asm, marker::PhantomData, ptr::null_mut};
 use xdp_common::{
     net::{Address, FlowKey},
     select,
-    tables::{Embryo, Flow, Insertion, WAYS},
+    tables::{Flow, Insertion, Slot, WAYS},
     verdict::{Counter, Event},
 };
 
 use crate::{
     CONFIG,
-    atomic::{exchange, exchange_if, fence},
+    atomic::{after, exchange, exchange_if, fence},
+    established::differs,
     family::Maps,
     maps::count,
 };
@@ -88,7 +89,7 @@ impl<F: Maps> Bucket<F> {
     }
 
     #[inline(always)]
-    fn slot(&self, way: u64) -> Option<*mut Embryo<F::Addr>> {
+    fn slot(&self, way: u64) -> Option<*mut Slot<F::Addr>> {
         F::embryonic().get_ptr_mut(self.index * WAYS + way as u32 - 1)
     }
 }
@@ -124,14 +125,6 @@ fn victim(tags: *mut Tags) -> u64 {
     least % WORDS as u64
 }
 
-/// One more; in assembly, because the compiler would unroll the loop and keep more on the stack than there is room for.
-#[inline(always)]
-fn after(mut way: u64) -> u64 {
-    // SAFETY: arithmetic on a register.
-    unsafe { asm!("{way} += 1", way = inout(reg) way, options(pure, nomem, nostack)) }
-    way
-}
-
 /// Index of a key's bucket, over the tag that its slot would bear.
 #[inline(never)] // the hash of a key takes all registers
 fn locate<A: Address>(key: &FlowKey<A>) -> u64 {
@@ -153,7 +146,7 @@ pub(crate) fn find<F: Maps>(key: &FlowKey<F::Addr>) -> *mut Flow<F::Addr> {
     fence(bucket.at(way).place);
     let Some(embryo) = bucket.slot(way) else { return null_mut() };
     // SAFETY: a slot of an array, which lives as long as the map; any bytes are a valid key.
-    if !unsafe { equal(&(*embryo).key, key) } {
+    if unsafe { differs(&(*embryo).key, key) } != 0 {
         return null_mut();
     }
     // SAFETY: as above.
@@ -199,7 +192,7 @@ pub(crate) fn put<F: Maps>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, replace
     let mut insertion = Insertion::Refused;
     if let Some(embryo) = bucket.slot(way) {
         // SAFETY: a slot of an array; the bucket is locked.
-        let same = tagged != 0 && unsafe { equal(&(*embryo).key, key) };
+        let same = tagged != 0 && unsafe { differs(&(*embryo).key, key) } == 0;
         insertion = Insertion::Exists;
         if !same || replace {
             let place = bucket.at(way).place;
@@ -225,17 +218,6 @@ pub(crate) fn put<F: Maps>(key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>, replace
 fn now() -> u64 {
     // SAFETY: the helper takes nothing; the JIT inlines it.
     unsafe { aya_ebpf::helpers::bpf_jiffies64() & TIME | 1 }
-}
-
-/// Compares word by word; the compiler would call a function that goes byte by byte.
-#[inline(always)]
-fn equal<A: Address>(a: &FlowKey<A>, b: &FlowKey<A>) -> bool {
-    let differs = a.src.differs(b.src)
-        | a.dst.differs(b.dst)
-        | (u16::from_ne_bytes(a.sport) ^ u16::from_ne_bytes(b.sport)) as u32
-        | (u16::from_ne_bytes(a.dport) ^ u16::from_ne_bytes(b.dport)) as u32
-        | (a.proto ^ b.proto) as u32;
-    differs == 0
 }
 
 /// 1 for a negative number, else 0; in assembly, because the compiler would make a branch of it. (And shifted without

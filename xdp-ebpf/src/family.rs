@@ -11,8 +11,8 @@ use xdp_common::{
     icmp::{Message, Translation},
     net::{Family, FlowKey, Ip6, V4, V6},
     tables::{
-        Account, Affinity, AffinityKey, Backend, BackendKey, Device, Embryo, Flow, Frontend, FrontendKey,
-        KnownHop, Mapped, NetworkKey, SocketSettings, Source, Work,
+        Account, Affinity, AffinityKey, Backend, BackendKey, Device, Flow, Frontend, FrontendKey, KnownHop,
+        Mapped, NetworkKey, Slot, SocketSettings, Source, Work,
     },
     verdict::{Counter, Event},
 };
@@ -30,9 +30,10 @@ impl<F> Logged for F {}
 
 /// The maps of a family, and the form of its addresses in kernel structures.
 pub(crate) trait Maps: Fragmented<Addr: Mapped> + Logged {
-    fn established() -> &'static HashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
+    fn established() -> &'static Array<Slot<Self::Addr>>;
+    fn overflow() -> &'static HashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
     fn known() -> &'static Array<u64>;
-    fn embryonic() -> &'static Array<Embryo<Self::Addr>>;
+    fn embryonic() -> &'static Array<Slot<Self::Addr>>;
     fn tags() -> &'static Array<Tags>;
     fn frontends() -> &'static HashMap<FrontendKey<Self::Addr>, Frontend>;
     fn backends() -> &'static Array<Backend<Self::Addr>>;
@@ -104,9 +105,10 @@ family_maps! {
         routes::next_hop(asked).unwrap_or(dst)
     }
     }
-    established: ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> 0;
+    established: ESTABLISHED_V4: Array<Slot<[u8; 4]>> BPF_F_MMAPABLE;
+    overflow: OVERFLOW_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> 0;
     known: KNOWN_V4: Array<u64> BPF_F_MMAPABLE;
-    embryonic: EMBRYONIC_V4: Array<Embryo<[u8; 4]>> BPF_F_MMAPABLE;
+    embryonic: EMBRYONIC_V4: Array<Slot<[u8; 4]>> BPF_F_MMAPABLE;
     tags: TAGS_V4: Array<Tags> BPF_F_MMAPABLE;
     frontends: FRONTENDS_V4: HashMap<FrontendKey<[u8; 4]>, Frontend> 0;
     backends: BACKENDS_V4: Array<Backend<[u8; 4]>> 0;
@@ -150,9 +152,10 @@ family_maps! {
         dst
     }
     }
-    established: ESTABLISHED_V6: HashMap<FlowKey<Ip6>, Flow<Ip6>> 0;
+    established: ESTABLISHED_V6: Array<Slot<Ip6>> BPF_F_MMAPABLE;
+    overflow: OVERFLOW_V6: HashMap<FlowKey<Ip6>, Flow<Ip6>> 0;
     known: KNOWN_V6: Array<u64> BPF_F_MMAPABLE;
-    embryonic: EMBRYONIC_V6: Array<Embryo<Ip6>> BPF_F_MMAPABLE;
+    embryonic: EMBRYONIC_V6: Array<Slot<Ip6>> BPF_F_MMAPABLE;
     tags: TAGS_V6: Array<Tags> BPF_F_MMAPABLE;
     frontends: FRONTENDS_V6: HashMap<FrontendKey<Ip6>, Frontend> 0;
     backends: BACKENDS_V6: Array<Backend<Ip6>> 0;

@@ -61,7 +61,7 @@ pub(crate) struct Replay {
 static REPLAY: Array<Replay> = Array::with_max_entries(1, 0);
 #[map]
 static TARGET: ProgramArray = ProgramArray::with_max_entries(1, 0);
-/// Tables of the kind and size of the established ones.
+/// Kernel hashes with room for as many flows as the established tables.
 type FlowTable<A> = HashMap<FlowKey<A>, Flow<A>>;
 #[map]
 static LIMIT: FlowTable<[u8; 4]> = FlowTable::with_max_entries(tables::ESTABLISHED_V4.entries, 0);

@@ -5,6 +5,7 @@
 
 mod atomic;
 mod embryonic;
+mod established;
 mod family;
 mod fragments;
 mod icmp;

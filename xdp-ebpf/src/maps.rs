@@ -27,7 +27,7 @@ use xdp_common::{
 };
 
 use crate::{
-    ANSWERS, CONFIG, COUNTERS, atomic, embryonic,
+    ANSWERS, CONFIG, COUNTERS, atomic, embryonic, established,
     family::{Found, Maps},
 };
 
@@ -60,6 +60,14 @@ pub(crate) struct Live<F: Maps> {
     embryo: Option<*const FlowKey<F::Addr>>,
 }
 
+impl<F: Maps> Live<F> {
+    /// That of a flow, unless the pointer is null.
+    #[inline(always)] // a comparison
+    fn of(flow: *mut Flow<F::Addr>, embryo: Option<*const FlowKey<F::Addr>>) -> Option<Self> {
+        if flow.is_null() { None } else { Some(Self { flow, embryo }) }
+    }
+}
+
 /// The work area of this CPU.
 pub(crate) struct Area<F: Maps>(*mut Work<F::Addr>);
 
@@ -84,8 +92,6 @@ impl<F: Maps> DerefMut for Area<F> {
 
 /// Kernel clock ticks in one bucket of the routing tag, as a shift: 4,096 ticks are 4 to 41 seconds (HZ 1000 to 100).
 const ROUTING_BUCKET_SHIFT: u32 = 12;
-
-const EEXIST: i32 = -17;
 
 impl<F: Maps> Deref for Live<F> {
     type Target = Flow<F::Addr>;
@@ -139,6 +145,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
             snat_port_min: 1,
             snat_port_max: 0,
             embryonic_buckets: 0,
+            established_homes: 0,
             masquerade_wire: 1,
             policy_routing: 1,
             echo: 0,
@@ -188,30 +195,25 @@ impl<F: Maps> Tables<F> for Kernel<F> {
     #[inline(always)]
     fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Live<F>> {
         match table {
-            Table::Established => F::established().get_ptr_mut(key).map(|flow| Live { flow, embryo: None }),
-            Table::Embryonic => {
-                let flow = embryonic::find::<F>(key);
-                if flow.is_null() { None } else { Some(Live { flow, embryo: Some(key) }) }
-            }
+            Table::Established => Live::of(established::find::<F>(key), None),
+            Table::Embryonic => Live::of(embryonic::find::<F>(key), Some(key)),
         }
     }
 
     #[inline(always)]
-    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
-        match table {
-            Table::Established => match F::established().insert(key, flow, BPF_NOEXIST as u64) {
-                Ok(()) => Insertion::Done,
-                Err(EEXIST) => Insertion::Exists,
-                Err(_) => Insertion::Refused,
-            },
-            Table::Embryonic => embryonic::put::<F>(key, flow, false),
-        }
+    fn established(self, config: &Config, key: &FlowKey<F::Addr>) -> Option<Live<F>> {
+        Live::of(established::find_at_home::<F>(config, key), None)
+    }
+
+    #[inline(always)]
+    fn insert(self, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
+        embryonic::put::<F>(key, flow, false)
     }
 
     #[inline(always)]
     fn store(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> bool {
         match table {
-            Table::Established => F::established().insert(key, flow, BPF_ANY as u64).is_ok(),
+            Table::Established => established::store::<F>(key, flow),
             Table::Embryonic => embryonic::put::<F>(key, flow, true) == Insertion::Done,
         }
     }
@@ -219,8 +221,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
     #[inline(always)]
     fn remove(self, table: Table, key: &FlowKey<F::Addr>) {
         match table {
-            // It may be gone already, which is as good.
-            Table::Established => _ = F::established().remove(key),
+            Table::Established => established::remove::<F>(key),
             Table::Embryonic => _ = embryonic::remove::<F>(key),
         }
     }
@@ -262,8 +263,7 @@ impl<F: Maps> Tables<F> for Kernel<F> {
 
     #[inline(always)]
     fn account(self, service: u32, bytes: u16) {
-        let at = if service < F::Addr::MAPS.accounts.entries { service } else { 0 };
-        if let Some(account) = F::accounts().get_ptr_mut(at) {
+        if let Some(account) = F::accounts().get_ptr_mut(service).or_else(|| F::accounts().get_ptr_mut(0)) {
             // SAFETY: the slot belongs to this CPU and programs do not interrupt each other on it.
             unsafe {
                 (*account).packets += 1;

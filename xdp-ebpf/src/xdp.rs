@@ -197,11 +197,7 @@ impl<F: Maps + Wire, const FRAGS: bool, const IS_SCTP: bool> Apply<F::Addr> for 
                 frame.redirect(hop.ifindex)
             }
             Action::Tunnel if IS_SCTP => sctp::tunnel::<F, FRAGS>(frame.context().cast()),
-            Action::Tunnel => {
-                // As it is now: the helper that makes room takes a while, and the entry may be another flow's behind it.
-                let hop = *hop;
-                tunnel::<F>(frame, packet, &hop, flow.src, flow.dst)
-            }
+            Action::Tunnel => tunnel::<F>(frame, packet, hop, flow.src, flow.dst),
         }
     }
 }

@@ -89,6 +89,22 @@ impl Agent {
         status_mib(&self.child.id().to_string(), field)
     }
 
+    /// Memory of maps that the process has in its own, in MiB: it is the kernel's.
+    fn mapped_maps(&self) -> Result<f64> {
+        let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
+        let (mut is_map, mut kib) = (false, 0.0);
+        for line in smaps.lines() {
+            match line.split_once(char::is_whitespace) {
+                Some(("Rss:", size)) if is_map => {
+                    kib += size.trim().trim_end_matches(" kB").parse::<f64>()?
+                }
+                Some((field, _)) if !field.ends_with(':') => is_map = line.ends_with("bpf-map"),
+                _ => {}
+            }
+        }
+        Ok(kib / 1024.0)
+    }
+
     fn last_words(&self) -> Result<String> {
         let log = fs::read_to_string(self.log.path())?;
         let lines: Vec<_> = log.lines().collect();
@@ -148,10 +164,12 @@ pub(super) fn measure(size: Size, changes: usize, limit: Duration) -> Result<Row
         times.push(began.elapsed());
     }
     row.set_changes(&times);
-    row.process_mib = Some(agent.memory("VmHWM")?);
+    let maps = agent.mapped_maps()?;
+    row.process_mib = Some(agent.memory("VmHWM")? - maps);
     let [anonymous, file, shared] = ["RssAnon", "RssFile", "RssShmem"].map(|field| agent.memory(field));
     row.notes.push(format!(
-        "resident when loaded {loaded:.0} MiB; after the changes {:.0} of its own, {:.0} of files, {:.0} shared",
+        "resident when loaded {loaded:.0} MiB; after the changes {:.0} of its own, {:.0} of files, {:.0} shared; {maps:.0} of that \
+         are maps of the kernel's, which its column has",
         anonymous?, file?, shared?
     ));
     ours::verify(&ours::open(&pins, &world)?, &world)?;

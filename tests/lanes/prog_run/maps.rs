@@ -26,6 +26,7 @@ use xdp_common::{
 
 use crate::{
     batch,
+    established::Established,
     family::{Addr, Hosts},
     spare,
 };
@@ -74,6 +75,8 @@ pub(crate) trait Maps {
     fn clocks(&self) -> Vec<(u8, u32)>;
     /// How many entries the established table has.
     fn established_entries(&self) -> usize;
+    /// How many of them have found no place among its slots.
+    fn overflowed(&self) -> usize;
     /// Empties the established table.
     fn forget_established(&mut self);
     /// Marks every established connection as the agent does when its endpoint is gone.
@@ -94,7 +97,6 @@ pub(crate) trait Maps {
     fn held(&self) -> Option<(u32, Vec<u8>)>;
 }
 
-type FlowMap<A> = HashMap<MapData, Raw<FlowKey<A>>, Raw<Flow<A>>>;
 type AffinityMap<A> = HashMap<MapData, Raw<AffinityKey<A>>, Raw<Affinity>>;
 
 /// The maps of a family by their types.
@@ -104,7 +106,7 @@ pub(crate) struct Typed<F: Hosts> {
     pub(crate) frontends: HashMap<MapData, Raw<FrontendKey<F::Addr>>, Raw<Frontend>>,
     pub(crate) backends: Array<MapData, Raw<Backend<F::Addr>>>,
     pub(crate) rings: Array<MapData, u32>,
-    pub(crate) established: FlowMap<F::Addr>,
+    pub(crate) established: Established<F>,
     pub(crate) networks: LpmTrie<MapData, Raw<NetworkKey<F::Addr>>, u32>,
     pub(crate) affinities: RefCell<AffinityMap<F::Addr>>,
     accounts: PerCpuArray<MapData, Raw<Account>>,
@@ -137,7 +139,7 @@ impl<F: Hosts> Typed<F> {
             frontends: map(object, &maps.frontends),
             backends: map(object, &maps.backends),
             rings: map(object, &maps.rings),
-            established: map(object, &maps.established),
+            established: Established::of(object),
             networks: map(object, &maps.networks),
             affinities: RefCell::new(map(object, &maps.affinity)),
             accounts: map(object, &maps.accounts),
@@ -242,29 +244,29 @@ impl<F: Hosts> Maps for Typed<F> {
 
     fn routing(&self, frame: &[u8]) -> Option<u32> {
         let Parsed::Packet(packet) = F::read_frame(frame, 0) else { return None };
-        self.established.get(&Raw(packet.key), 0).ok().map(|flow| flow.0.routing)
+        self.established.get(&packet.key).map(|flow| flow.routing)
     }
 
     fn clocks(&self) -> Vec<(u8, u32)> {
-        self.established.iter().flatten().map(|(_, flow)| (flow.0.kind, flow.0.seen)).collect()
+        self.established.entries().into_iter().map(|(_, flow)| (flow.kind, flow.seen)).collect()
     }
 
     fn established_entries(&self) -> usize {
-        self.established.keys().count()
+        self.established.entries().len()
+    }
+
+    fn overflowed(&self) -> usize {
+        self.established.overflowed()
     }
 
     fn forget_established(&mut self) {
-        let keys: Vec<_> = self.established.keys().flatten().collect();
-        for key in keys {
-            self.established.remove(&key).expect("a flow that is there");
-        }
+        self.established.clear();
     }
 
     fn mark_removed(&mut self) {
-        let entries: Vec<_> = self.established.iter().flatten().collect();
-        for (key, Raw(flow)) in entries.into_iter().filter(|(_, flow)| flow.0.kind == kind::FORWARD) {
-            let marked = Flow { exit: flow.exit | exit::RESET, ..flow };
-            self.established.insert(key, Raw(marked), 0).expect("a flow that is there");
+        let entries = self.established.entries().into_iter();
+        for (key, flow) in entries.filter(|(_, flow)| flow.kind == kind::FORWARD) {
+            self.established.replace(&key, Flow { exit: flow.exit | exit::RESET, ..flow });
         }
     }
 
@@ -319,8 +321,11 @@ impl<F: Hosts> Maps for Typed<F> {
     }
 
     fn established_dump(&self) -> BTreeMap<String, String> {
-        let entries = self.established.iter().flatten();
-        entries.map(|(key, flow)| entry_text(&key.0, &flow.0)).collect()
+        let entries = self.established.entries();
+        let count = entries.len();
+        let texts: BTreeMap<_, _> = entries.iter().map(|(key, flow)| entry_text(key, flow)).collect();
+        assert_eq!(texts.len(), count, "a key has one entry");
+        texts
     }
 }
 
@@ -347,7 +352,7 @@ pub(crate) fn name(index: u32) -> String {
 }
 
 /// The descriptor of an array.
-fn descriptor(object: &Ebpf, name: &str) -> OwnedFd {
+pub(crate) fn descriptor(object: &Ebpf, name: &str) -> OwnedFd {
     let map = object.map(name).unwrap_or_else(|| panic!("the object has no map {name}"));
     spare::descriptor(map).expect("a descriptor can be duplicated")
 }

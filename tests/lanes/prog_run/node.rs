@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use xdp_agent_tests::lab::{link, netns::Namespace};
 use xdp_common::{
     net::{Address as _, V4, V6},
+    select,
     tables::{Backend, Config, Device, Frontend, backend, device, frontend},
     verdict::{Counter, Event},
 };
@@ -93,6 +94,7 @@ pub(crate) fn settings(sizes: Sizes) -> Config {
         snat_port_min: SNAT_PORTS.0,
         snat_port_max: SNAT_PORTS.1,
         embryonic_buckets: sizes.buckets,
+        established_homes: select::homes(sizes.established),
         masquerade_wire: 0,
         policy_routing: 0,
         echo: 1,

@@ -11,7 +11,7 @@ use xdp_agent_tests::lab::{self, netns::Namespace};
 use xdp_common::{
     answer::AnswerFrame,
     net::{Family, V4, V6},
-    tables::{Mapped, WAYS},
+    tables::{Mapped, OVERFLOW_SHARE, WAYS},
 };
 
 use crate::spare::Spare;
@@ -70,6 +70,13 @@ impl Action {
 pub(crate) struct Sizes {
     pub(crate) established: u32,
     pub(crate) buckets: u32,
+}
+
+impl Sizes {
+    /// Entries of the hash behind the slots of the established table, as the agent makes it.
+    pub(crate) fn overflow(self) -> u32 {
+        (self.established / OVERFLOW_SHARE).max(1)
+    }
 }
 
 impl Default for Sizes {
@@ -136,6 +143,7 @@ fn load(sizes: Sizes) -> Ebpf {
     for maps in [<V4 as Family>::Addr::MAPS, <V6 as Family>::Addr::MAPS] {
         loader
             .map_max_entries(maps.established.name, sizes.established)
+            .map_max_entries(maps.overflow.name, sizes.overflow())
             .map_max_entries(maps.embryonic.name, sizes.buckets * WAYS)
             .map_max_entries(maps.tags.name, sizes.buckets)
             .map_max_entries(maps.rings.name, RING_SLOTS)

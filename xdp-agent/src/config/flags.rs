@@ -255,7 +255,7 @@ pub struct ListenArgs {
 /// Sizes of the tables.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct SizeArgs {
-    /// Entries for established flows, two a flow; when full, further flows stay embryonic.
+    /// Entries for established flows, two a flow, and room for a quarter as many more; when full, further flows stay embryonic.
     #[arg(long, env = "XDP_AGENT_MAX_ESTABLISHED", value_name = "ENTRIES",
         default_value_t = tables::ESTABLISHED_V4.entries, value_parser = entries())]
     pub max_established: u32,

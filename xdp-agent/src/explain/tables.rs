@@ -207,6 +207,7 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
             snat_port_min: 32_768,
             snat_port_max: 65_535,
             embryonic_buckets: 1,
+            established_homes: 1,
             // Answers are by the rules of Services, not by what a wire needs beside them.
             masquerade_wire: 0,
             policy_routing: 0,
@@ -243,8 +244,8 @@ impl<'a, F: Family<Addr: IpAddress>> Tables<F> for &'a Maps<F::Addr> {
         self.flows(table).borrow().get(key).map(|place| Live(Rc::clone(place), place.get()))
     }
 
-    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
-        let mut flows = self.flows(table).borrow_mut();
+    fn insert(self, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
+        let mut flows = self.embryonic.borrow_mut();
         if flows.contains_key(key) {
             return Insertion::Exists;
         }

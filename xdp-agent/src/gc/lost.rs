@@ -45,7 +45,7 @@ impl<A: IpAddress> FlowTables<A> {
             if flow.kind == kind::TUNNEL {
                 self.established.take(key)?;
             } else {
-                self.established.replace(key, &Flow { closing: closing::RST, ..flow })?;
+                self.established.change(key, |flow| flow.closing = closing::RST)?;
             }
         }
         if !lost.is_empty() {

@@ -56,7 +56,7 @@ impl<A: IpAddress> FlowTables<A> {
             // Read again: a packet may have come since the walk, or the tuple may be another connection's.
             let Some(flow) = self.established.get(key)? else { continue };
             if flow.generation == *generation && Open::of(key, &flow).is_some() {
-                self.established.replace(key, &Flow { exit: flow.exit | exit::RESET, ..flow })?;
+                self.established.change(key, |flow| flow.exit |= exit::RESET)?;
                 marked += 1;
             }
         }

@@ -1,37 +1,31 @@
 //! The table of new flows, as the garbage collection sees it: an array of slots, and the tags that say which are used.
 
-use std::{
-    marker::PhantomData,
-    sync::atomic::{Ordering, fence},
-};
+use std::sync::atomic::{Ordering, fence};
 
 use anyhow::Context;
 use aya::Ebpf;
 use xdp_common::{
-    net::{FlowKey, Plain},
-    tables::{Embryo, Flow, MapSpec, WAYS},
+    net::FlowKey,
+    tables::{Flow, MapSpec, WAYS},
 };
 
-use super::{capacity, descriptor, mapping::Mapping, missing};
+use super::{
+    capacity, descriptor,
+    mapping::Mapping,
+    missing,
+    slots::{self, Slots},
+};
 use crate::cluster::wanted::IpAddress;
 
 /// Words of the tags of a bucket: a lock, and one tag a way.
 pub(super) const TAG_WORDS: usize = WAYS as usize + 1;
-/// Words of the longest slot.
-const SLOT_WORDS_MAX: usize = 16;
-
-/// Words of a slot: the kernel keeps the values of an array at multiples of eight bytes.
-const fn slot_words<A: IpAddress>() -> usize {
-    size_of::<Embryo<A>>().div_ceil(8)
-}
 
 /// New flows.
 #[derive(Debug)]
 pub struct EmbryonicTable<A> {
     tags: Mapping,
-    slots: Mapping,
+    slots: Slots<A>,
     buckets: u32,
-    family: PhantomData<A>,
 }
 
 /// An entry as it was found.
@@ -58,14 +52,14 @@ impl<A: IpAddress> EmbryonicTable<A> {
             anyhow::Ok((mapping, entries))
         };
         let (tags, buckets) = open(&A::MAPS.tags, TAG_WORDS * 8)?;
-        let (slots, entries) = open(&A::MAPS.embryonic, slot_words::<A>() * 8)?;
+        let (slots, entries) = open(&A::MAPS.embryonic, slots::words::<A>() * 8)?;
         anyhow::ensure!(
             entries == buckets * WAYS,
             "the pinned maps {} and {} do not fit each other; start with --fresh",
             A::MAPS.embryonic.name,
             A::MAPS.tags.name
         );
-        Ok(Self { tags, slots, buckets, family: PhantomData })
+        Ok(Self { tags, slots: Slots::new(slots), buckets })
     }
 
     /// Buckets, of [`WAYS`] slots each.
@@ -88,7 +82,7 @@ impl<A: IpAddress> EmbryonicTable<A> {
                 if tag == 0 {
                     continue;
                 }
-                let embryo = self.slot(bucket * WAYS as usize + way);
+                let embryo = self.slots.copy(bucket * WAYS as usize + way);
                 fence(Ordering::Acquire);
                 if self.tags.words()[place].load(Ordering::Relaxed) == tag {
                     found.push(Found { key: embryo.key, flow: embryo.flow, place, tag });
@@ -102,17 +96,5 @@ impl<A: IpAddress> EmbryonicTable<A> {
     pub fn remove(&mut self, found: &Found<A>) -> bool {
         let place = &self.tags.words()[found.place];
         place.compare_exchange(found.tag, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-    }
-
-    fn slot(&self, index: usize) -> Embryo<A> {
-        const { assert!(slot_words::<A>() <= SLOT_WORDS_MAX) };
-        let words = &self.slots.words()[index * slot_words::<A>()..][..slot_words::<A>()];
-        let mut copy = [0u64; SLOT_WORDS_MAX];
-        for (copy, word) in copy.iter_mut().zip(words) {
-            *copy = word.load(Ordering::Relaxed);
-        }
-        const { Embryo::<A>::PROOF };
-        // SAFETY: the array is longer than an `Embryo`, of which any bytes are a value (`Plain`).
-        unsafe { std::mem::transmute_copy(&copy) }
     }
 }

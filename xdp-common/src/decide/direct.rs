@@ -13,7 +13,7 @@ use crate::{
     frame::{Packet, tcp},
     net::{Address, Family, FlowKey, SCTP, TCP, UDP},
     select::known_bit,
-    tables::{Flow, Insertion, Table, Tables, Work, direct, exit, frontend, kind, network},
+    tables::{Config, Flow, Insertion, Table, Tables, Work, direct, exit, frontend, kind, network},
     verdict::{Counter, Event},
 };
 
@@ -30,7 +30,7 @@ pub(super) fn may_apply<F: Family, T: Tables<F>>(
 ) -> bool {
     matches!(hook, Hook::Xdp | Hook::Fragment)
         && origin == Origin::External
-        && is_wanted(tables, packet)
+        && is_wanted(&tables.config(), packet)
         && !packet.is_tunnelled
         && match frontend_flags & (frontend::NODE_PORT | frontend::NODE_ADDRESS) {
             0 => true,
@@ -72,11 +72,15 @@ pub(super) fn enter<F: Family, T: Tables<F>>(
     flow.l4_delta = 0;
     flow.pseudo_sum = packet.key.pseudo_sum();
     through::<F>(flow);
-    match tables.insert(Table::Embryonic, &packet.key, flow) {
+    match tables.insert(&packet.key, flow) {
         Insertion::Done => tables.count(Counter::Event(Event::FlowNew)),
         Insertion::Exists => match tables.flow(Table::Embryonic, &packet.key) {
             // An opener that is sent again goes where it went before.
-            Some(entry) if entry.kind == kind::TUNNEL && !is_over(tables, packet, &entry) => *flow = *entry,
+            Some(entry)
+                if entry.kind == kind::TUNNEL && !is_over(tables, &tables.config(), packet, &entry) =>
+            {
+                *flow = *entry
+            }
             _ => _ = tables.store(Table::Embryonic, &packet.key, flow),
         },
         Insertion::Refused => {}
@@ -99,11 +103,12 @@ pub(super) fn through<F: Family>(flow: &mut Flow<F::Addr>) {
 #[inline(always)] // as for other flows
 pub(super) fn is_over<F: Family, T: Tables<F>>(
     tables: T,
+    config: &Config,
     packet: &Packet<F::Addr>,
     flow: &Flow<F::Addr>,
 ) -> bool {
     packet.is_tunnelled
-        || !is_wanted(tables, packet)
+        || !is_wanted(config, packet)
         || ((packet.key.proto == UDP || opens(packet))
             && (flow.closing != 0
                 || tables
@@ -113,9 +118,9 @@ pub(super) fn is_over<F: Family, T: Tables<F>>(
 
 /// Whether packets of this protocol go to the node of their backend at all.
 #[inline(always)] // two callers
-fn is_wanted<F: Family, T: Tables<F>>(tables: T, packet: &Packet<F::Addr>) -> bool {
+fn is_wanted<A: Address>(config: &Config, packet: &Packet<A>) -> bool {
     let wanted = if packet.key.proto == TCP { direct::TCP } else { direct::OTHERS };
-    tables.config().direct & wanted != 0
+    config.direct & wanted != 0
 }
 
 /// Whether a flow is established by this packet. No answer comes by here; that the client goes on says that it got one.
@@ -200,7 +205,10 @@ pub(super) fn left_by_xdp<F: Family, T: Tables<F>>(
 ) -> Way {
     for table in [Table::Established, Table::Embryonic] {
         let Some(entry) = tables.flow(table, &packet.key) else { continue };
-        if entry.kind != kind::TUNNEL || is_over(tables, packet, &entry) || is_for_another(tables, packet) {
+        if entry.kind != kind::TUNNEL
+            || is_over(tables, &tables.config(), packet, &entry)
+            || is_for_another(tables, packet)
+        {
             return Way::Pass;
         }
         work.flow = *entry;

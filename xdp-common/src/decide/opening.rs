@@ -350,7 +350,7 @@ fn claim<F: Family, T: Tables<F>>(
     complete(key, flow);
     point_back(key, flow, reply);
     let reply_key = &*reply_key;
-    let mut inserted = tables.insert(Table::Embryonic, reply_key, reply);
+    let mut inserted = tables.insert(reply_key, reply);
     if inserted == Insertion::Exists {
         let Some(entry) = tables.flow(Table::Embryonic, reply_key) else { return Claim::Taken };
         let is_ours = entry.kind == reply.kind && opposite(reply_key, &entry) == *key;
@@ -369,7 +369,7 @@ fn claim<F: Family, T: Tables<F>>(
         tables.count(Counter::Event(event));
         tables.remove(Table::Embryonic, &opposite(reply_key, &entry));
         tables.remove(Table::Embryonic, reply_key);
-        inserted = tables.insert(Table::Embryonic, reply_key, reply);
+        inserted = tables.insert(reply_key, reply);
     }
     if inserted != Insertion::Done {
         return Claim::Refused;
@@ -393,7 +393,7 @@ fn claim<F: Family, T: Tables<F>>(
 #[inline(always)]
 fn enter<F: Family, T: Tables<F>>(tables: T, key: &FlowKey<F::Addr>, flow: &mut Flow<F::Addr>) {
     // Refused, the flow goes on without it for now: its next packet is placed by hash again.
-    if tables.insert(Table::Embryonic, key, flow) == Insertion::Exists
+    if tables.insert(key, flow) == Insertion::Exists
         && let Some(winner) = tables.flow(Table::Embryonic, key)
         && winner.backend == flow.backend
         && winner.closing == 0

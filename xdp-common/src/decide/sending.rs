@@ -185,7 +185,7 @@ pub(super) fn refresh<F: Family, T: Tables<F>>(
     if flow.kind == kind::TUNNEL && flow.ifindex != 0 {
         direct::through::<F>(flow);
     }
-    // Kept only where entries are replaced as a whole, so that no other CPU sees half an address.
+    // Kept only where an entry's tag is taken away while its next hop is written, so that no other CPU goes by half an address.
     is_known && table == Table::Established && tables.store(table, &packet.key, flow)
 }
 

@@ -59,12 +59,19 @@ pub const GATE_WORDS: u32 = 1 << 14;
 /// Words of 64 bits in each half of the known keys: 128 KiB, which stays in a core's second-level cache. Beside 65,536 flows
 /// one bit in eight is set, and so many lookups are made for nothing.
 pub const KNOWN_WORDS: u32 = 1 << 14;
+/// Slots of the established table that a key may be in, one behind the other.
+pub const PLACES: u32 = 4;
+/// For so many slots of the established table there is one entry in the hash behind it: even with every slot taken, no more than
+/// a quarter of the keys have found all their places taken.
+pub const OVERFLOW_SHARE: u32 = 4;
 /// Slots in a bucket of the embryonic table: with the lock, their tags fill a cache line.
 pub const WAYS: u32 = 7;
 
 per_family! {
-    /// Established flows; two entries a flow, 128 bytes each for IPv4 and 192 for IPv6.
+    /// Established flows; two entries a flow, 80 bytes each for IPv4 and 128 for IPv6. An array, in which a key has [`PLACES`].
     established: ESTABLISHED_V4, ESTABLISHED_V6 = 1 << 18;
+    /// Those whose places were all taken: a kernel hash, 128 bytes an entry for IPv4 and 176 for IPv6.
+    overflow: OVERFLOW_V4, OVERFLOW_V6 = ESTABLISHED_V4.entries / OVERFLOW_SHARE;
     /// Bits that say which keys the established table may hold, in two halves and a last word that names the one in use.
     /// Most packets that open a flow have no other way to learn cheaply that they do: a lookup that finds nothing costs as
     /// much as one that does, and beside many flows it is two cache misses. Programs set the bits of what they insert in both

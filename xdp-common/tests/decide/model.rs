@@ -149,6 +149,7 @@ impl<F: Family> Model<F> {
                 snat_port_min: 1024,
                 snat_port_max: 29_999,
                 embryonic_buckets: 1,
+                established_homes: 1,
                 masquerade_wire: 0,
                 policy_routing: 0,
                 echo: 1,
@@ -349,15 +350,15 @@ impl<'a, F: Family> Tables<F> for &'a Model<F> {
     fn flow(self, table: Table, key: &FlowKey<F::Addr>) -> Option<Live<F::Addr>> {
         self.table(table).borrow().get(key).map(|place| Live(place.clone(), place.get()))
     }
-    fn insert(self, table: Table, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
+    fn insert(self, key: &FlowKey<F::Addr>, flow: &Flow<F::Addr>) -> Insertion {
         if self.taken.get() {
             self.asked.borrow_mut().insert(*key);
             return Insertion::Exists;
         }
-        if self.refuses() || !self.has_room(table, key, flow) {
+        if self.refuses() || !self.has_room(Table::Embryonic, key, flow) {
             return Insertion::Refused;
         }
-        let mut flows = self.table(table).borrow_mut();
+        let mut flows = self.table(Table::Embryonic).borrow_mut();
         if flows.contains_key(key) {
             return Insertion::Exists;
         }

@@ -52,10 +52,8 @@ impl<const N: usize> Bytes<N> {
         // SAFETY: as in `set_u8`; the words of the address are its only field.
         unsafe {
             asm!(
-                "{word} = *(u32 *)({from} + 0)", "*(u32 *)({at} + 0) = {word}",
-                "{word} = *(u32 *)({from} + 4)", "*(u32 *)({at} + 4) = {word}",
-                "{word} = *(u32 *)({from} + 8)", "*(u32 *)({at} + 8) = {word}",
-                "{word} = *(u32 *)({from} + 12)", "*(u32 *)({at} + 12) = {word}",
+                "{word} = *(u64 *)({from} + 0)", "*(u64 *)({at} + 0) = {word}",
+                "{word} = *(u64 *)({from} + 8)", "*(u64 *)({at} + 8) = {word}",
                 at = in(reg) self.0.add(at), from = in(reg) addr, word = out(reg) _,
             )
         }
