@@ -109,11 +109,9 @@ pub fn decide<F: Family, T: Tables<F>, D: Apply<F::Addr>>(
         return hand.alone(Action::Pass);
     }
     let may_be_known = !is_left_by_xdp && (!opens(packet) || tables.may_know(known_bit(&packet.key)));
-    let found = match may_be_known {
-        false => None,
-        true if hook == Hook::Xdp => tables.established(&config, &packet.key),
-        true => tables.flow(Table::Established, &packet.key),
-    };
+    // At other hooks `find` looks for it: with a look here too, the verifier of 6.1 has too much to follow at tc ingress.
+    let found =
+        if hook == Hook::Xdp && may_be_known { tables.established(&config, &packet.key) } else { None };
     let pseudo_sum = match found {
         Some(ref entry) => entry.pseudo_sum,
         None => packet.key.pseudo_sum(),
@@ -137,7 +135,8 @@ pub fn decide<F: Family, T: Tables<F>, D: Apply<F::Addr>>(
         _ => {
             let Some(area) = tables.work() else { return hand.alone(Action::Pass) };
             work = area;
-            let table = if found.is_some() { Table::Established } else { Table::Embryonic };
+            let may_be_there = found.is_some() || (hook != Hook::Xdp && may_be_known);
+            let table = if may_be_there { Table::Established } else { Table::Embryonic };
             let action = match is_left_by_xdp {
                 true => direct::left_by_xdp(tables, packet, &mut work).action(),
                 false => followed(tables, packet, hook, table, &mut work),

@@ -70,7 +70,7 @@ impl Figures {
             ("virtual_memory_bytes", "Addresses in use.", self.virtual_bytes),
             (
                 "resident_memory_bytes",
-                "Memory in use, without what the kernel holds for maps.",
+                "Memory in use, with the maps of the kernel that the agent has in its own.",
                 self.resident_bytes,
             ),
             ("threads", "Threads.", self.threads),
