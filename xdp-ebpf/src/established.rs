@@ -98,11 +98,21 @@ fn flow_at<F: Maps>(
     differs: impl Fn(&FlowKey<F::Addr>, &FlowKey<F::Addr>) -> usize,
 ) -> Option<*mut Flow<F::Addr>> {
     let slot = F::established().get_ptr_mut(index)?;
+    fetch_end(slot);
     // SAFETY: a slot of an array, which lives as long as the map; any bytes are a valid key.
     let differs = differs(unsafe { &(*slot).key }, key);
     let nothing = nothing_of(differs);
     // SAFETY: within the slot: nothing is added.
     (differs == 0).then(|| unsafe { (&raw mut (*slot).flow).byte_add(nothing) })
+}
+
+/// Reads the end of a slot, so that its second cache line comes while its key is compared.
+#[inline(always)] // a load
+fn fetch_end<A>(slot: *mut Slot<A>) {
+    // SAFETY: within the slot.
+    let end = unsafe { slot.byte_add(size_of::<Slot<A>>() - 8) };
+    // SAFETY: a load of eight bytes of the slot, whose value nobody uses.
+    unsafe { asm!("{end} = *(u64 *)({end} + 0)", end = inout(reg) end => _, options(nostack, readonly)) }
 }
 
 /// Inserts or replaces an entry; false when there is no room.
