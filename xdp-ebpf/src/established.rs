@@ -13,7 +13,7 @@ use aya_ebpf::bindings::BPF_ANY;
 use xdp_common::{
     net::{Address, FlowKey, Ip6},
     select,
-    tables::{Config, Flow, PLACES, Slot},
+    tables::{CLAIMED, Config, FREE, Flow, PLACES, Slot},
 };
 
 use crate::{
@@ -22,10 +22,6 @@ use crate::{
     family::Maps,
 };
 
-/// Last key word of a slot that holds nothing.
-const FREE: u64 = 0;
-/// The same while it is being written: no key has this bit.
-const CLAIMED: u64 = 1 << 63;
 /// Routing tag of an entry whose next hop is being written. Like every number it is a tag by chance only.
 const WRITING: u64 = 0x7772_6974;
 /// The bits of the tag in the word that it shares with the clock of the last packet.

@@ -11,13 +11,13 @@ use core::arch::asm;
 use aya_ebpf::{
     bindings::xdp_action,
     macros::{map, xdp},
-    maps::{Array, HashMap, PerCpuArray, ProgramArray},
+    maps::{Array, LruHashMap, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
 use xdp_common::{
     frame::{Headers as _, Packet, Parsed},
     net::{Family, FlowKey, Ip6, V4, V6},
-    tables::{self, Flow},
+    tables::{self, Account, Flow},
 };
 
 use crate::packet::{Bytes, Wire, XdpFrame};
@@ -61,8 +61,8 @@ pub(crate) struct Replay {
 static REPLAY: Array<Replay> = Array::with_max_entries(1, 0);
 #[map]
 static TARGET: ProgramArray = ProgramArray::with_max_entries(1, 0);
-/// Kernel hashes with room for as many flows as the established tables.
-type FlowTable<A> = HashMap<FlowKey<A>, Flow<A>>;
+/// What load balancers keep flows in, with room for as many as the established tables.
+type FlowTable<A> = LruHashMap<FlowKey<A>, Flow<A>>;
 #[map]
 static LIMIT: FlowTable<[u8; 4]> = FlowTable::with_max_entries(tables::ESTABLISHED_V4.entries, 0);
 #[map]
@@ -73,7 +73,7 @@ static PLACE: PerCpuArray<Packet<[u8; 4]>> = PerCpuArray::with_max_entries(1, 0)
 #[map]
 static PLACE_V6: PerCpuArray<Packet<Ip6>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
-static LIMIT_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+static STATS: PerCpuArray<Account> = PerCpuArray::with_max_entries(tables::ACCOUNTS_V4.entries, 0);
 
 /// Passes everything: what the receiving end of a veth needs to take frames sent by XDP.
 #[xdp]
@@ -132,7 +132,7 @@ unsafe fn store(at: usize, value: u64) {
     unsafe { asm!("*(u64 *)({at} + 0) = {value}", at = in(reg) at, value = in(reg) value) }
 }
 
-/// The least that a translated packet can cost with a hash table: parse, one lookup, rewrite, count, transmit.
+/// The least that a translated packet can cost with a flow table of the kernel: parse, one lookup, rewrite, statistics, transmit.
 #[xdp]
 pub(crate) fn limit(ctx: XdpContext) -> u32 {
     translated::<V4>(&ctx, &LIMIT, &PLACE)
@@ -155,7 +155,7 @@ fn translated<F: Wire>(
     let (translation, hop) = packet::parts(flow);
     F::address(&frame, packet, hop);
     F::rewrite(&frame, packet, translation);
-    counted()
+    counted(flow.service, packet.total_len)
 }
 
 /// The least that a packet can cost which is sent on in another one: the same with room in front and a header there.
@@ -169,7 +169,7 @@ pub(crate) fn limit_tunnel(ctx: XdpContext) -> u32 {
     if !V4::tunnel(&frame, packet, hop, flow.src, flow.dst) {
         return xdp_action::XDP_ABORTED;
     }
-    counted()
+    counted(flow.service, packet.total_len)
 }
 
 /// A packet and its flow.
@@ -193,12 +193,15 @@ fn looked_up<F: Wire>(
     Some((packet, unsafe { table.get(key) }?))
 }
 
-/// Counts a packet that is sent.
-#[inline(always)] // an array increment
-fn counted() -> u32 {
-    if let Some(count) = LIMIT_COUNT.get_ptr_mut(0) {
+/// Counts a packet that is sent, and its bytes, for its Service.
+#[inline(always)] // array increments
+fn counted(service: u32, bytes: u16) -> u32 {
+    if let Some(stats) = STATS.get_ptr_mut(service) {
         // SAFETY: the slot belongs to this CPU.
-        unsafe { *count += 1 }
+        unsafe {
+            (*stats).packets += 1;
+            (*stats).bytes += bytes as u64;
+        }
     }
     xdp_action::XDP_TX
 }

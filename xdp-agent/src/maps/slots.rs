@@ -8,7 +8,7 @@ use std::{
 use xdp_common::{
     conntrack::rewrite,
     net::{FlowKey, Plain},
-    tables::{Flow, Slot},
+    tables::{CLAIMED, FREE, Flow, Slot},
 };
 
 use super::mapping::Mapping;
@@ -16,10 +16,6 @@ use crate::cluster::wanted::IpAddress;
 
 /// Words of the longest slot.
 const WORDS_MAX: usize = 16;
-/// The last key word of a slot that holds nothing.
-const FREE: u64 = 0;
-/// A bit of that word while a program writes the slot.
-const CLAIMED: u64 = 1 << 63;
 /// How often a change is tried again that a packet has crossed.
 const TRIES_MAX: usize = 16;
 

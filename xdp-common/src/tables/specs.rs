@@ -61,6 +61,10 @@ pub const GATE_WORDS: u32 = 1 << 14;
 pub const KNOWN_WORDS: u32 = 1 << 14;
 /// Slots of the established table that a key may be in, one behind the other.
 pub const PLACES: u32 = 4;
+/// Last key word of a slot of the established table that holds nothing.
+pub const FREE: u64 = 0;
+/// A bit of that word while the slot is being written, the only one then; no key has it.
+pub const CLAIMED: u64 = 1 << 63;
 /// For so many slots of the established table there is one entry in the hash behind it: even with every slot taken, no more than
 /// a quarter of the keys have found all their places taken.
 pub const OVERFLOW_SHARE: u32 = 4;
