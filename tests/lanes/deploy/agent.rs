@@ -176,9 +176,50 @@ fn pins_are_where_the_bpf_file_system_is_mounted() {
     };
     let paths: BTreeSet<String> = files::objects().iter().flat_map(mounts).collect();
     let [path] = &Vec::from_iter(paths)[..] else { panic!("one place in every pod") };
-    for line in command_lines() {
-        assert!(line.contains(&format!("--pin-dir={path}")), "{line:?} pins elsewhere than {path}");
+    let mut pods = 0;
+    for document in files::objects() {
+        each(&document.content, &mut |value| {
+            let mounts = value["volumeMounts"].as_array().into_iter().flatten();
+            if !mounts.into_iter().any(|mount| mount["name"] == "bpffs") {
+                return;
+            }
+            pods += 1;
+            let of_variable = value["env"].as_array().into_iter().flatten();
+            let by_variable = of_variable
+                .into_iter()
+                .any(|set| set["name"] == "XDP_AGENT_PIN_DIR" && set["value"] == path.as_str());
+            let argument = format!("--pin-dir={path}");
+            let by_argument =
+                value["args"].as_array().into_iter().flatten().any(|arg| *arg == argument.as_str());
+            assert!(by_variable || by_argument, "{} pins elsewhere than {path}", value["name"]);
+        });
     }
+    assert_eq!(pods, 2, "the agent, and what cleans up after it");
+}
+
+#[test]
+fn what_the_pods_mounts_decide_stands_in_variables_that_no_overlay_takes_away() {
+    // An overlay's arguments take the place of the base's, and so had lost `--cgroup` once.
+    for line in command_lines().into_iter().filter(|line| !line.iter().any(|arg| arg == "--cleanup")) {
+        assert!(
+            !line.iter().any(|arg| arg.starts_with("--pin-dir") || arg.starts_with("--cgroup")),
+            "{line:?}"
+        );
+    }
+    let mut set = Settings::new();
+    for document in files::objects() {
+        each(&document.content, &mut |value| {
+            if let (Some(name), Some(place)) = (value["name"].as_str(), value["value"].as_str()) {
+                set.insert(name.to_owned(), place.to_owned());
+            }
+            if value["name"] == "cgroup"
+                && let Some(place) = value["mountPath"].as_str()
+            {
+                set.insert("mounted".to_owned(), place.to_owned());
+            }
+        });
+    }
+    assert!(set.contains_key("mounted") && set.get("XDP_AGENT_CGROUP") == set.get("mounted"), "{set:?}");
 }
 
 #[test]

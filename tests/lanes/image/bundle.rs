@@ -31,6 +31,7 @@ pub(crate) fn config(node: &Node, image: &Image, objects: &Path) -> Result<Value
     args.extend([format!("--services={OBJECTS}"), "--iface=eth0".to_owned()]);
     let mut environment = words(&image.config["config"]["Env"])?;
     environment.extend(settings());
+    environment.extend(variables(container)?);
     Ok(json!({
         "ociVersion": "1.0.2",
         // Limits are those of the test: who may not raise them runs it too.
@@ -55,6 +56,15 @@ pub(crate) fn config(node: &Node, image: &Image, objects: &Path) -> Result<Value
             "seccomp": seccomp(&capabilities)?,
         },
     }))
+}
+
+/// Variables with a value of the container's own; the others are the pod's, and stand in its arguments.
+fn variables(container: &Value) -> Result<Vec<String>> {
+    let variables = container["env"].as_array().context("the container has no variables")?;
+    let with_value = variables.iter().filter_map(|variable| {
+        Some(format!("{}={}", variable["name"].as_str()?, variable["value"].as_str()?))
+    });
+    Ok(with_value.collect())
 }
 
 /// The settings that the pod gets from the ConfigMap.
