@@ -64,22 +64,38 @@ impl<A: IpAddress, W: AsRef<[AtomicU64]>> Slots<A, W> {
 
     /// Removes the entry of a key from a slot, and says what it was; nothing when the slot is not the key's.
     pub(super) fn take(&self, index: usize, key: &FlowKey<A>) -> Option<Flow<A>> {
-        let before = self.entry(index).filter(|slot| slot.key == *key)?;
-        let end = self.end(index);
+        self.take_as_seen(index, &self.entry(index).filter(|slot| slot.key == *key)?)
+    }
+
+    /// The same for an entry that has been seen in the slot, and may be gone by now.
+    fn take_as_seen(&self, index: usize, before: &Slot<A>) -> Option<Flow<A>> {
+        let (key, end) = (&before.key, self.end(index));
         end.compare_exchange(key.end(), FREE, Ordering::AcqRel, Ordering::Relaxed).ok()?;
         // A packet may have come in between. What it has left is there as long as nobody claims the slot.
         let after = self.copy(index);
         fence(Ordering::Acquire);
-        let is_left = end.load(Ordering::Relaxed) == FREE && is_of(&after, key, &before.flow);
-        Some(if is_left { after.flow } else { before.flow })
+        if end.load(Ordering::Relaxed) != FREE {
+            return Some(before.flow);
+        }
+        if (after.key.src, after.key.dst) != (key.src, key.dst) {
+            // The slot had changed hands meanwhile, to a key of the same ports: it is that one's entry which was taken.
+            let _ = end.compare_exchange(FREE, key.end(), Ordering::AcqRel, Ordering::Relaxed);
+            return None;
+        }
+        Some(if is_of(&after, key, &before.flow) { after.flow } else { before.flow })
     }
 
     /// Puts an entry back into the slot that it was taken from; false when that holds something else by now.
     pub(super) fn restore(&self, index: usize, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
-        let left = self.copy(index);
+        let is_left = || is_of(&self.copy(index), key, flow);
         let end = self.end(index);
-        is_of(&left, key, flow)
-            && end.compare_exchange(FREE, key.end(), Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        let exchange = |from, to| end.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if !is_left() || !exchange(FREE, key.end()) {
+            return false;
+        }
+        fence(Ordering::Acquire);
+        // Meanwhile another entry may have come and gone there.
+        is_left() || !exchange(key.end(), FREE)
     }
 
     /// Changes the entry of a key in a slot, beside what packets change in it meanwhile; false when the slot is not the key's.
@@ -204,6 +220,19 @@ mod tests {
         assert_eq!((slots.entry(0), slots.take(0, &slot(1).key)), (None, None));
         assert!(!slots.change(0, &slot(1).key, |flow| flow.closing = 0));
         assert_eq!(slots.end(0).load(Ordering::Relaxed), CLAIMED);
+    }
+
+    #[test]
+    fn a_slot_that_has_come_to_another_key_of_the_same_ports_is_left_to_it() {
+        let slots = table(&[(0, slot::<[u8; 4]>(1))]);
+        let other = Slot { key: FlowKey { src: [10, 0, 0, 9], ..slot(1).key }, ..slot(1) };
+        assert_eq!(slots.entry(0), Some(slot(1)));
+        for (place, word) in slots.of(0).iter().zip(to_words(&other)) {
+            place.store(word, Ordering::Relaxed);
+        }
+        assert_eq!(slots.take_as_seen(0, &slot(1)), None);
+        assert_eq!(slots.entry(0), Some(other), "it is the other's, and there");
+        assert_eq!(slots.take(0, &other.key), Some(other.flow));
     }
 
     #[test]
