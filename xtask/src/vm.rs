@@ -180,6 +180,11 @@ impl Request {
         self.tests.iter().cloned().chain(quick).collect()
     }
 
+    /// Whether the agent is built without optimisation.
+    pub(crate) fn is_debug(&self) -> bool {
+        matches!(self.profile, Profile::Debug)
+    }
+
     /// What is said of a lane of which not all tests are run.
     pub(crate) fn amount(&self, lane: Lane) -> &'static str {
         if lane.target().is_none() || self.tests(lane).is_empty() {
@@ -245,7 +250,7 @@ fn boot(
     base.symlink("etc/mtab", "/proc/self/mounts");
     let mut initrd = base.finish();
     initrd.extend_from_slice(payload);
-    let kernel_is_too_old = kernel.is_too_old();
+    let kernel_is_too_old = kernel.is_too_old(architecture.arch());
     let lanes = if kernel_is_too_old {
         // What is unpacked later replaces what is there.
         initrd.extend_from_slice(&payload::refusal());

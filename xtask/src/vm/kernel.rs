@@ -2,6 +2,7 @@
 
 use super::packages::{self, Apt};
 use super::{Architecture, initramfs::Initramfs};
+use crate::arch::Arch;
 use crate::process;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -33,7 +34,12 @@ const MODULES: [&str; 16] = [
 pub(crate) const NEWEST: &str = "newest";
 
 /// The first kernel that the programs run on (`KERNEL_MIN` in the agent, which refuses those before it).
-const OLDEST: [u64; 2] = [5, 12];
+const fn oldest(arch: Arch) -> [u64; 2] {
+    match arch {
+        Arch::Amd64 => [5, 12],
+        Arch::Arm64 => [6, 0],
+    }
+}
 
 /// A kernel, unpacked.
 pub(crate) struct Kernel {
@@ -68,8 +74,8 @@ impl Kernel {
     }
 
     /// Whether the agent is to refuse it.
-    pub(crate) fn is_too_old(&self) -> bool {
-        numbers(&self.release) < OLDEST.to_vec()
+    pub(crate) fn is_too_old(&self, arch: Arch) -> bool {
+        numbers(&self.release) < oldest(arch).to_vec()
     }
 
     fn fetch(apt: &Apt, names: &[String], package: &str) -> Result<Self> {

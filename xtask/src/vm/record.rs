@@ -21,11 +21,11 @@ pub(crate) fn mark(workspace: &Workspace) -> Result<String> {
         let answer = process::output(command.args(args).current_dir(&workspace.root));
         answer.map(|answer| answer.trim().to_owned()).with_context(|| format!("`{program}` does not answer"))
     };
-    Ok(format!(
-        "{}, {}",
-        answer("date", &["-u", "+%F"])?,
-        answer("git", &["rev-parse", "--short=10", "HEAD"])?
-    ))
+    let commit = answer("git", &["rev-parse", "--short=10", "HEAD"])?;
+    // The document itself changes while machines are measured.
+    let changed = answer("git", &["status", "--porcelain", "--", ":!docs/compatibility.md"])?;
+    let dirty = if changed.is_empty() { "" } else { "-dirty" };
+    Ok(format!("{}, {commit}{dirty}", answer("date", &["-u", "+%F"])?))
 }
 
 /// Writes the outcome of a machine into the document.
@@ -47,7 +47,9 @@ pub(crate) fn write(
     let is_refused = outcome.refusal.is_some();
     for lane in if is_refused { &Lane::ALL[..] } else { &request.lanes } {
         let amount = if is_refused { "" } else { request.amount(*lane) };
-        cells.insert(lane.name(), format!("{}{amount} ({mark})", outcome.cell(*lane)));
+        let broken = if outcome.problems.is_empty() { "" } else { "FAILED, " };
+        let built = if request.is_debug() && !is_refused { ", debug" } else { "" };
+        cells.insert(lane.name(), format!("{broken}{}{amount}{built} ({mark})", outcome.cell(*lane)));
     }
     std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
     Ok(())
