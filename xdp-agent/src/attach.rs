@@ -127,7 +127,7 @@ impl Attacher {
             None => drop(self.programs.classifier("tc_host")?),
         }
         if self.pods.are_wanted() {
-            self.load_for_pods()?;
+            pods::load(&mut self.programs)?;
         }
         #[cfg(feature = "trace")]
         self.programs.follow_log()?;

@@ -14,6 +14,7 @@ pub use self::{
 };
 use crate::{
     attach::trial::Trial,
+    cgroup::Cgroup,
     config::{self, ModeChoice},
     explain::Output,
     neighbours,
@@ -69,7 +70,8 @@ fn examine(args: &DoctorArgs) -> anyhow::Result<Report> {
     // A kernel or a process that lacks the first of these lacks the programs too, and says it in fewer words.
     let mut trial = None;
     if !checks.iter().any(|check| check.health == Health::Bad) {
-        let loaded = Trial::load();
+        let has_cgroups = matches!(Cgroup::find(None), Ok(Some(_)));
+        let loaded = Trial::load(has_cgroups);
         checks.push(checks::programs(loaded.as_ref().err()));
         trial = loaded.ok();
     }

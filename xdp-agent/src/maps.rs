@@ -22,7 +22,12 @@ use xdp_common::{
     },
 };
 
-use crate::{attach::Programs, cluster::wanted::IpAddress, config::Sizes, preflight::KernelVersion};
+use crate::{
+    attach::Programs,
+    cluster::wanted::IpAddress,
+    config::Sizes,
+    preflight::{KERNEL_MIN, KernelVersion},
+};
 
 pub use accounts::Accounts;
 pub use embryonic::EmbryonicTable;
@@ -405,7 +410,11 @@ fn refused(error: aya::EbpfError) -> anyhow::Error {
         Some(libc::ENOMEM | libc::E2BIG) => {
             "the kernel has no memory for the maps; choose smaller ones by --max-established and its like"
         }
-        _ => "cannot load the BPF object; it needs kernel 5.12 or later with CONFIG_BPF_SYSCALL",
+        _ => {
+            return anyhow::Error::new(error).context(format!(
+                "cannot load the BPF object; it needs kernel {KERNEL_MIN} or later with CONFIG_BPF_SYSCALL"
+            ));
+        }
     };
     anyhow::Error::new(error).context(context)
 }

@@ -15,9 +15,11 @@ const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 /// Capability numbers (include/uapi/linux/capability.h).
 const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (39, "CAP_BPF"), (38, "CAP_PERFMON")];
 const CAP_SYS_ADMIN: u32 = 21;
-/// The programs exchange and compare words in one step, which BPF learned in this version (`BPF_ATOMIC`, kernel commit
-/// 5ca419f2864a).
-pub const KERNEL_MIN: KernelVersion = KernelVersion(5, 12);
+/// The programs exchange and compare words in one step, which BPF learned in 5.12 (`BPF_ATOMIC`, kernel commit 5ca419f2864a), and the
+/// compiler of arm64 in 5.18 (1902472b4fa9); and they have both functions and tail calls, which arm64 takes from 6.0 on
+/// (d4609a5d8c70).
+pub const KERNEL_MIN: KernelVersion =
+    if cfg!(target_arch = "aarch64") { KernelVersion(6, 0) } else { KernelVersion(5, 12) };
 
 /// Version of a kernel, as far as it decides what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,7 +57,8 @@ impl fmt::Display for KernelVersion {
 pub fn check_kernel(kernel: KernelVersion) -> anyhow::Result<()> {
     ensure!(
         kernel >= KERNEL_MIN,
-        "kernel {kernel} is too old: the programs need the atomic instructions of {KERNEL_MIN}; run a newer kernel"
+        "kernel {kernel} is too old: the programs need {KERNEL_MIN} on {}; run a newer kernel",
+        std::env::consts::ARCH
     );
     Ok(())
 }
@@ -148,7 +151,7 @@ fn mount_point(path: &Path) -> &Path {
 /// What of the flags' interfaces is wrong for good.
 ///
 /// # Errors
-/// For an unknown interface, the loopback, and one without a usable address.
+/// For an unknown interface, the loopback, one without an Ethernet header, and one without a usable address.
 pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
     for name in names {
         let Some(link) = host.link(name) else {
@@ -158,6 +161,11 @@ pub fn check_interfaces(names: &[String], host: &Host) -> anyhow::Result<()> {
         ensure!(
             !link.is_loopback,
             "{name} is the loopback, which needs no load balancing; leave it out of --iface"
+        );
+        ensure!(
+            link.is_ethernet,
+            "{name} has no Ethernet header (a tunnel, WireGuard, PPP), where the programs would take addresses for something else; \
+             leave it out of --iface"
         );
         ensure!(
             host.has_source_address(link.index),
@@ -237,9 +245,12 @@ mod tests {
 
     #[test]
     fn kernels_without_atomic_exchange_are_refused() {
-        assert!(check_kernel(KernelVersion(5, 12)).is_ok() && check_kernel(KernelVersion(6, 1)).is_ok());
+        assert!(check_kernel(KERNEL_MIN).is_ok() && check_kernel(KernelVersion(6, 1)).is_ok());
         let error = check_kernel(KernelVersion(5, 10)).expect_err("too old").to_string();
-        assert!(error.contains("kernel 5.10 is too old") && error.contains("5.12"), "{error}");
+        assert!(
+            error.contains("kernel 5.10 is too old") && error.contains(&KERNEL_MIN.to_string()),
+            "{error}"
+        );
     }
 
     #[test]
@@ -259,20 +270,22 @@ mod tests {
     #[test]
     fn interfaces_that_cannot_work_are_refused() {
         let mut host = Host::default();
-        for (index, name, is_loopback) in [(1, "lo", true), (2, "eth0", false), (3, "eth1", false)] {
-            host.links.insert(
-                index,
-                Interface { index, name: name.to_owned(), is_loopback, ..Interface::default() },
-            );
+        for (index, name) in [(1, "lo"), (2, "eth0"), (3, "eth1"), (4, "wg0")] {
+            let (is_loopback, is_ethernet) = (name == "lo", name.starts_with("eth"));
+            let link =
+                Interface { index, name: name.to_owned(), is_loopback, is_ethernet, ..Interface::default() };
+            host.links.insert(index, link);
         }
         let addr = [192, 0, 2, 1].into();
         let address =
             Address { addr, peer: addr, len: 24, scope: 0, is_secondary: false, is_tentative: false };
-        host.addresses.insert(2, vec![address]);
+        host.addresses.insert(2, vec![address.clone()]);
+        host.addresses.insert(4, vec![address]);
         let check =
             |name: &str| check_interfaces(&[name.to_owned()], &host).map_err(|error| error.to_string());
         assert_eq!(check("eth0"), Ok(()));
-        assert!(check("eth7").expect_err("unknown").contains("there are: lo, eth0, eth1"));
+        assert!(check("eth7").expect_err("unknown").contains("there are: lo, eth0, eth1, wg0"));
+        assert!(check("wg0").expect_err("a tunnel").contains("no Ethernet header"));
         assert!(check("lo").expect_err("loopback").contains("loopback"));
         assert!(check("eth1").expect_err("no address").contains("ip address add"));
     }

@@ -10,7 +10,7 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::{Attacher, PinnedLink, TCX_SINCE, TcProgram, legacy, take_off};
+use super::{Attacher, PinnedLink, Programs, TCX_SINCE, TcProgram, legacy, take_off};
 use crate::{
     bpf::AttachType,
     config::Pattern,
@@ -104,12 +104,12 @@ impl PodDevices {
     }
 }
 
-impl Attacher {
-    /// The programs that pods' devices need.
-    pub(super) fn load_for_pods(&mut self) -> anyhow::Result<()> {
-        PROGRAMS.iter().try_for_each(|program| self.programs.classifier(program.name).map(drop))
-    }
+/// Loads the programs that pods' devices need.
+pub(super) fn load(programs: &mut Programs) -> anyhow::Result<()> {
+    PROGRAMS.iter().try_for_each(|program| programs.classifier(program.name).map(drop))
+}
 
+impl Attacher {
     /// Follows the devices of pods; how many attachments failed is the answer.
     pub fn follow_pods(&mut self, host: &Host) -> u64 {
         if !self.pods.are_wanted() {

@@ -22,6 +22,7 @@ use crate::{
     bpf::{self, AttachType},
     host::Link,
     maps,
+    preflight::KERNEL_MIN,
 };
 
 /// The programs of the object.
@@ -221,11 +222,11 @@ fn refused(name: &str, error: ProgramError) -> anyhow::Error {
     debug!(program = name, verifier = %log, "the kernel refused a program");
     match last_words(&log) {
         Some(words) => anyhow::anyhow!(
-            "the kernel refuses program {name} ({io_error}): {words}; it needs kernel 5.12 or later with \
+            "the kernel refuses program {name} ({io_error}): {words}; it needs kernel {KERNEL_MIN} or later with \
              CONFIG_BPF_SYSCALL and CONFIG_BPF_JIT (all of the verifier's log: --log xdp_agent=debug)"
         ),
         None => anyhow::anyhow!(
-            "the kernel refuses program {name} ({io_error}); it needs kernel 5.12 or later with CONFIG_BPF_SYSCALL and \
+            "the kernel refuses program {name} ({io_error}); it needs kernel {KERNEL_MIN} or later with CONFIG_BPF_SYSCALL and \
              CONFIG_BPF_JIT, and CAP_BPF and CAP_NET_ADMIN in the first user namespace"
         ),
     }

@@ -45,7 +45,11 @@ pub struct Refusal {
 impl Refusal {
     /// Classifies a refusal.
     pub fn new(mode: Mode, errno: i32, text: Option<String>, mtu: u32) -> Self {
-        let kind = classify(errno, text.as_deref().unwrap_or_default(), mtu);
+        let kind = match (mode, errno, &text) {
+            // What the kernel says for drivers that run no programs on their cards (dev_xdp_install, net/core/dev.c).
+            (Mode::Offload, libc::EINVAL | libc::EOPNOTSUPP, None) => RefusalKind::Unsupported,
+            _ => classify(errno, text.as_deref().unwrap_or_default(), mtu),
+        };
         Self { mode, kind, errno, text, mtu }
     }
 
@@ -54,6 +58,9 @@ impl Refusal {
         match self.kind {
             RefusalKind::Busy => "take the other program off (`ip link set dev IFACE xdp off`)",
             RefusalKind::Permission => "grant CAP_NET_ADMIN and CAP_BPF in the first user namespace",
+            RefusalKind::Unsupported if matches!(self.mode, Mode::Offload) => {
+                "choose another --mode: no card is known that takes these programs"
+            }
             RefusalKind::Unsupported => {
                 "none needed: the driver has no native XDP, or not for a device that is set up so"
             }
@@ -187,6 +194,13 @@ mod tests {
         assert!(refusal.may_frags_help() && refusal.may_generic_help());
         let busy = Refusal::new(Mode::Native, libc::EBUSY, None, 1500);
         assert!(!busy.may_frags_help() && !busy.may_generic_help(), "never past a foreign program");
+    }
+
+    #[test]
+    fn a_driver_that_runs_no_programs_on_its_card_is_told_from_a_long_mtu() {
+        let refusal = Refusal::new(Mode::Offload, libc::EINVAL, None, 9000);
+        assert_eq!(refusal.kind, RefusalKind::Unsupported);
+        assert!(refusal.remedy().contains("--mode"), "{}", refusal.remedy());
     }
 
     #[test]

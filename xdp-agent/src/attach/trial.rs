@@ -3,7 +3,7 @@
 use anyhow::{Context, ensure};
 use aya::{EbpfLoader, VerifierLogLevel};
 
-use super::{Programs, ensure_free, xdp};
+use super::{Programs, ensure_free, pods, sockets, xdp};
 use crate::{config::ModeChoice, devices::Mode, host::Link, maps};
 
 /// Entries of a map that only proves that there can be one.
@@ -14,11 +14,11 @@ const ENTRIES_MAX: u32 = 64;
 pub struct Trial(Programs);
 
 impl Trial {
-    /// Loads what every interface needs, with small maps of its own.
+    /// Loads all that a start may need, with small maps of its own: the socket hooks where there are cgroups for them.
     ///
     /// # Errors
     /// When the kernel lacks something, in its own words.
-    pub fn load() -> anyhow::Result<Self> {
+    pub fn load(has_cgroups: bool) -> anyhow::Result<Self> {
         ensure!(
             !maps::OBJECT.is_empty(),
             "built without the BPF object: run `cargo xtask build` and build the agent again"
@@ -31,6 +31,11 @@ impl Trial {
         let ebpf = loader.load(maps::OBJECT).context("the kernel refuses a map")?;
         let mut programs = Programs::new(ebpf);
         programs.load()?;
+        if has_cgroups {
+            sockets::load(&mut programs)?;
+        }
+        programs.classifier("tc_host")?;
+        pods::load(&mut programs)?;
         Ok(Self(programs))
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
+use tracing::warn;
 
 use crate::{
     host::{
@@ -35,10 +36,14 @@ pub(super) fn names() -> anyhow::Result<Vec<String>> {
     }
     let host = neighbours::read_host().context("cannot read the interfaces")?;
     let links = found.iter().filter_map(|index| host.links.get(index)).filter(|link| !link.is_loopback);
-    let names: Vec<String> = links.map(|link| link.name.clone()).collect();
+    let (served, others): (Vec<_>, Vec<_>) = links.partition(|link| link.is_ethernet);
+    for link in others {
+        warn!(interface = %link.name, "a default route leaves by a device without an Ethernet header, which is not served");
+    }
+    let names: Vec<String> = served.into_iter().map(|link| link.name.clone()).collect();
     ensure!(
         !names.is_empty(),
-        "there is no default route to tell the interfaces from; name those that clients and other nodes are reached \
+        "there is no default route by a device with an Ethernet header to tell the interfaces from; name those that clients and other nodes are reached \
          through by --iface"
     );
     Ok(names)

@@ -123,7 +123,7 @@ fn expected(mtu: u32, features: Option<u64>, not_native: &str, choice: ModeChoic
         return is(Some(Mode::Generic), Health::Good, "asked for by --mode generic");
     }
     if choice == ModeChoice::Offload {
-        return is(None, Health::Warning, "no card is known that takes these programs; --try asks this one");
+        return is(None, Health::Bad, "no card is known that takes these programs; --try asks this one");
     }
     let Some(features) = features else {
         let reason =
