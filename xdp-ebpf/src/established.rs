@@ -4,8 +4,11 @@
 //! Readers take no lock, nor do writers. A slot is claimed and published by its last key word, and freed by it. What changes while a
 //! flow goes on is written in place, so that entries stay where they are: what packets change, and the next hop, during which the
 //! routing tag is nobody's. A reader that has seen the tag before it was taken away can send one packet to a mixture of the old next
-//! hop and the new. Who looks at a slot, or writes to it, that is freed and claimed within the same nanoseconds can meet another flow's
-//! entry, as with every preallocated hash of the kernel.
+//! hop and the new; a processor that reorders reads can when it sees the new tag too, because a comparison alone orders none.
+//!
+//! Who looks at a slot, or writes to it, that is freed and claimed meanwhile can meet another flow's entry, as with every preallocated
+//! hash of the kernel. The worst of it: a next hop that is being renewed lands in the entry of the slot's next key, which goes that way
+//! until its tag's time is over.
 
 use core::{arch::asm, mem::offset_of, ptr::null_mut};
 
