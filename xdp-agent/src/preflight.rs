@@ -279,7 +279,7 @@ mod tests {
         let addr = [192, 0, 2, 1].into();
         let address =
             Address { addr, peer: addr, len: 24, scope: 0, is_secondary: false, is_tentative: false };
-        host.addresses.insert(2, vec![address.clone()]);
+        host.addresses.insert(2, vec![address]);
         host.addresses.insert(4, vec![address]);
         let check =
             |name: &str| check_interfaces(&[name.to_owned()], &host).map_err(|error| error.to_string());
