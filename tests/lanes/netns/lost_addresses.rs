@@ -41,7 +41,7 @@ fn flows_of_udp_begin_anew_when_the_node_has_their_address_no_more(setup: Setup)
 }
 
 /// Connections of TCP that leave no room for established flows, and the smallest table that the agent accepts for those. A
-/// slot of it is one of four that a key may have: one in a hundred thousand of them is left free by so many keys.
+/// slot of it is one of four that a key may have, and two entries a connection leave hardly one free.
 const CONNECTIONS: usize = 100;
 const SMALLEST: &str = "64";
 

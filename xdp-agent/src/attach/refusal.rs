@@ -46,7 +46,7 @@ impl Refusal {
     /// Classifies a refusal.
     pub fn new(mode: Mode, errno: i32, text: Option<String>, mtu: u32) -> Self {
         let kind = match (mode, errno, &text) {
-            // What the kernel says for drivers that run no programs on their cards (dev_xdp_install, net/core/dev.c).
+            // Without words there is nothing that a long MTU, or another setting, could be told by.
             (Mode::Offload, libc::EINVAL | libc::EOPNOTSUPP, None) => RefusalKind::Unsupported,
             _ => classify(errno, text.as_deref().unwrap_or_default(), mtu),
         };
