@@ -17,7 +17,7 @@ use aya::{
     maps::{Array, HashMap, MapData, PerCpuArray, ProgramArray},
     programs::{TestRun, TestRunOptions, Xdp},
 };
-use xdp_agent::attach::programs::load_xdp;
+use xdp_agent::{attach::programs::load_xdp, maps::Constants};
 use xdp_agent_tests::lab::{link, netns::Namespace, stay_on};
 use xdp_common::{
     conntrack::opposite,
@@ -36,6 +36,8 @@ mod traffic;
 
 use self::{case::Case, figures::Figures, traffic::*};
 
+/// The product's object.
+const PRODUCT: &str = "xdp-ebpf";
 /// Enough of them that their source ports outlast the embryonic table.
 const BACKENDS: u32 = 64;
 const NEW_FLOWS: u32 = 1 << 24;
@@ -144,7 +146,7 @@ struct Bench {
 
 impl Bench {
     fn new(ifindex: u32, mac: [u8; 6], flows: u32, sort: Sort) -> Result<Self> {
-        let mut product = load("xdp-ebpf")?;
+        let mut product = load(PRODUCT)?;
         load_xdp(&mut product, "xdp_ingress")?;
         let mut lab = load("xdp-lab")?;
         for name in ["replay", "limit", "limit_v6", "xdp_drop", "limit_tunnel", "move_head"] {
@@ -384,7 +386,12 @@ fn load(object: &str) -> Result<Ebpf> {
     let directory =
         env::var_os("XDP_AGENT_BPF_DIR").map_or_else(|| PathBuf::from("target/bpf"), PathBuf::from);
     let path = directory.join(object);
-    EbpfLoader::new()
+    let constants = Constants::of_this_machine()?;
+    let mut loader = EbpfLoader::new();
+    if object == PRODUCT {
+        constants.set(&mut loader);
+    }
+    loader
         .load_file(&path)
         .with_context(|| format!("loading {}: run `cargo xtask build` first", path.display()))
 }

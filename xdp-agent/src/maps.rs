@@ -75,6 +75,34 @@ pub(crate) fn raw<T: Plain>(value: T) -> Raw<T> {
 /// dea6a4e17013).
 const NAMES_ERRORS_SINCE: KernelVersion = KernelVersion(6, 0);
 
+/// What programs have to know of the machine when they are loaded: the verifier then leaves out what is not for it. Without it they
+/// do what works everywhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Constants {
+    names_errors: u32,
+    reads_in_order: u32,
+}
+
+impl Constants {
+    /// Those of this machine.
+    ///
+    /// # Errors
+    /// When the kernel's version cannot be read.
+    pub fn of_this_machine() -> anyhow::Result<Self> {
+        let names_errors = KernelVersion::current()? >= NAMES_ERRORS_SINCE;
+        // Memory ordering in Intel's SDM, volume 3A, and in AMD's manual, volume 2: no read overtakes another.
+        let reads_in_order = cfg!(target_arch = "x86_64");
+        Ok(Self { names_errors: names_errors.into(), reads_in_order: reads_in_order.into() })
+    }
+
+    /// Sets them for the product's object.
+    pub fn set<'a, 'l>(&'a self, loader: &'l mut EbpfLoader<'a>) -> &'l mut EbpfLoader<'a> {
+        loader
+            .override_global("NAMES_ERRORS", &self.names_errors, true)
+            .override_global("READS_IN_ORDER", &self.reads_in_order, true)
+    }
+}
+
 /// The value whose bytes are all zero.
 pub(crate) fn zero<T: Plain>() -> Raw<T> {
     const { T::PROOF };
@@ -280,9 +308,8 @@ pub fn load(object: &[u8], dir: &Path, wanted: &Sizes) -> anyhow::Result<Loaded>
         loader.map_pin_path(spec.name, path);
     }
     remove_others(dir);
-    let names_errors = u32::from(KernelVersion::current()? >= NAMES_ERRORS_SINCE);
-    loader.override_global("NAMES_ERRORS", &names_errors, true);
-    let mut ebpf = loader.load(object).map_err(refused)?;
+    let constants = Constants::of_this_machine()?;
+    let mut ebpf = constants.set(&mut loader).load(object).map_err(refused)?;
     let settings = Settings::of(take(&mut ebpf, &tables::CONFIG)?)?;
     let v4 = FamilyMaps::open(&mut ebpf, dir)?;
     let v6 = FamilyMaps::open(&mut ebpf, dir)?;

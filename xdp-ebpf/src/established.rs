@@ -30,6 +30,11 @@ const WRITING: u64 = 0x7772_6974;
 /// The bits of the tag in the word that it shares with the clock of the last packet.
 const TAG: u64 = u32::MAX as u64;
 
+/// 1 where processors keep reads in their order, as those of x86_64 do; set by the agent when it loads the programs. The verifier knows
+/// the value, and leaves out what is not needed then.
+#[unsafe(no_mangle)]
+static READS_IN_ORDER: u32 = 0;
+
 /// The flow of a packet, null when there is none: looked for where most are, and elsewhere by a call. The packet lies in its place, and
 /// is of a protocol with ports: its last key word is not that of a slot which holds nothing.
 #[inline(always)] // the established path
@@ -40,7 +45,9 @@ pub(crate) fn find_at_home<F: Maps>(config: &Config, key: &FlowKey<F::Addr>) -> 
     } else {
         select::home(key, config.established_homes)
     };
-    match flow_at::<F>(home, again(key), |one, other| {
+    let Some(slot) = F::established().get_ptr_mut(home) else { return null_mut() };
+    fetch_end(slot);
+    match flow_in::<F>(slot, again(key), |one, other| {
         if is_wide::<F::Addr>() { differs_widely(one, other) } else { differs(one, other) }
     }) {
         Some(flow) => flow,
@@ -80,7 +87,9 @@ pub(crate) fn find<F: Maps>(key: &FlowKey<F::Addr>) -> *mut Flow<F::Addr> {
     let home = home(key);
     let mut place = 0u64;
     while place < PLACES as u64 {
-        if let Some(flow) = flow_at::<F>(home + place as u32, again(key), differs) {
+        if let Some(slot) = F::established().get_ptr_mut(home + place as u32)
+            && let Some(flow) = flow_in::<F>(slot, again(key), differs)
+        {
             return flow;
         }
         place = after(place);
@@ -88,21 +97,26 @@ pub(crate) fn find<F: Maps>(key: &FlowKey<F::Addr>) -> *mut Flow<F::Addr> {
     F::overflow().get_ptr_mut(key).unwrap_or(null_mut())
 }
 
-/// The flow in the slot with this index, if the slot is the key's. Processors that reorder reads keep those of the flow behind those
-/// of the key, because its address depends on what they have found.
+/// The flow in a slot, if the slot is the key's. Processors that reorder reads keep those of the flow behind those of the key, because
+/// its address depends on what they have found; others need not wait for that.
 #[inline(always)] // the established path
-fn flow_at<F: Maps>(
-    index: u32,
+fn flow_in<F: Maps>(
+    slot: *mut Slot<F::Addr>,
     key: &FlowKey<F::Addr>,
     differs: impl Fn(&FlowKey<F::Addr>, &FlowKey<F::Addr>) -> usize,
 ) -> Option<*mut Flow<F::Addr>> {
-    let slot = F::established().get_ptr_mut(index)?;
-    fetch_end(slot);
     // SAFETY: a slot of an array, which lives as long as the map; any bytes are a valid key.
     let differs = differs(unsafe { &(*slot).key }, key);
-    let nothing = nothing_of(differs);
+    let nothing = if reads_in_order() { 0 } else { nothing_of(differs) };
     // SAFETY: within the slot: nothing is added.
     (differs == 0).then(|| unsafe { (&raw mut (*slot).flow).byte_add(nothing) })
+}
+
+/// Whether processors keep reads in their order.
+#[inline(always)] // a constant of the verifier's
+fn reads_in_order() -> bool {
+    // SAFETY: a static of this object, which nobody writes once it is loaded.
+    unsafe { (&raw const READS_IN_ORDER).read_volatile() != 0 }
 }
 
 /// Reads the end of a slot, so that its second cache line comes while its key is compared.
@@ -222,7 +236,7 @@ pub(crate) fn differs<A: Address>(one: &FlowKey<A>, other: &FlowKey<A>) -> usize
     opaque(one.differs(other) as usize)
 }
 
-/// Zero that depends on a number, for [`flow_at`].
+/// Zero that depends on a number, for [`flow_in`].
 #[inline(always)] // an instruction
 fn nothing_of(number: usize) -> usize {
     let mut nothing = number;

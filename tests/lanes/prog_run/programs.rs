@@ -6,7 +6,7 @@ use aya::{
     Ebpf, EbpfLoader,
     programs::{ProgramError, SchedClassifier, TestRun, TestRunOptions, Xdp},
 };
-use xdp_agent::attach::programs::load_xdp;
+use xdp_agent::{attach::programs::load_xdp, maps::Constants};
 use xdp_agent_tests::lab::{self, netns::Namespace};
 use xdp_common::{
     answer::AnswerFrame,
@@ -137,9 +137,16 @@ impl Programs {
     }
 }
 
+/// What the agent tells the programs of this machine.
+pub(crate) fn constants() -> Constants {
+    Constants::of_this_machine().expect("the version of this kernel")
+}
+
 fn load(sizes: Sizes) -> Ebpf {
     let path = object();
+    let constants = constants();
     let mut loader = EbpfLoader::new();
+    constants.set(&mut loader);
     for maps in [<V4 as Family>::Addr::MAPS, <V6 as Family>::Addr::MAPS] {
         loader
             .map_max_entries(maps.established.name, sizes.established)

@@ -103,8 +103,9 @@ fn measure() -> BTreeMap<String, Cost> {
         assert!(bytes <= STACK_MAX, "{program}: {bytes} bytes of stack:\n{}", chain.join("\n"));
         stacks.insert(program, bytes);
     }
-    let mut loaded = EbpfLoader::new()
-        .verifier_log_level(VerifierLogLevel::STATS)
+    let constants = programs::constants();
+    let mut loaded = constants
+        .set(EbpfLoader::new().verifier_log_level(VerifierLogLevel::STATS))
         .load_file(&object)
         .unwrap_or_else(|error| panic!("loading {}: {error}", object.display()));
     let states = states(&mut loaded);
@@ -203,6 +204,21 @@ fn the_programs_cost_the_verifier_no_more_than_is_recorded() {
             "{program} costs more than {GROWTH_MAX} % more than is recorded: {}; XDP_AGENT_BLESS=1 accepts it",
             grown.join(", ")
         );
+    }
+}
+
+/// What the agent tells programs only spares them something, so that a processor which reorders reads is not the only one to see
+/// what they do there.
+#[test]
+fn the_programs_are_taken_without_being_told_of_the_machine() {
+    let object = programs::object();
+    let mut loaded = EbpfLoader::new()
+        .load_file(&object)
+        .unwrap_or_else(|error| panic!("loading {}: {error}", object.display()));
+    for (name, program) in loaded.programs_mut() {
+        if let Some(Err(error)) = load(program) {
+            panic!("loading {name}: {error}");
+        }
     }
 }
 

@@ -4,7 +4,12 @@ use anyhow::{Context, ensure};
 use aya::{EbpfLoader, VerifierLogLevel};
 
 use super::{Programs, ensure_free, pods, sockets, xdp};
-use crate::{config::ModeChoice, devices::Mode, host::Link, maps};
+use crate::{
+    config::ModeChoice,
+    devices::Mode,
+    host::Link,
+    maps::{self, Constants},
+};
 
 /// Entries of a map that only proves that there can be one.
 const ENTRIES_MAX: u32 = 64;
@@ -28,7 +33,8 @@ impl Trial {
         for spec in maps::specs() {
             loader.map_max_entries(spec.name, spec.entries.min(ENTRIES_MAX));
         }
-        let ebpf = loader.load(maps::OBJECT).context("the kernel refuses a map")?;
+        let constants = Constants::of_this_machine()?;
+        let ebpf = constants.set(&mut loader).load(maps::OBJECT).context("the kernel refuses a map")?;
         let mut programs = Programs::new(ebpf);
         programs.load()?;
         if has_cgroups {
