@@ -97,9 +97,11 @@ impl Constants {
 
     /// Sets them for the product's object.
     pub fn set<'a, 'l>(&'a self, loader: &'l mut EbpfLoader<'a>) -> &'l mut EbpfLoader<'a> {
-        loader
-            .override_global("NAMES_ERRORS", &self.names_errors, true)
-            .override_global("READS_IN_ORDER", &self.reads_in_order, true)
+        loader.override_global("NAMES_ERRORS", &self.names_errors, true).override_global(
+            "READS_IN_ORDER",
+            &self.reads_in_order,
+            true,
+        )
     }
 }
 
