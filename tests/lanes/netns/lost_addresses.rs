@@ -67,7 +67,7 @@ fn flows_of_udp_that_find_no_room_to_be_established_begin_anew_too(setup: Setup)
     agent.stop()
 }
 
-/// A socket of the client whose flow finds no room to be established. Where a place is left, some key in a hundred reaches it.
+/// A socket of the client whose flow finds no room to be established. A place may be left, and a key reach it.
 fn without_room(world: &TwoBackends, agent: &Agent, to: IpAddr) -> Result<UdpSocket> {
     let refused = || agent.metric("xdp_agent_events_total", r#"event="established_full""#);
     for _ in 0..SOCKETS_MAX {

@@ -207,8 +207,8 @@ fn the_programs_cost_the_verifier_no_more_than_is_recorded() {
     }
 }
 
-/// What the agent tells programs only spares them something, so that a processor which reorders reads is not the only one to see
-/// what they do there.
+/// What the agent tells programs only spares them something: without it, as on a processor that reorders reads, the verifier follows
+/// other ways, and takes them too. What they do then, the same lane shows on arm64.
 #[test]
 fn the_programs_are_taken_without_being_told_of_the_machine() {
     let object = programs::object();
