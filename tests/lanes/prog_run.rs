@@ -62,6 +62,8 @@ mod places;
 mod policies;
 #[path = "prog_run/programs.rs"]
 mod programs;
+#[path = "prog_run/proof.rs"]
+mod proof;
 #[path = "prog_run/refusals.rs"]
 mod refusals;
 #[path = "prog_run/relay.rs"]

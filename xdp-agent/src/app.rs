@@ -23,7 +23,8 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    attach::Attacher,
+    attach::{self, Attacher},
+    bpf,
     cgroup::Cgroup,
     cluster::{
         Forwarding,
@@ -123,7 +124,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     preflight::raise_memlock(kernel);
     // Signals from here on end the agent by its own way out.
     let mut signals = Signals::new()?;
-    let running = match start(&config, kernel, &mut signals).await {
+    let running = match start(&config, &mut signals).await {
         Ok(running) => running,
         Err(error) if error.is::<Stopped>() => {
             info!("{error}");
@@ -162,7 +163,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) -> anyhow::Result<Running> {
+async fn start(config: &Config, signals: &mut Signals) -> anyhow::Result<Running> {
     let origin = Instant::now();
     let servers = serve::Servers::open(&config.listen).await?;
     let (macs, used_macs) = watch::channel(UsedMacs::default());
@@ -269,7 +270,7 @@ async fn start(config: &Config, kernel: KernelVersion, signals: &mut Signals) ->
         loaded.programs,
         pins,
         config.mode,
-        kernel,
+        bpf::has_tcx().context(attach::OF_TCX)?,
         cgroup,
         config.sockets.pod_devices.clone(),
         config.overlays,

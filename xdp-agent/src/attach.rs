@@ -19,7 +19,6 @@ use crate::{
     host::Link,
     neighbours,
     pins::{self, PinDir},
-    preflight::KernelVersion,
 };
 
 pub mod legacy;
@@ -31,8 +30,8 @@ mod sockets;
 pub mod trial;
 pub mod xdp;
 
-/// From this version on tc programs are attached by links (TCX).
-const TCX_SINCE: KernelVersion = KernelVersion(6, 6);
+/// What is asked for by [`bpf::has_tcx`].
+pub(crate) const OF_TCX: &str = "cannot ask how this kernel attaches tc programs";
 
 /// An interface with programs on it.
 #[derive(Debug)]
@@ -61,7 +60,8 @@ pub struct Attacher {
     programs: Programs,
     pins: PinDir,
     mode: ModeChoice,
-    kernel: KernelVersion,
+    /// Whether tc programs are attached by links.
+    has_tcx: bool,
     attached: BTreeMap<String, Attached>,
     /// The cgroup whose sockets are served, if any.
     cgroup: Option<Cgroup>,
@@ -86,7 +86,7 @@ impl Attacher {
         programs: Programs,
         pins: PinDir,
         mode: ModeChoice,
-        kernel: KernelVersion,
+        has_tcx: bool,
         cgroup: Option<Cgroup>,
         pods: Vec<Pattern>,
         are_overlays_followed: bool,
@@ -95,7 +95,7 @@ impl Attacher {
         let pods = pods::PodDevices::new(pods);
         let overlays = overlays::Overlays::new(are_overlays_followed);
         let attached = BTreeMap::new();
-        Self { programs, pins, mode, kernel, attached, cgroup, sockets, pods, overlays, begins_anew: false }
+        Self { programs, pins, mode, has_tcx, attached, cgroup, sockets, pods, overlays, begins_anew: false }
     }
 
     /// Whether programs of an earlier agent are attached, of whatever layout.
@@ -211,24 +211,34 @@ impl Attacher {
     /// When no allowed mode works; nothing is left attached then that was not before.
     pub fn attach(&mut self, link: &Link) -> anyhow::Result<()> {
         let mut links = Vec::new();
-        let programs = self.programs_of_interfaces();
-        let result = self.attach_tc(link, &programs, &mut links).and_then(|()| {
-            let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
-            let path = self.pin("xdp", link);
-            xdp::attach(&mut self.programs, link, self.mode, found, !self.begins_anew, &path)
-        });
-        let (xdp, mode, reason) = match result {
+        let (mode, reason) = match self.attach_programs(link, &mut links) {
             Ok(attached) => attached,
             Err(error) => {
                 take_off(links.into_iter().filter(|link: &PinnedLink| !link.is_adopted));
                 return Err(error);
             }
         };
-        // XDP is the first to go when they are taken off in order.
-        links.insert(0, xdp);
         info!(interface = %link.name, mode = mode.label(), reason = %reason, "attached");
         self.attached.insert(link.name.clone(), Attached { ifindex: link.index, mode, reason, links });
         Ok(())
+    }
+
+    /// Attaches to one interface, and tells XDP's mode and why; `links` has what is attached, whether all of it is or not.
+    fn attach_programs(
+        &mut self,
+        link: &Link,
+        links: &mut Vec<PinnedLink>,
+    ) -> anyhow::Result<(Mode, String)> {
+        let programs = self.programs_of_interfaces();
+        self.attach_tc(link, &programs, links)?;
+        let found = self.adopted_pin(link, &format!("xdp-{}", link.index))?;
+        let path = self.pin("xdp", link);
+        let (xdp, mode, reason) =
+            xdp::attach(&mut self.programs, link, self.mode, found, !self.begins_anew, &path)?;
+        // XDP is the first to go when they are taken off in order.
+        links.insert(0, xdp);
+        xdp::prove(&mut self.programs, link, mode)?;
+        Ok((mode, reason))
     }
 
     /// The tc programs of every interface.
@@ -287,7 +297,7 @@ impl Attacher {
         links: &mut Vec<PinnedLink>,
     ) -> anyhow::Result<()> {
         for &TcProgram { name: program, pin, at } in programs {
-            if self.kernel < TCX_SINCE {
+            if !self.has_tcx {
                 legacy::attach(&mut self.programs, link, program, at)?;
                 continue;
             }
@@ -401,11 +411,11 @@ impl Attacher {
 /// Takes off what agents have left on any interface and removes their pins; no agent runs while `pins` is held.
 ///
 /// # Errors
-/// When a pin cannot be removed.
-pub async fn remove_leftovers(pins: &PinDir, kernel: KernelVersion) -> anyhow::Result<()> {
+/// When a pin cannot be removed, or the kernel does not say how tc programs are attached.
+pub async fn remove_leftovers(pins: &PinDir) -> anyhow::Result<()> {
     sockets::remove_leftovers(pins).await?;
     pins.clear()?;
-    if kernel < TCX_SINCE {
+    if !bpf::has_tcx().context(OF_TCX)? {
         let host = neighbours::read_host().context("cannot read the interfaces")?;
         for link in host.links.values() {
             legacy::remove(link);

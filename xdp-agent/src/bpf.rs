@@ -282,6 +282,58 @@ pub fn programs_on(ifindex: u32, at: AttachType) -> io::Result<Vec<u32>> {
     Ok(ids)
 }
 
+/// Whether the kernel attaches tc programs by links (TCX, from kernel 6.6, with `CONFIG_NET_XGRESS`).
+///
+/// # Errors
+/// When the kernel refuses for another reason.
+pub fn has_tcx() -> io::Result<bool> {
+    match programs_on(LOOPBACK, AttachType::TcxIngress) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Index of the loopback interface in every network namespace (`LOOPBACK_IFINDEX`, include/net/flow.h).
+const LOOPBACK: u32 = 1;
+
+/// Runs an XDP program on a frame as if an interface had received it: what the program returns, and the frame that it leaves.
+///
+/// # Errors
+/// When the kernel refuses: `ENODEV` without the interface, `EINVAL` for a frame that is too short or too long for it.
+pub fn run_xdp_on_frame(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::Result<(u32, Vec<u8>)> {
+    let context = XdpMd { data_end: frame.len() as u32, ingress_ifindex: ifindex, ..Default::default() };
+    let mut out = vec![0u8; frame.len() + XDP_GROWTH_MAX];
+    let mut attr = TestRun {
+        prog_fd: raw(program),
+        data_size_in: frame.len() as u32,
+        data_size_out: out.len() as u32,
+        data_in: frame.as_ptr() as u64,
+        data_out: out.as_mut_ptr() as u64,
+        ctx_size_in: size_of::<XdpMd>() as u32,
+        ctx_in: &raw const context as u64,
+        ..Default::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attr)?;
+    out.truncate(attr.data_size_out as usize);
+    Ok((attr.retval, out))
+}
+
+/// By how much a program can make a frame longer: the room before it (`XDP_PACKET_HEADROOM`, include/uapi/linux/bpf.h).
+const XDP_GROWTH_MAX: usize = 256;
+
+/// `struct xdp_md` (include/uapi/linux/bpf.h).
+#[repr(C)]
+#[derive(Default)]
+struct XdpMd {
+    data: u32,
+    data_end: u32,
+    data_meta: u32,
+    ingress_ifindex: u32,
+    rx_queue_index: u32,
+    egress_ifindex: u32,
+}
+
 /// Runs a tc program on a frame as if it were of an interface; what the program returns is the answer.
 ///
 /// # Errors

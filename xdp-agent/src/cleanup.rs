@@ -4,11 +4,7 @@ use std::path::Path;
 
 use tracing::info;
 
-use crate::{
-    attach,
-    pins::PinDir,
-    preflight::{self, KernelVersion},
-};
+use crate::{attach, pins::PinDir, preflight};
 
 /// Takes the programs of earlier agents off and removes what they have pinned under `pin_dir`.
 ///
@@ -20,7 +16,7 @@ pub async fn run(pin_dir: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     preflight::check_privileges()?;
-    attach::remove_leftovers(&PinDir::open(pin_dir)?, KernelVersion::current()?).await?;
+    attach::remove_leftovers(&PinDir::open(pin_dir)?).await?;
     info!(pin_dir = %pin_dir.display(), "programs are off and pins are removed");
     Ok(())
 }

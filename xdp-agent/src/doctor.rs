@@ -17,10 +17,11 @@ use crate::{
     cgroup::Cgroup,
     config::{self, ModeChoice},
     explain::Output,
-    neighbours,
+    neighbours, pins,
 };
 
 mod checks;
+mod features;
 mod interface;
 mod report;
 
@@ -74,6 +75,8 @@ fn examine(args: &DoctorArgs) -> anyhow::Result<Report> {
         let loaded = Trial::load(has_cgroups);
         checks.push(checks::programs(loaded.as_ref().err()));
         trial = loaded.ok();
+        checks.extend(features::of_kernel());
+        checks.extend(trial.as_mut().map(|trial| features::frags(trial.refused_frags().as_deref())));
     }
     let names = match config::interfaces(&args.iface) {
         Ok(names) => names,
@@ -93,5 +96,5 @@ fn examine(args: &DoctorArgs) -> anyhow::Result<Report> {
         };
         interfaces.push(InterfaceReport::new(link, &host, args.mode, tried));
     }
-    Ok(Report::new(checks, interfaces))
+    Ok(Report::new(checks, interfaces, pins::is_held(&args.pin_dir)))
 }

@@ -7,7 +7,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -39,6 +39,19 @@ pub struct PinDir {
 /// Where maps of the current layout are pinned below a directory of pins.
 pub fn maps_dir(pin_dir: &Path) -> PathBuf {
     pin_dir.join(of_layout()).join(MAPS)
+}
+
+/// Whether an agent holds a directory of pins. Asked without a lock, which an agent that starts would meet.
+pub fn is_held(pin_dir: &Path) -> bool {
+    let Ok(directory) = fs::metadata(pin_dir) else { return false };
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    is_locked(&locks, directory.dev(), directory.ino())
+}
+
+/// Whether `/proc/locks` (`fs/locks.c`) has a file: device and number are the field before the range.
+fn is_locked(locks: &str, device: u64, number: u64) -> bool {
+    let file = format!("{:02x}:{:02x}:{number}", libc::major(device), libc::minor(device));
+    locks.lines().any(|line| line.split_whitespace().any(|field| field == file))
 }
 
 impl PinDir {
@@ -269,6 +282,23 @@ mod tests {
         let all = dirs.map(|dir| pins_in(&dir).expect("pins").len()).sum::<usize>();
         let others = all - there.iter().filter(|is_there| **is_there).count();
         (there, others)
+    }
+
+    #[test]
+    fn a_directory_is_held_while_it_is_locked() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert!(!is_held(directory.path()) && !is_held(&directory.path().join("never-made")));
+        let lock = File::open(directory.path()).expect("the directory");
+        // SAFETY: the descriptor is open for as long as the call lasts.
+        assert_eq!(unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }, 0);
+        assert!(is_held(directory.path()));
+        drop(lock);
+        assert!(!is_held(directory.path()));
+        let locks = "1: FLOCK  ADVISORY  WRITE 812 00:1f:4711 0 EOF\n";
+        let device = libc::makedev(0, 0x1f);
+        assert!(
+            is_locked(locks, device, 4711) && !is_locked(locks, device, 471) && !is_locked(locks, 0, 4711)
+        );
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The XDP program that does nothing, which a veth needs before its peer may transmit by XDP.
+//! XDP programs of a few instructions: above all the one that does nothing, which a veth needs before its peer may transmit by XDP.
 //!
 //! Without any program the receiving veth has no NAPI, and frames sent by XDP_TX or a redirect are lost without a trace.
 
@@ -44,14 +44,8 @@ impl PassProgram {
     /// Loads the program and attaches it to a device of the namespace.
     pub fn attach(namespace: &Namespace, device: &str) -> Result<Self> {
         let index = namespace.index(device)?;
-        let load = ProgLoad {
-            prog_type: BPF_PROG_TYPE_XDP,
-            insn_cnt: PASS.len() as u32,
-            insns: PASS.as_ptr() as u64,
-            license: c"GPL".as_ptr() as u64,
-        };
         let link = namespace.run(|| {
-            let program = bpf(BPF_PROG_LOAD, &load)?;
+            let program = load(&PASS)?;
             let create = LinkCreate {
                 prog_fd: program.as_raw_fd() as u32,
                 target_ifindex: index,
@@ -63,6 +57,20 @@ impl PassProgram {
         let link = link.with_context(|| format!("XDP pass program on {device} in {namespace:?}"))?;
         Ok(Self { _link: link })
     }
+}
+
+/// Loads an XDP program of these instructions.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn load(instructions: &[u64]) -> io::Result<OwnedFd> {
+    let load = ProgLoad {
+        prog_type: BPF_PROG_TYPE_XDP,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+    };
+    bpf(BPF_PROG_LOAD, &load)
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {

@@ -10,7 +10,7 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::{Attacher, PinnedLink, Programs, TCX_SINCE, TcProgram, legacy, take_off};
+use super::{Attacher, PinnedLink, Programs, TcProgram, legacy, take_off};
 use crate::{
     bpf::AttachType,
     config::Pattern,
@@ -182,7 +182,7 @@ impl Attacher {
         let mut links = Vec::new();
         let filters = self.programs.legacy.len();
         let result = self.attach_tc(link, &PROGRAMS, &mut links);
-        if self.kernel < TCX_SINCE {
+        if !self.has_tcx {
             // They go with the device, or by their names when the agent goes.
             self.programs.legacy.drain(filters..).for_each(std::mem::forget);
         }

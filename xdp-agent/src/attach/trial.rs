@@ -45,6 +45,11 @@ impl Trial {
         Ok(Self(programs))
     }
 
+    /// Why the kernel does not take the programs of frames in several buffers, if it does not.
+    pub fn refused_frags(&mut self) -> Option<String> {
+        self.0.xdp(xdp::FRAGS).err().map(|error| format!("{error:#}"))
+    }
+
     /// Attaches to an interface and takes off again: how it went on, and why so.
     ///
     /// The programs have no configuration and pass every frame; drivers may restart their queues.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::{PinnedLink, Programs, Refusal, RefusalKind, ensure_free};
 use crate::{
@@ -36,8 +36,16 @@ pub(crate) const BOND: &str = "bond";
 pub(crate) const OF_BONDS: &str =
     "a bond runs programs on the devices it is made of, which have no addresses";
 
+/// Lengths of frames that a program is tried on, in bytes: the shortest of Ethernet, the longest of its usual MTU, and between them.
+const PROOF_LENGTHS: [usize; 7] = [60, 64, 128, 256, 512, 1024, 1514];
+/// Where a frame has its ethertype, and one that is nobody's protocol (IEEE 802, local experimental ethertype 1).
+const ETHERTYPE_AT: usize = 12;
+const ETHERTYPE_OF_EXPERIMENTS: [u8; 2] = [0x88, 0xb5];
+/// The verdict by which a frame goes on to the kernel (`enum xdp_action`, include/uapi/linux/bpf.h).
+const XDP_PASS: u32 = 2;
+
 const PLAIN: &str = "xdp_ingress";
-const FRAGS: &str = "xdp_ingress_frags";
+pub(super) const FRAGS: &str = "xdp_ingress_frags";
 
 /// Attaches to an interface, or takes over the link that an earlier agent has left on it. `may_stay_generic` says whether that may
 /// stay in generic mode where another is not known to be refused.
@@ -148,6 +156,47 @@ pub(super) fn create(
         ModeChoice::Auto | ModeChoice::Generic => "",
     };
     bail!("no XDP mode works: {}; remedy: {remedy}{hint}", refused.join("; "))
+}
+
+/// Runs the program that an interface has been given on frames of every length that it may get in one buffer, as if they had come in
+/// by it: they are nobody's, and have to go on to the kernel as they are.
+///
+/// # Errors
+/// When one does not.
+pub(super) fn prove(programs: &mut Programs, link: &Link, mode: Mode) -> anyhow::Result<()> {
+    let name = match mode {
+        Mode::Native | Mode::Generic => PLAIN,
+        Mode::NativeFrags => FRAGS,
+        // A program of a card runs there alone.
+        Mode::Offload | Mode::Tc | Mode::Absent => return Ok(()),
+    };
+    prove_on(programs.xdp(name)?, link)
+}
+
+/// Runs a program on frames that are nobody's, as if they had come in by the interface.
+///
+/// # Errors
+/// When a frame does not go on to the kernel as it is.
+pub fn prove_on(program: BorrowedFd<'_>, link: &Link) -> anyhow::Result<()> {
+    for length in PROOF_LENGTHS {
+        let mut frame = vec![0x5a; length];
+        frame[ETHERTYPE_AT..ETHERTYPE_AT + 2].copy_from_slice(&ETHERTYPE_OF_EXPERIMENTS);
+        match bpf::run_xdp_on_frame(program, link.index, &frame) {
+            Ok((XDP_PASS, left)) if left == frame => {}
+            Ok((verdict, left)) => bail!(
+                "the program on {} has answered a frame of {length} bytes that is nobody's with verdict {verdict} and {} bytes, {}; \
+                 it has to leave it to the kernel (please report this with the kernel's version)",
+                link.name,
+                left.len(),
+                if left == frame { "unchanged" } else { "changed" }
+            ),
+            Err(error) => {
+                warn!(interface = %link.name, %error, "the program cannot be tried on frames of this interface");
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
 }
 
 fn is_worth_trying(mode: Mode, choice: ModeChoice, last: Option<&Refusal>) -> bool {

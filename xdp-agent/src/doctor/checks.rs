@@ -8,7 +8,7 @@ use crate::{
     attach::overlays::is_overlay,
     cluster::wanted::{Ip6, IpAddress},
     host::{Host, Link},
-    netdev::Netdev,
+    pins,
     preflight::{self, KernelVersion},
 };
 
@@ -42,11 +42,11 @@ pub struct Check {
 }
 
 impl Check {
-    fn good(name: &'static str, found: impl Into<String>) -> Self {
+    pub(super) fn good(name: &'static str, found: impl Into<String>) -> Self {
         Self { name, health: Health::Good, found: found.into(), advice: None }
     }
 
-    fn warning(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+    pub(super) fn warning(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
         Self { name, health: Health::Warning, found: found.into(), advice: Some(advice.into()) }
     }
 
@@ -71,10 +71,22 @@ pub(super) fn system(pin_dir: &Path) -> Vec<Check> {
         kernel(&fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default()),
         jit(fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").ok().as_deref()),
         Check::of("capabilities", "of this process", preflight::check_privileges()),
-        Check::of("bpffs", pin_dir.display().to_string(), preflight::check_pin_dir(pin_dir)),
+        bpffs(pin_dir),
         cgroups(&mounts),
-        features(),
     ]
+}
+
+fn bpffs(pin_dir: &Path) -> Check {
+    let found = pin_dir.display().to_string();
+    let check = Check::of("bpffs", found, preflight::check_pin_dir(pin_dir));
+    if check.health == Health::Good && pins::is_held(pin_dir) {
+        return Check::warning(
+            "bpffs",
+            check.found,
+            "an agent runs over it: another one is refused until that has ended",
+        );
+    }
+    check
 }
 
 /// What the kernel said to the programs.
@@ -172,18 +184,6 @@ fn cgroups(mounts: &str) -> Check {
             "version 1 only",
             "socket programs have nowhere to go: mount one with `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`",
         ),
-    }
-}
-
-fn features() -> Check {
-    match Netdev::find() {
-        Ok(Some(_)) => Check::good("drivers", "the kernel says what they can do at XDP"),
-        Ok(None) => {
-            Check::good("drivers", "before kernel 6.3 only a trial tells what they can do at XDP (--try)")
-        }
-        Err(error) => {
-            Check::warning("drivers", "unknown", format!("generic netlink does not answer: {error}"))
-        }
     }
 }
 

@@ -16,8 +16,10 @@ pub struct Report {
     pub version: &'static str,
     /// The processor's architecture.
     pub architecture: &'static str,
-    /// Whether `run` would work.
+    /// Whether `run` would work; where an agent is running, once that has ended.
     pub works: bool,
+    /// Whether an agent is running over the directory of pins.
+    pub is_running: bool,
     /// What has to be there.
     pub checks: Vec<Check>,
     /// The interfaces.
@@ -26,7 +28,7 @@ pub struct Report {
 
 impl Report {
     /// Sums up: one bad finding is enough.
-    pub(super) fn new(checks: Vec<Check>, interfaces: Vec<InterfaceReport>) -> Self {
+    pub(super) fn new(checks: Vec<Check>, interfaces: Vec<InterfaceReport>, is_running: bool) -> Self {
         let mut all = checks
             .iter()
             .map(|check| check.health)
@@ -35,6 +37,7 @@ impl Report {
             version: env!("CARGO_PKG_VERSION"),
             architecture: env::consts::ARCH,
             works: all.all(|health| health != Health::Bad),
+            is_running,
             checks,
             interfaces,
         }
@@ -57,7 +60,15 @@ impl fmt::Display for Report {
             writeln!(f, "{} {name:<13} {mode} (driver {driver}, MTU {mtu}; {way})", mark(*health))?;
             writeln!(f, "{:19}{reason}", "")?;
         }
-        writeln!(f, "{}", if self.works { "`run` would work" } else { "`run` would not work" })
+        writeln!(
+            f,
+            "{}",
+            match (self.works, self.is_running) {
+                (true, false) => "`run` would work",
+                (true, true) => "`run` would work once the agent that runs here has ended",
+                (false, _) => "`run` would not work",
+            }
+        )
     }
 }
 
@@ -88,16 +99,24 @@ mod tests {
 
     #[test]
     fn one_bad_finding_is_enough() {
-        assert!(Report::new(vec![], vec![interface(Health::Warning)]).works);
-        assert!(!Report::new(vec![], vec![interface(Health::Bad)]).works);
+        assert!(Report::new(vec![], vec![interface(Health::Warning)], false).works);
+        assert!(!Report::new(vec![], vec![interface(Health::Bad)], false).works);
         let checks = vec![Check::bad("bpffs", "/tmp", "mount one")];
-        assert!(!Report::new(checks, vec![interface(Health::Good)]).works);
+        assert!(!Report::new(checks, vec![interface(Health::Good)], false).works);
+        let beside = Report::new(vec![], vec![interface(Health::Good)], true);
+        assert!(
+            beside.works
+                && beside.to_string().ends_with("would work once the agent that runs here has ended\n")
+        );
     }
 
     #[test]
     fn a_report_reads_line_by_line_and_as_json() {
-        let report =
-            Report::new(vec![Check::bad("bpffs", "/tmp", "mount one")], vec![interface(Health::Warning)]);
+        let report = Report::new(
+            vec![Check::bad("bpffs", "/tmp", "mount one")],
+            vec![interface(Health::Warning)],
+            false,
+        );
         let text = report.to_string();
         let expected = "\
 BAD  bpffs         /tmp
