@@ -16,6 +16,7 @@ pub mod packets;
 pub mod pass;
 pub mod servers;
 pub mod snapshot;
+pub mod tap;
 pub mod world;
 
 use std::future::Future;

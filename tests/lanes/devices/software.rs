@@ -9,6 +9,7 @@ use xdp_agent::preflight::KernelVersion;
 use xdp_agent_tests::lab::agent::Mode;
 use xdp_agent_tests::lab::link::{veth, veth_with};
 use xdp_agent_tests::lab::pass::PassProgram;
+use xdp_agent_tests::lab::tap::{TapCable, tun};
 
 use crate::cable::Cable;
 
@@ -31,6 +32,30 @@ fn a_bridge_falls_back_and_serves() -> Result<()> {
 }
 
 /// veth has native XDP, and so the kernel would take a native program for the bond.
+/// The driver of TAP devices runs programs natively, on frames that a process has written: a hypervisor, or here a cable.
+#[test]
+fn a_tap_runs_natively() -> Result<()> {
+    let mut cable = Cable::unplugged()?;
+    let _plugged = TapCable::new(&cable.node, "tap0", &cable.client, "tap0")?;
+    cable.plug("tap0", "tap0")?;
+    cable.runs("tap0", "native", "the driver takes it")
+}
+
+/// The driver would take the program, which would take what it gets for something else.
+#[test]
+fn a_device_without_an_ethernet_header_is_refused() -> Result<()> {
+    let mut cable = veth_pair()?;
+    let _tun = tun(&cable.node, "tun0")?;
+    cable.plug("tun0", "eth0")?;
+    for mode in [Mode::Auto, Mode::Generic] {
+        let said = cable.refusal("tun0", mode)?;
+        ensure!(said.contains("tun0 has no Ethernet header"), "{said}");
+    }
+    let report = cable.doctor("tun0")?;
+    ensure!(report["works"] == false, "{report}");
+    Ok(())
+}
+
 #[test]
 fn a_bond_falls_back_and_serves() -> Result<()> {
     let mut cable = veth_pair()?;
