@@ -82,7 +82,7 @@ impl Lane {
     const ALL: [Self; 5] = [Self::Doctor, Self::ProgRun, Self::Netns, Self::Devices, Self::Image];
 
     /// The word on the command line, which is the feature too.
-    pub(crate) fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Doctor => "doctor",
             Self::ProgRun => "prog-run",

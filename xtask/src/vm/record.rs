@@ -1,6 +1,9 @@
-//! The table of what was run, in docs/compatibility.md: a run with `--record` replaces the cells it has measured.
+//! The tables of what was run and found, in docs/compatibility.md: a run with `--record` replaces the cells it has measured.
 
-use super::{Architecture, Lane, Request, results::Outcome};
+use super::{
+    Architecture, Lane, Request,
+    results::{FEATURES, Outcome},
+};
 use crate::process;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result};
@@ -8,10 +11,31 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 const DOCUMENT: &str = "docs/compatibility.md";
-const START: &str = "<!-- measured -->\n";
-const END: &str = "<!-- end of measured -->";
 
-/// Cells by lane, of one architecture and one kernel.
+/// A table: the comments around it, and its columns behind architecture and kernel.
+struct Table {
+    name: &'static str,
+    columns: &'static [&'static str],
+}
+
+/// What each lane found.
+const LANES: Table = Table { name: "measured", columns: &LANE_NAMES };
+const LANE_NAMES: [&str; Lane::ALL.len()] = {
+    let mut names = [""; Lane::ALL.len()];
+    let mut lane = 0;
+    while lane < names.len() {
+        names[lane] = Lane::ALL[lane].name();
+        lane += 1;
+    }
+    names
+};
+/// Which way the agent takes, as its `doctor` says.
+const WAYS: Table = Table { name: "ways", columns: &WAY_NAMES };
+const WAY_NAMES: [&str; FEATURES.len() + 1] = [FEATURES[0], FEATURES[1], FEATURES[2], FEATURES[3], SEEN];
+/// The column that says when and at which commit.
+const SEEN: &str = "seen";
+
+/// Cells by column, of one architecture and one kernel.
 type Rows = BTreeMap<(String, Vec<u64>, String), BTreeMap<&'static str, String>>;
 
 /// The day and the commit that cells are marked by: those of the start, because a run takes long.
@@ -37,12 +61,9 @@ pub(crate) fn write(
 ) -> Result<()> {
     let Some(kernel) = &outcome.kernel else { return Ok(()) };
     let path = workspace.root.join(DOCUMENT);
-    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
-    let marks = format!("{DOCUMENT} has not the comments that the table is between");
-    let (before, rest) = text.split_once(START).context(marks.clone())?;
-    let (table, after) = rest.split_once(END).context(marks)?;
-    let mut known = parse(table);
-    let cells = known.entry(key(architecture.name(), kernel)).or_default();
+    let mut text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {DOCUMENT}"))?;
+    let row = key(architecture.name(), kernel);
+    let mut cells = BTreeMap::new();
     // What is refused is so in every lane.
     let is_refused = outcome.refusal.is_some();
     for lane in if is_refused { &Lane::ALL[..] } else { &request.lanes } {
@@ -51,8 +72,67 @@ pub(crate) fn write(
         let built = if request.is_debug() && !is_refused { ", debug" } else { "" };
         cells.insert(lane.name(), format!("{broken}{}{amount}{built} ({mark})", outcome.cell(*lane)));
     }
-    std::fs::write(&path, format!("{before}{START}{}{END}{after}", render(&known)))?;
+    text = LANES.with(&text, &row, cells)?;
+    if let Some(doctor) = &outcome.doctor {
+        let mut ways = doctor.features.clone();
+        ways.insert(SEEN, mark.to_owned());
+        text = WAYS.with(&text, &row, ways)?;
+    }
+    std::fs::write(&path, text)?;
     Ok(())
+}
+
+impl Table {
+    /// The document with these cells of a row in place of what they were.
+    fn with(
+        &self,
+        document: &str,
+        row: &(String, Vec<u64>, String),
+        cells: BTreeMap<&'static str, String>,
+    ) -> Result<String> {
+        let (start, end) = (format!("<!-- {} -->\n", self.name), format!("<!-- end of {} -->", self.name));
+        let marks = || format!("{DOCUMENT} has not the comments that the table {:?} is between", self.name);
+        let (before, rest) = document.split_once(&start).with_context(marks)?;
+        let (table, after) = rest.split_once(&end).with_context(marks)?;
+        let mut known = self.parse(table);
+        known.entry(row.clone()).or_default().extend(cells);
+        Ok(format!("{before}{start}{}{end}{after}", self.render(&known)))
+    }
+
+    fn parse(&self, table: &str) -> Rows {
+        let cells = |line: &'_ str| {
+            line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+        };
+        // A table from before a column was added has one less.
+        let head = table.lines().next().map(cells).unwrap_or_default();
+        let mut rows = Rows::new();
+        for line in table.lines().skip(2) {
+            let cells = cells(line);
+            let [architecture, kernel, ..] = cells.as_slice() else { continue };
+            let row = rows.entry(key(architecture, kernel)).or_default();
+            for (name, cell) in head.iter().zip(&cells).filter(|(_, cell)| *cell != NOT_RUN) {
+                if let Some(column) = self.columns.iter().find(|column| *column == name) {
+                    row.insert(column, cell.clone());
+                }
+            }
+        }
+        rows
+    }
+
+    fn render(&self, rows: &Rows) -> String {
+        let names = self.columns.join(" | ");
+        let mut text =
+            format!("| architecture | kernel | {names} |\n|---|---|{}\n", "---|".repeat(self.columns.len()));
+        for ((architecture, _, kernel), cells) in rows {
+            text.push_str(&format!("| {architecture} | {kernel} |"));
+            for column in self.columns {
+                let cell = cells.get(column).map_or(NOT_RUN, String::as_str);
+                text.push_str(&format!(" {cell} |"));
+            }
+            text.push('\n');
+        }
+        text
+    }
 }
 
 fn key(architecture: &str, kernel: &str) -> (String, Vec<u64>, String) {
@@ -60,42 +140,7 @@ fn key(architecture: &str, kernel: &str) -> (String, Vec<u64>, String) {
     (architecture.to_owned(), numbers.collect(), kernel.to_owned())
 }
 
-fn parse(table: &str) -> Rows {
-    let cells = |line: &'_ str| {
-        line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
-    };
-    // A table from before a lane was added has a column less.
-    let head = table.lines().next().map(cells).unwrap_or_default();
-    let mut rows = Rows::new();
-    for line in table.lines().skip(2) {
-        let cells = cells(line);
-        let [architecture, kernel, ..] = cells.as_slice() else { continue };
-        let row = rows.entry(key(architecture, kernel)).or_default();
-        for (name, cell) in head.iter().zip(&cells).filter(|(_, cell)| *cell != NOT_RUN) {
-            if let Some(lane) = Lane::ALL.iter().find(|lane| lane.name() == name) {
-                row.insert(lane.name(), cell.clone());
-            }
-        }
-    }
-    rows
-}
-
 const NOT_RUN: &str = "not run";
-
-fn render(rows: &Rows) -> String {
-    let names = Lane::ALL.map(Lane::name).join(" | ");
-    let mut text =
-        format!("| architecture | kernel | {names} |\n|---|---|{}\n", "---|".repeat(Lane::ALL.len()));
-    for ((architecture, _, kernel), cells) in rows {
-        text.push_str(&format!("| {architecture} | {kernel} |"));
-        for lane in Lane::ALL {
-            let cell = cells.get(lane.name()).map_or(NOT_RUN, String::as_str);
-            text.push_str(&format!(" {cell} |"));
-        }
-        text.push('\n');
-    }
-    text
-}
 
 #[cfg(test)]
 mod tests {
@@ -110,11 +155,26 @@ mod tests {
         rows.entry(key("x86_64", "6.1.0-56-amd64"))
             .or_default()
             .insert("prog-run", "5 passed (a day)".to_owned());
-        let table = render(&rows);
-        assert_eq!(parse(&table), rows);
+        let table = LANES.render(&rows);
+        assert_eq!(LANES.parse(&table), rows);
         let older = "| architecture | kernel | netns |\n|---|---|---|\n| arm64 | 6.1 | 7 passed (a day) |\n";
-        assert_eq!(parse(older)[&key("arm64", "6.1")]["netns"], "7 passed (a day)");
+        assert_eq!(LANES.parse(older)[&key("arm64", "6.1")]["netns"], "7 passed (a day)");
         let kernels: Vec<_> = table.lines().skip(2).filter_map(|line| line.split('|').nth(2)).collect();
         assert_eq!(kernels, [" 6.1.0-56-amd64 ", " 6.12.117-amd64 "]);
+    }
+
+    #[test]
+    fn a_row_is_replaced_in_its_own_table_alone() {
+        let document = "words\n<!-- measured -->\n<!-- end of measured -->\n\n<!-- ways -->\n\
+                        | architecture | kernel | tc | drivers | errors | frags | seen |\n|---|---|---|---|---|---|---|\n\
+                        | arm64 | 6.1 | filters | have to be tried | named | taken | a day |\n<!-- end of ways -->\nmore\n";
+        let ways = BTreeMap::from([("tc", "links".to_owned()), (SEEN, "another day".to_owned())]);
+        let written = WAYS.with(document, &key("arm64", "6.1"), ways.clone()).expect("a document");
+        let row = "| arm64 | 6.1 | links | have to be tried | named | taken | another day |";
+        assert_eq!(
+            written,
+            document.replace("| arm64 | 6.1 | filters | have to be tried | named | taken | a day |", row)
+        );
+        assert!(WAYS.with("words", &key("arm64", "6.1"), ways).is_err());
     }
 }

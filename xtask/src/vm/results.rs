@@ -22,6 +22,9 @@ pub(crate) struct Outcome {
     pub(crate) problems: Vec<String>,
 }
 
+/// What `doctor` says of a kernel, whatever its devices: each has a line, and a column of docs/compatibility.md.
+pub(crate) const FEATURES: [&str; 4] = ["tc", "drivers", "errors", "frags"];
+
 /// What `doctor --try` has said.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Doctor {
@@ -29,6 +32,8 @@ pub(crate) struct Doctor {
     is_well: bool,
     /// Drivers by their mode.
     modes: BTreeMap<String, BTreeSet<String>>,
+    /// The words before the first colon, of [`FEATURES`].
+    pub(crate) features: BTreeMap<&'static str, String>,
 }
 
 impl Doctor {
@@ -37,6 +42,13 @@ impl Doctor {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["ok", "programs", ..] => self.takes_programs = true,
+            ["ok" | "warn", name, ref found @ ..] if FEATURES.contains(&name) => {
+                let found = found.join(" ");
+                let found = found.split(':').next().unwrap_or_default().to_owned();
+                self.features.extend(
+                    FEATURES.into_iter().filter(|feature| *feature == name).map(|name| (name, found.clone())),
+                );
+            }
             [_, _, mode, "(driver", driver, ..] => {
                 let drivers = self.modes.entry(mode.to_owned()).or_default();
                 drivers.insert(driver.trim_end_matches(',').to_owned());
@@ -46,7 +58,8 @@ impl Doctor {
     }
 
     fn is_good(&self) -> bool {
-        self.takes_programs && self.is_well && !self.modes.is_empty()
+        let is_whole = !self.modes.is_empty() && self.features.len() == FEATURES.len();
+        self.takes_programs && self.is_well && is_whole
     }
 
     fn cell(&self) -> String {
@@ -198,13 +211,23 @@ test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
     #[test]
     fn the_modes_of_drivers_are_what_doctor_says() {
         let said = "##vm kernel 6.1\n##vm begin doctor\nok   programs      taken by the kernel\n\
+                    ok   tc            filters: without links (TCX, kernel 6.6) a start replaces them\n\
+                    ok   drivers       have to be tried: before kernel 6.3\nok   errors        named: as such\n\
+                    warn frags         refused: a long MTU runs in generic mode\n                   words\n\
                     ok   eth2          native (driver virtio_net, MTU 1500; frames leave at XDP)\n\
                     warn eth8          generic (driver e1000, MTU 1500; frames leave at XDP)\n\
                     \x20                  native: not supported by the driver\n`run` would work\n##vm end doctor 0\n##vm over\n";
         let outcome = Outcome::read(said, &[Lane::Doctor]);
         assert!(outcome.is_good(), "{outcome:?}");
         assert_eq!(outcome.cell(Lane::Doctor), "native virtio_net; generic e1000");
-        for (good, bad) in [("end doctor 0", "end doctor 1"), ("ok   programs", "BAD  programs")] {
+        let features = outcome.doctor.expect("doctor").features;
+        let found = FEATURES.map(|name| features[name].as_str());
+        assert_eq!(found, ["filters", "have to be tried", "named", "refused"]);
+        for (good, bad) in [
+            ("end doctor 0", "end doctor 1"),
+            ("ok   programs", "BAD  programs"),
+            ("ok   errors", "BAD  errors"),
+        ] {
             let outcome = Outcome::read(&said.replace(good, bad), &[Lane::Doctor]);
             assert!(!outcome.is_good() && outcome.cell(Lane::Doctor).starts_with("FAILED"), "{outcome:?}");
         }
