@@ -270,6 +270,9 @@ impl Node {
         match (routing, self.maps.routing(frame)) {
             // Brought along from the table of new flows, or asked for at once.
             (None, Some(_)) => {}
+            // Of no flow, or of one that a frame does not tell by itself: a later fragment, an error, a packet in a packet.
+            // Theirs is refreshed by the kernel's clock, whenever that is.
+            (None, None) => {}
             (before, after) => {
                 assert_eq!(refreshed, after.is_some() && after != before, "refreshed next hops")
             }
