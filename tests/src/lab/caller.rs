@@ -63,12 +63,9 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Resets that a kernel may send by itself: see `stay_on_one_cpu` of the caller.
-    const RESETS_MAX: u64 = 1;
-
-    /// Fails unless every connection was answered, as far as the kernel lets them be.
+    /// Fails unless every connection was answered.
     pub fn is_whole(&self) -> Result<()> {
-        ensure!(self.failed == 0 && self.reset <= Self::RESETS_MAX, "{self:?}");
+        ensure!(self.failed == 0 && self.reset == 0, "{self:?}");
         Ok(())
     }
 }
